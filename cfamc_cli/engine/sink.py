@@ -1,0 +1,50 @@
+"""How the engine speaks: it reports to a sink and knows neither terminals nor files of records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+
+class Sink(Protocol):
+    """Whoever listens to the engine."""
+
+    def message(self, text: str) -> None:
+        """Say one line to the person."""
+
+    def warning(self, text: str) -> None:
+        """Say one line that the person should not miss."""
+
+    def progress(self, task: str, done: int, total: int, values: Mapping[str, float]) -> None:
+        """Report that `done` of `total` units of `task` are finished; `values` is shown beside it."""
+
+    def metrics(self, record: Mapping[str, object]) -> None:
+        """Append one record that repeats bit for bit when the work is repeated."""
+
+    def timing(self, record: Mapping[str, object]) -> None:
+        """Append one record of rates, memory and wall time."""
+
+    def positions(self) -> dict[str, int]:
+        """Make every record durable and return the size in bytes of each record file."""
+
+
+class NullSink:
+    """Listens to nothing."""
+
+    def message(self, text: str) -> None:
+        pass
+
+    def warning(self, text: str) -> None:
+        pass
+
+    def progress(self, task: str, done: int, total: int, values: Mapping[str, float]) -> None:
+        pass
+
+    def metrics(self, record: Mapping[str, object]) -> None:
+        pass
+
+    def timing(self, record: Mapping[str, object]) -> None:
+        pass
+
+    def positions(self) -> dict[str, int]:
+        return {}

@@ -1,0 +1,45 @@
+"""The one exception that a user is meant to see, and the exit codes of the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """What a shell learns from a run of cfamc."""
+
+    DONE = 0
+    FAILED = 1  # the work failed
+    INVALID = 2  # invocation or recipe
+    DIVERGED = 3  # training became non-finite
+    BAD_DATA = 4  # data set or checkpoint
+    UNTRUSTED = 5  # an evaluation that --strict refuses
+    LOCKED = 6  # the run belongs to a live process
+    INTERRUPTED = 130  # SIGINT; the work can be resumed
+    TERMINATED = 143  # SIGTERM; the work can be resumed
+
+
+class CfamcError(Exception):
+    """A failure with a cause that a user can act on.
+
+    Attributes:
+        message: One line that names the thing that is wrong.
+        hint: One line with the way out; empty where there is none.
+        exit_code: What the process exits with.
+        details: Plain JSON values for `--json`, such as all problems of a recipe.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        hint: str = "",
+        exit_code: ExitCode = ExitCode.FAILED,
+        details: Mapping[str, object] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.exit_code = exit_code
+        self.details = dict(details or {})
