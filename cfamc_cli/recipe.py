@@ -1,0 +1,371 @@
+"""The recipe: everything that changes a number, as frozen Pydantic models of one TOML file.
+
+A system of arXiv:2501.03507 is one point of objective x adversary x crops. Images live in [0, 1]; eps and step sizes
+are exact text ("8/255") in that range, so that a record says what was meant and not what a float made of it.
+This module never imports torch. Reading files, overrides and the wording of errors live in recipe_file.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from fractions import Fraction
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+_NUMBER = re.compile(r"[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]{1,2})?|\.[0-9]+", re.ASCII)
+_RATIO = re.compile(r"([0-9]+(?:\.[0-9]+)?)/([0-9]+)", re.ASCII)
+
+
+def exact(value: object) -> str:
+    """Check a length in the image range [0, 1] and return its exact text.
+
+    Args:
+        value: Text such as "8/255" or "0.03", or a TOML float.
+
+    Raises:
+        ValueError: Not such a number, or outside [0, 1]; says what was probably meant.
+    """
+    if isinstance(value, bool) or not isinstance(value, str | float | int):
+        raise ValueError('must be text such as "8/255" or a number such as 0.03')
+    text = value.strip() if isinstance(value, str) else repr(value)
+    if len(text) > 40:
+        raise ValueError("must be a short number such as 8/255 or 0.03")
+    ratio = _RATIO.fullmatch(text)
+    if ratio is None and _NUMBER.fullmatch(text) is None:
+        raise ValueError(f"{text!r} is not a number such as 8/255 or 0.03 between 0 and 1")
+    if ratio is not None and int(ratio[2]) == 0:
+        raise ValueError(f"{text!r} divides by zero")
+    number = Fraction(ratio[1]) / int(ratio[2]) if ratio is not None else Fraction(text)
+    if number > 1:
+        whole = number.denominator == 1 and number <= 255
+        meant = f"did you mean {int(number)}/255?" if whole else "images live in [0, 1]"
+        raise ValueError(f"{text} is larger than 1: {meant}")
+    return text
+
+
+def number(text: str) -> float:
+    """The float nearest to exact text such as "8/255"."""
+    return float(Fraction(text))
+
+
+def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
+    if pair[0] > pair[1]:
+        raise ValueError(f"the lower end {pair[0]} is above the upper end {pair[1]}")
+    return pair
+
+
+Exact = Annotated[str, BeforeValidator(exact)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
+Range = Annotated[tuple[Positive, Positive], Field(strict=False), AfterValidator(_ordered)]
+
+
+class Table(BaseModel):
+    """A table of the recipe: frozen, strict, and without unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Data(Table):
+    """Which images; labels are read where there are some, and used by no objective but supcon."""
+
+    dataset: Literal["fashion-mini", "cifar10", "cifar100", "fashion-mnist", "svhn", "stl10", "folder"]
+    root: str | None = None  # the folder of "folder"; where the raw files of the others lie, else the cache
+    size: Annotated[int, Field(ge=8, le=1024)] | None = None  # pixels; resize the shorter side, then centre crop
+    limit: Count | None = None  # the first images of a seeded shuffle of the training split
+
+    @model_validator(mode="after")
+    def _folder_has_root(self) -> Data:
+        if self.dataset == "folder" and self.root is None:
+            raise ValueError('dataset "folder" needs data.root, the folder that holds train/ and test/')
+        return self
+
+
+class Crops(Table):
+    """One group of crops: `count` random resized crops per image, passed through the encoder together."""
+
+    count: Annotated[int, Field(ge=1, le=1024)]
+    size: Annotated[int, Field(ge=8, le=512)] = 32  # pixels
+    scale: Annotated[Range, Field(description="area, as a share of the image")] = (0.08, 1.0)
+    ratio: Range = (0.75, 1.3333333333333333)  # width / height
+
+    @model_validator(mode="after")
+    def _scale_is_a_share(self) -> Crops:
+        if self.scale[1] > 1:
+            raise ValueError(f"scale {self.scale[1]} is larger than the image; shares of its area lie in (0, 1]")
+        return self
+
+
+class Augment(Table):
+    """What happens to a crop after it was cut; the order of the four jitter operations is random per crop."""
+
+    flip: Probability = 0.5
+    jitter: Annotated[tuple[NonNegative, NonNegative, NonNegative, NonNegative], Field(strict=False)] = (
+        0.4,  # brightness
+        0.4,  # contrast
+        0.4,  # saturation
+        0.2,  # hue, at most 0.5
+    )
+    jitter_p: Probability = 0.8
+    grayscale_p: Probability = 0.2
+    blur_p: Probability = 0.1  # Gaussian, sigma 0.1 to 2
+    solarize_p: Probability = 0.1  # threshold 128/255
+
+    @model_validator(mode="after")
+    def _jitter_in_range(self) -> Augment:
+        if max(self.jitter[:3]) > 1:
+            raise ValueError("jitter of brightness, contrast and saturation lies in [0, 1]")
+        if self.jitter[3] > 0.5:
+            raise ValueError("jitter of hue, the fourth number, lies in [0, 0.5]")
+        return self
+
+
+class Model(Table):
+    """Backbone, the `pre_feature` layer that linear heads read, and the projector."""
+
+    backbone: Literal["resnet18", "resnet34", "resnet50"] = "resnet18"
+    stem: Literal["cifar", "imagenet"] = "cifar"
+    width: Annotated[int, Field(ge=1, le=512)] = 64  # channels of the first stage
+    hidden_dim: Annotated[int, Field(ge=2, le=65536)] = 4096
+    embedding_dim: Annotated[int, Field(ge=2, le=65536)] = 1024
+
+
+class EmpSsl(Table):
+    """EMP-SSL, arXiv:2304.03977: invariance of the crops plus total coding rate."""
+
+    name: Literal["emp-ssl"]
+    invariance_weight: NonNegative = 200.0
+    tcr_weight: NonNegative = 1.0
+    tcr_eps: Positive = 0.2
+
+
+class SimClr(Table):
+    """SimCLR, arXiv:2002.05709: NT-Xent over the views of a batch."""
+
+    name: Literal["simclr"]
+    temperature: Positive = 0.07
+
+
+class SupCon(Table):
+    """Supervised contrastive learning, arXiv:2004.11362; the one objective that reads labels."""
+
+    name: Literal["supcon"]
+    temperature: Positive = 0.07
+
+
+class NoAdversary(Table):
+    """Clean training."""
+
+    name: Literal["none"]
+
+
+class PgdAdversary(Table):
+    """K projected ascent steps of the training loss before each weight step, arXiv:1706.06083."""
+
+    name: Literal["pgd"]
+    eps: Exact = "8/255"
+    step_size: Exact = "0.01"
+    steps: Annotated[int, Field(ge=1, le=1000)] = 5
+    start: Literal["zero", "random"] = "zero"
+    views: Literal["all", "second"] = "all"
+
+
+class FreeAdversary(Table):
+    """Free adversarial training, arXiv:1904.12843: each replay's one backward pass pays for weights and delta."""
+
+    name: Literal["free"]
+    eps: Exact = "8/255"
+    step_size: Exact = "0.01"
+    replays: Annotated[int, Field(ge=1, le=100)] = 3
+    start: Literal["zero", "random"] = "zero"
+    views: Literal["all", "second"] = "all"
+
+
+class Lars(Table):
+    """SGD with Nesterov momentum under LARS, arXiv:1708.03888."""
+
+    name: Literal["lars"] = "lars"
+    lr: NonNegative = 0.3
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    nesterov: bool = True
+    weight_decay: NonNegative = 1e-4
+    trust_coefficient: Positive = 0.005
+    clip: bool = True
+
+    @model_validator(mode="after")
+    def _nesterov_needs_momentum(self) -> Lars:
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov = true has no effect without momentum")
+        return self
+
+
+class Cosine(Table):
+    """Cosine to zero over all weight updates, after `warmup` updates of linear rise."""
+
+    name: Literal["cosine"]
+    warmup: Annotated[int, Field(ge=0, le=10**9)] = 0  # weight updates
+
+
+class OfficialCosine(Table):
+    """The official free scripts' schedule: a cosine whose period forgets the replays, so that lr rises again."""
+
+    name: Literal["official-cosine"]
+
+
+class Train(Table):
+    """How long, how large, and how a run keeps itself."""
+
+    epochs: Annotated[float, Field(gt=0, le=100_000)] = 10.0  # passes over the images, replays not counted
+    batch_size: Annotated[int, Field(ge=2, le=1_000_000)] = 100  # images, over all processes
+    init: str | None = None  # a run whose encoder is the start
+    deterministic: bool = False
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    compile: bool = False
+    checkpoint_every: Annotated[int, Field(ge=0, le=10**9)] = 0  # batches; 0: the end of each epoch
+    keep: Annotated[int, Field(ge=1, le=10_000)] = 2  # newest checkpoints
+    evaluate_every: Annotated[int, Field(ge=0, le=100_000)] = 0  # epochs; 0: never
+    log_every: Count = 10  # batches
+
+
+class Linear(Table):
+    """SLF: a linear classifier on frozen features of whole clean images."""
+
+    head: Literal["linear"]
+    features: Literal["pre_feature", "backbone"] = "pre_feature"
+    protocol: Literal["official", "converged"] = "official"
+    epochs: Count = 20
+    batch_size: Count = 256
+    lr: Positive = 3e-4  # Adam
+    standardize: bool = False
+
+
+class RobustLinear(Table):
+    """ALF: a linear classifier trained on PGD examples of encoder + head, the encoder frozen."""
+
+    head: Literal["robust-linear"]
+    features: Literal["pre_feature", "backbone"] = "pre_feature"
+    epochs: Count = 20
+    batch_size: Count = 256
+    lr: Positive = 3e-4  # Adam
+    eps: Exact = "8/255"
+    step_size: Exact = "0.01"
+    steps: Annotated[int, Field(ge=1, le=1000)] = 5
+
+
+class AggregatedCrops(Table):
+    """A linear classifier on the mean feature of n augmented crops."""
+
+    head: Literal["crops"]
+    features: Literal["pre_feature", "backbone"] = "pre_feature"
+    crops: Annotated[int, Field(ge=1, le=1024)] = 16
+    epochs: Count = 100
+    batch_size: Count = 100
+    lr: Positive = 0.03  # SGD, cosine per epoch
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: NonNegative = 5e-5
+
+
+class Knn(Table):
+    """Weighted nearest neighbours by cosine, arXiv:1805.01978."""
+
+    head: Literal["knn"]
+    features: Literal["pre_feature", "backbone"] = "pre_feature"
+    k: Count = 20
+    temperature: Positive = 0.07
+
+
+class Finetune(Table):
+    """AFF: the whole network trained with labels, on PGD examples, TRADES pairs or clean images."""
+
+    head: Literal["finetune"]
+    features: Literal["pre_feature", "backbone"] = "pre_feature"
+    objective: Literal["pgd", "trades", "clean"] = "pgd"
+    epochs: Count = 25
+    batch_size: Count = 128
+    lr: Positive = 0.01  # SGD with momentum, cosine
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: NonNegative = 5e-4
+    eps: Exact = "8/255"
+    step_size: Exact = "2/255"
+    steps: Annotated[int, Field(ge=1, le=1000)] = 10
+    trades_beta: NonNegative = 6.0
+
+
+class PgdAttack(Table):
+    """PGD on the cross-entropy of encoder + head."""
+
+    name: Literal["pgd"]
+    eps: Exact = "8/255"
+    norm: Literal["linf", "l2"] = "linf"
+    step_size: Exact = "0.01"
+    steps: Annotated[int, Field(ge=1, le=100_000)] = 20
+    restarts: Annotated[int, Field(ge=1, le=1000)] = 1
+    start: Literal["zero", "random"] = "zero"
+
+
+class AutoAttackAttack(Table):
+    """AutoAttack, arXiv:2003.01690."""
+
+    name: Literal["autoattack"]
+    eps: Exact = "8/255"
+    norm: Literal["linf", "l2"] = "linf"
+    version: Literal["standard", "rand"] = "standard"
+
+
+Objective = Annotated[EmpSsl | SimClr | SupCon, Field(discriminator="name")]
+Adversary = Annotated[NoAdversary | PgdAdversary | FreeAdversary, Field(discriminator="name")]
+Schedule = Annotated[Cosine | OfficialCosine, Field(discriminator="name")]
+Probe = Annotated[Linear | RobustLinear | AggregatedCrops | Knn | Finetune, Field(discriminator="head")]
+Attack = Annotated[PgdAttack | AutoAttackAttack, Field(discriminator="name")]
+
+
+class Recipe(Table):
+    """One run, whole."""
+
+    schema_version: Annotated[Literal[1], Field(alias="schema")]
+    name: Annotated[str, Field(min_length=1, max_length=200)]
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    data: Data
+    crops: Annotated[tuple[Crops, ...], Field(strict=False, min_length=1, max_length=16)]
+    augment: Augment = Augment()
+    model: Model = Model()
+    objective: Objective
+    adversary: Adversary
+    optimizer: Lars = Lars()
+    schedule: Schedule = Cosine(name="cosine")
+    train: Train = Train()
+    probe: Probe = Linear(head="linear")
+    attack: Annotated[tuple[Attack, ...], Field(strict=False)] = (PgdAttack(name="pgd"),)
+
+    @property
+    def views(self) -> int:
+        """V, the number of crops of one image over all groups."""
+        return sum(group.count for group in self.crops)
+
+    @property
+    def replays(self) -> int:
+        """How often a batch is used for a weight update."""
+        return self.adversary.replays if isinstance(self.adversary, FreeAdversary) else 1
+
+    def resolved(self) -> dict[str, Any]:
+        """Every setting with its value, as plain JSON values."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    def digest(self) -> str:
+        """SHA-256 of what makes the encoder, in hex.
+
+        Left out are seed, name, paths, checkpointing and logging, and the probe and attack tables, which are
+        recorded with each result: seeds of one recipe share a digest.
+        """
+        kept = self.resolved()
+        for key in ("seed", "name", "probe", "attack"):
+            del kept[key]
+        del kept["data"]["root"]
+        for key in ("checkpoint_every", "keep", "evaluate_every", "log_every"):
+            del kept["train"][key]
+        return hashlib.sha256(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
