@@ -1,0 +1,362 @@
+"""Files that exist whole or not at all, and append-only files of JSON lines.
+
+A file is written under a temporary name beside its final one, flushed to the disk and renamed; then the folder is
+flushed. A temporary name says which process made it, so that what a killed process left can be told from what a live
+one is writing. A line of a JSON-lines file exists once its newline does.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import secrets
+import shutil
+import socket
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from hashlib import blake2s
+from pathlib import Path
+from types import TracebackType
+
+from cfamc_cli.errors import CfamcError, ExitCode
+
+MAX_READ = 256 * 2**20  # bytes; no file that is read whole comes near it
+_TEMP = re.compile(r"\.tmp-([0-9a-f]{8})-(\d+)-(\d+)-[0-9a-f]{8}")
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process, told from a later one that was given the same number.
+
+    Attributes:
+        host: Name of the machine.
+        pid: Process number on that machine.
+        start: When it started, in clock ticks since the machine did; 0 where the system does not say.
+    """
+
+    host: str
+    pid: int
+    start: int
+
+    @classmethod
+    def current(cls) -> Process:
+        """The calling process."""
+        return cls(socket.gethostname(), os.getpid(), process_start(os.getpid()) or 0)
+
+    def is_alive(self) -> bool:
+        """Whether it still runs; a process of another machine is taken to be alive."""
+        return self.host != socket.gethostname() or process_start(self.pid) == self.start
+
+
+def process_start(pid: int) -> int | None:
+    """Return when a process of this machine started, 0 where only its existence is known, None where it is gone."""
+    if not Path("/proc/self/stat").exists():
+        try:
+            os.kill(pid, 0)
+        except PermissionError:
+            return 0
+        except (OSError, OverflowError):
+            return None
+        return 0
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    fields = text.rpartition(")")[2].split()  # the name before may hold blanks and brackets
+    return None if fields[0] in "ZX" else int(fields[19])  # a zombie holds nothing any more
+
+
+@contextmanager
+def explained(path: Path, *, needed: int | None = None) -> Iterator[None]:
+    """Turn an OSError of the block into one line that names the file and the cause.
+
+    Args:
+        path: The file or folder that the block is about.
+        needed: Bytes that the block wants to write, told when there is no space.
+
+    Raises:
+        CfamcError: In place of any OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        cause = (os.strerror(error.errno) if error.errno else str(error)).lower()
+        hint = ""
+        if error.errno in _NO_SPACE:
+            cause += f" ({_space(path, needed)})"
+            hint = "free some space, or choose another folder"
+        raise CfamcError(f"cannot use {path}: {cause}", hint=hint) from error
+
+
+def read_bytes(path: Path, *, limit: int = MAX_READ) -> bytes:
+    """Read a regular file; a device, a pipe and a file over `limit` bytes are refused and never waited for.
+
+    Raises:
+        CfamcError: The file cannot be read, is not a regular file or is too large.
+    """
+    with explained(path):
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        with os.fdopen(descriptor, "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise CfamcError(f"cannot use {path}: not a regular file", exit_code=ExitCode.BAD_DATA)
+            data = file.read(limit + 1)
+    if len(data) > limit:
+        raise CfamcError(f"cannot use {path}: larger than {limit:,} bytes", exit_code=ExitCode.BAD_DATA)
+    return data
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Make `path` hold `data`, or leave it as it was.
+
+    Raises:
+        CfamcError: The disk is full, the folder cannot be written, or the device failed.
+    """
+    temp = path.parent / _temp_name()
+    with explained(path, needed=len(data)):
+        try:
+            descriptor = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # the umask has its say
+            try:
+                _write_all(descriptor, data)
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            temp.replace(path)
+        except BaseException:
+            _remove(temp)
+            raise
+        sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Make `path` hold `text` as UTF-8, or leave it as it was.
+
+    Raises:
+        CfamcError: As for `write_bytes`.
+    """
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: object) -> None:
+    """Make `path` hold `value` as JSON, keys in the order given, or leave it as it was.
+
+    Raises:
+        ValueError: A number is not finite.
+        CfamcError: As for `write_bytes`.
+    """
+    write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to the disk.
+
+    Raises:
+        CfamcError: The device failed or the path is gone.
+    """
+    with explained(path):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def staged_folder(final: Path, *, needed: int | None = None) -> Iterator[Path]:
+    """Fill a folder that appears under its name only when it is complete.
+
+    Args:
+        final: The name that the folder gets; it must not exist, its parent must.
+        needed: Bytes that will be written, told when there is no space.
+
+    Yields:
+        The temporary folder to fill.
+
+    Raises:
+        CfamcError: `final` exists, or as for `write_bytes`; what was written is removed.
+    """
+    temp = final.parent / _temp_name()
+    with explained(final, needed=needed):
+        try:
+            temp.mkdir()
+            yield temp
+            for folder, _, names in os.walk(temp, topdown=False):
+                for name in names:
+                    sync(Path(folder, name))
+                sync(Path(folder))
+            temp.rename(final)
+        except BaseException:
+            _remove(temp)
+            raise
+        sync(final.parent)
+
+
+def sweep(folder: Path) -> list[Path]:
+    """Remove the temporary files and folders that dead processes of this machine left in `folder`.
+
+    Returns:
+        What was removed.
+    """
+    host = _host_digest()
+    removed = []
+    with suppress(OSError):
+        for path in sorted(folder.iterdir()):
+            found = _TEMP.fullmatch(path.name)
+            if found and found[1] == host and process_start(int(found[2])) != int(found[3]):
+                _remove(path)
+                removed.append(path)
+    return removed
+
+
+class JsonLines:
+    """An append-only file of JSON objects, one a line, with one writer at a time.
+
+    A record is handed to the system as it is appended, so it outlives the process; `position` makes it outlive a power
+    cut. A torn last line that a killed writer left is cut off when the file is opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with explained(path):
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            self._size = _whole_lines(self._descriptor)
+            os.ftruncate(self._descriptor, self._size)
+
+    def append(self, record: Mapping[str, object]) -> None:
+        """Add one record; when that fails, the file is as it was.
+
+        Raises:
+            ValueError: A number is not finite.
+            CfamcError: As for `write_bytes`.
+        """
+        line = (json.dumps(record, allow_nan=False, separators=(",", ":")) + "\n").encode()
+        with explained(self.path, needed=len(line)):
+            try:
+                _write_all(self._descriptor, line)
+            except BaseException:
+                with suppress(OSError):  # else the next opening cuts off the torn line
+                    os.ftruncate(self._descriptor, self._size)
+                raise
+        self._size += len(line)
+
+    def position(self) -> int:
+        """Flush to the disk and return the size of the file in bytes."""
+        with explained(self.path):
+            os.fsync(self._descriptor)
+        return self._size
+
+    def close(self) -> None:
+        """Close the file; a second call does nothing."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> JsonLines:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def cut(path: Path, size: int) -> None:
+    """Cut a file back to its first `size` bytes; a missing file has 0.
+
+    Raises:
+        CfamcError: The file is shorter than that, or cannot be written.
+    """
+    with explained(path):
+        found = path.stat().st_size if path.exists() else 0
+        if found < size:
+            raise CfamcError(
+                f"{path} has {found:,} bytes where a checkpoint counts on {size:,}", exit_code=ExitCode.BAD_DATA
+            )
+        if found > size:
+            os.truncate(path, size)
+            sync(path)
+
+
+@dataclass(frozen=True)
+class Lines:
+    """The content of a JSON-lines file.
+
+    Attributes:
+        records: The objects, in order.
+        torn: Whether an unfinished last line was left out.
+    """
+
+    records: list[dict[str, object]]
+    torn: bool
+
+
+def read_jsonl(path: Path) -> Lines:
+    """Read a file of JSON lines that a writer may be appending to.
+
+    Raises:
+        CfamcError: The file cannot be read, or a finished line is not a JSON object; names file and line.
+    """
+    *lines, rest = read_bytes(path).split(b"\n")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError):
+            record = None
+        if not isinstance(record, dict):
+            raise CfamcError(f"{path}:{number}: not a JSON object", exit_code=ExitCode.BAD_DATA)
+        records.append(record)
+    return Lines(records, torn=bool(rest))
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(name)  # NaN and the infinities are no JSON
+
+
+def _temp_name() -> str:
+    process = Process.current()
+    return f".tmp-{_host_digest()}-{process.pid}-{process.start}-{secrets.token_hex(4)}"
+
+
+def _host_digest() -> str:
+    return blake2s(socket.gethostname().encode(), digest_size=4).hexdigest()
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def _whole_lines(descriptor: int) -> int:
+    """Bytes up to and with the last newline, searched from the end."""
+    end = os.fstat(descriptor).st_size
+    while end:
+        start = max(0, end - 65536)
+        newline = os.pread(descriptor, end - start, start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
+        end = start
+    return 0
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or folder as far as that is possible."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+def _space(path: Path, needed: int | None) -> str:
+    try:
+        free = f"{shutil.disk_usage(path.parent).free:,} bytes free"
+    except OSError:
+        free = "free space unknown"
+    return free if needed is None else f"{needed:,} bytes needed, {free}"
