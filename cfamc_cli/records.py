@@ -1,0 +1,485 @@
+"""The schema of every JSON file that is written, and how such a file is read back.
+
+Accuracies are fractions with the counts they come from and a Wilson 95 % interval. Digests are hexadecimal SHA-256.
+Per-sample outcomes are bit masks: sample i of the evaluated order is bit i of the number that the hexadecimal text
+spells.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Literal, Self, TypeVar
+
+from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
+
+from cfamc_cli import __version__
+from cfamc_cli.errors import CfamcError, ExitCode
+from cfamc_cli.files import read_bytes, write_bytes
+
+SCHEMA_VERSION: Literal[1] = 1
+_Z95 = 1.959963984540054  # the 97.5 % quantile of the normal distribution
+
+
+def _printable(value: object) -> object:
+    """File names may hold bytes that are no UTF-8; JSON may not."""
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
+
+
+def _finite_or_none(value: object) -> object:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+Text = Annotated[str, BeforeValidator(_printable)]
+Count = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Seconds = Annotated[float, Field(ge=0)]
+Hex = Annotated[str, Field(pattern=r"^[0-9a-f]*$")]
+Measured = Annotated[float | None, BeforeValidator(_finite_or_none)]  # None where the number was not finite
+Status = Literal["created", "running", "finished", "diverged", "interrupted", "failed"]
+HeadKind = Literal["linear", "robust-linear", "crops", "knn", "finetune"]
+Features = Literal["pre_feature", "backbone"]
+
+
+class Part(BaseModel):
+    """What every record is made of: frozen, strict, nothing unknown, nothing that is not finite."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Record(Part):
+    """A record that has a file of its own."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+
+
+R = TypeVar("R", bound=Record)
+
+
+def wilson(correct: int, n: int) -> tuple[float, float]:
+    """Return the 95 % interval of a fraction.
+
+    Args:
+        correct: How many of the samples count.
+        n: How many samples there are, at least 1.
+
+    Source:
+        Wilson 1927, Probable inference, the law of succession, and statistical inference; the score interval.
+    """
+    p, z2 = correct / n, _Z95 * _Z95
+    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = _Z95 / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    low = 0.0 if correct == 0 else max(0.0, centre - half)  # exact at the ends, where rounding would blur it
+    return low, 1.0 if correct == n else min(1.0, centre + half)
+
+
+class Accuracy(Part):
+    """A measured fraction.
+
+    Attributes:
+        correct: Samples that count.
+        n: Samples measured.
+        value: correct / n.
+        low: Lower end of the Wilson 95 % interval.
+        high: Upper end of it.
+    """
+
+    correct: Count
+    n: Annotated[int, Field(ge=1)]
+    value: Share
+    low: Share
+    high: Share
+
+    @classmethod
+    def of(cls, correct: int, n: int) -> Self:
+        """The accuracy of `correct` in `n` samples."""
+        if not 0 <= correct <= n or n < 1:
+            raise ValueError(f"{correct} of {n} samples")
+        low, high = wilson(correct, n)
+        return cls(correct=correct, n=n, value=correct / n, low=low, high=high)
+
+
+class Environment(Part):
+    """Where a run was made: a fixed list of facts, never the environment variables."""
+
+    cfamc: str
+    python: str
+    torch: str
+    torchvision: str
+    platform: Text
+    cpu: Text
+    cores: Count
+    device: Text
+    git_revision: Hex | None
+    git_changed: bool  # whether the checkout differs from that revision
+
+
+class Progress(Part):
+    """How far a run is.
+
+    Attributes:
+        batch: Batches finished.
+        step: Weight updates finished.
+        epoch: Epochs finished, with their fraction.
+        total: Weight updates that the recipe asks for.
+    """
+
+    batch: Count = 0
+    step: Count = 0
+    epoch: Annotated[float, Field(ge=0)] = 0.0
+    total: Count = 0
+
+
+class Totals(Part):
+    """What a run cost: weight updates, encoded views (forward and backward) and the size of the encoder."""
+
+    steps: Count
+    view_passes: Count
+    parameters: Count
+
+
+class DataUsed(Part):
+    """The samples that something was made from: data set, split, how many, and the digest of their content."""
+
+    dataset: Text
+    split: Text
+    n: Count
+    fingerprint: str
+
+
+class Evaluation(Part):
+    """The online evaluation of an encoder, for monitoring.
+
+    Attributes:
+        epoch: When it was made.
+        knn: Weighted nearest neighbours on features.
+        clean: Online linear head on clean images.
+        robust: The same head under `attack`.
+        eps: Size of the attack, exact text.
+        attack: Its name with its steps.
+    """
+
+    epoch: Annotated[float, Field(ge=0)]
+    knn: Accuracy | None
+    clean: Accuracy | None
+    robust: Accuracy | None
+    eps: str
+    attack: str
+
+
+class Failure(Part):
+    """Why a run ended early; `loss` and `gradient_norm` are None where they were not finite."""
+
+    message: Text
+    exit_code: int
+    batch: Count | None = None
+    step: Count | None = None
+    lr: Measured = None
+    loss: Measured = None
+    gradient_norm: Measured = None
+
+
+class RunRecord(Record):
+    """run.json: one pretraining run.
+
+    Attributes:
+        evaluation: The last online evaluation.
+        untrained: The same figures for the encoder before its first update.
+        init: Run whose encoder this one started from.
+        imported: File of foreign weights that the encoder was read from, in place of training.
+        recipe_digest: Equal for the seeds of one recipe.
+    """
+
+    id: Text
+    name: Text
+    status: Status
+    created: AwareDatetime
+    updated: AwareDatetime
+    recipe_digest: Hex
+    seed: int
+    progress: Progress
+    environment: Environment
+    wall_seconds: Seconds
+    totals: Totals
+    data: DataUsed | None
+    init: Text | None = None
+    imported: Text | None = None
+    evaluation: Evaluation | None = None
+    untrained: Evaluation | None = None
+    failure: Failure | None = None
+
+
+class ClassAccuracy(Part):
+    """One class of a probe; without an accuracy where the split has none of it."""
+
+    name: Text
+    accuracy: Accuracy | None
+
+
+class ProbeRecord(Record):
+    """probes/<id>/record.json: one head on one encoder.
+
+    Attributes:
+        head: Kind of head.
+        settings: Its resolved settings.
+        head_digest: Of the head's weights; None for knn, which has none.
+        classes: Per class of the test split, in label order; `confusion` has a row per true class.
+        train_accuracy: On the samples the head was fitted to; None where that was not measured.
+    """
+
+    id: Text
+    run: Text
+    created: AwareDatetime
+    recipe_digest: Hex
+    seed: int
+    head: HeadKind
+    features: Features
+    settings: dict[str, JsonValue]
+    encoder_digest: Hex
+    head_digest: Hex | None
+    train: DataUsed
+    test: DataUsed
+    train_accuracy: Accuracy | None
+    test_accuracy: Accuracy
+    classes: tuple[ClassAccuracy, ...]
+    confusion: tuple[tuple[Count, ...], ...]
+    wall_seconds: Seconds
+    environment: Environment
+
+
+class ThreatModel(Part):
+    """What the attacker may do: where it acts, how distance is measured, and how far it may go (exact text)."""
+
+    space: Literal["image", "crops"]
+    norm: Literal["linf", "l2"]
+    eps: str
+
+
+class ClassRobustness(Part):
+    """One class of an attack; without accuracies where the samples have none of it."""
+
+    name: Text
+    clean: Accuracy | None
+    robust: Accuracy | None
+
+
+class Stage(Part):
+    """One stage of an attack: its name, how many samples it was given, how many it broke, and its cost."""
+
+    name: Text
+    attacked: Count
+    broken: Count
+    forward: Count
+    backward: Count
+    wall_seconds: Seconds
+
+
+class Flag(Part):
+    """One check of whether the numbers can be trusted.
+
+    Attributes:
+        figure: What was measured; None where there is no number.
+        limit: What it is held against.
+        verdict: "skipped" says that the check was not made.
+    """
+
+    name: Text
+    figure: Measured
+    limit: Measured
+    verdict: Literal["passed", "failed", "skipped"]
+    text: Text
+
+
+class AttackRecord(Record):
+    """attacks/<id>/record.json: one finished evaluation under attack.
+
+    Attributes:
+        probe: Head that was attacked; its kind is `head`.
+        attack: Name of the attack; only equal names with equal settings are compared.
+        settings: Its resolved settings.
+        data: The samples attacked: the first `data.n` of an order that the data fixes.
+        subset: How they were chosen, in words.
+        order_digest: Of that whole order.
+        forward: Forward passes of single samples; `backward` likewise.
+    """
+
+    id: Text
+    run: Text
+    probe: Text
+    created: AwareDatetime
+    recipe_digest: Hex
+    seed: int
+    head: HeadKind
+    features: Features
+    threat: ThreatModel
+    attack: Text
+    settings: dict[str, JsonValue]
+    data: DataUsed
+    subset: Text
+    order_digest: Hex
+    encoder_digest: Hex
+    head_digest: Hex | None
+    clean: Accuracy
+    robust: Accuracy
+    classes: tuple[ClassRobustness, ...]
+    stages: tuple[Stage, ...]
+    forward: Count
+    backward: Count
+    wall_seconds: Seconds
+    flags: tuple[Flag, ...]
+    environment: Environment
+
+
+class StageOutcome(Part):
+    """Which samples still stand after a stage.
+
+    Attributes:
+        done: Samples that the stage has finished with, from the first on; the bits of later ones are 0.
+        robust: Bit mask of those classified right under this stage and all before it.
+    """
+
+    name: Text
+    done: Count
+    robust: Hex
+
+
+class Outcomes(Record):
+    """attacks/<id>/outcomes.json: per-sample outcomes, complete or under way.
+
+    Attributes:
+        n: Samples to evaluate.
+        block: Samples of one block; blocks are committed whole.
+        done: Samples whose clean prediction is known.
+        clean: Bit mask of those classified right without an attack.
+    """
+
+    n: Count
+    block: Annotated[int, Field(ge=1)]
+    order_digest: Hex
+    data_fingerprint: str
+    done: Count
+    clean: Hex
+    stages: tuple[StageOutcome, ...]
+
+
+class MetricRecord(BaseModel):
+    """One line of metrics.jsonl: the position, and whatever else was measured there."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    step: int
+    epoch: float = 0.0
+
+
+def pack_bits(bits: Sequence[bool]) -> str:
+    """Spell a bit mask: bit i of the number is `bits[i]`, in ceil(n / 4) digits."""
+    if not bits:
+        return ""
+    number = int("".join("1" if bit else "0" for bit in reversed(bits)), 2)
+    return f"{number:0{-(-len(bits) // 4)}x}"
+
+
+def unpack_bits(text: str, n: int) -> list[bool]:
+    """Read the first `n` bits of a mask that `pack_bits` spelled."""
+    number = int(text or "0", 16)
+    return [bool(number >> i & 1) for i in range(n)]
+
+
+def now() -> datetime:
+    """The time, in UTC and whole seconds."""
+    return datetime.now(UTC).replace(microsecond=0)
+
+
+def load_record(path: Path, model: type[R]) -> R:
+    """Read a record.
+
+    Raises:
+        CfamcError: The file cannot be read, or does not hold such a record; one line that names file and field.
+    """
+    data = read_bytes(path)
+    try:
+        return model.model_validate_json(data)
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_context=False)[0]
+        where = ".".join(map(str, problem["loc"]))
+        if where == "schema_version":
+            raise CfamcError(
+                f"{path}: schema version {problem['input']!r:.20}, where {SCHEMA_VERSION} is known",
+                hint="read it with the version of cfamc that wrote it, or a newer one",
+                exit_code=ExitCode.BAD_DATA,
+            ) from error
+        cause = " ".join(problem["msg"].split())
+        raise CfamcError(
+            f"{path}: {where + ': ' if where else ''}{cause}"[:500], exit_code=ExitCode.BAD_DATA
+        ) from error
+
+
+def save_record(path: Path, record: Record) -> None:
+    """Write a record whole; one that could not be read back is never written.
+
+    Raises:
+        ValueError: The record breaks its own schema, as a careless `model_copy` can.
+        CfamcError: The file cannot be written.
+    """
+    data = record.model_dump_json(indent=2, warnings="none").encode()  # the next line is the judge
+    type(record).model_validate_json(data)
+    write_bytes(path, data + b"\n")
+
+
+def capture_environment(device: str) -> Environment:
+    """Collect what a result depends on besides its recipe.
+
+    Args:
+        device: Name of the device that computes, as the engine tells it.
+    """
+    revision, changed = _git_state(Path(__file__).parent)
+    return Environment(
+        cfamc=__version__,
+        python=platform.python_version(),
+        torch=_version("torch"),
+        torchvision=_version("torchvision"),
+        platform=platform.platform(),
+        cpu=_cpu_model(),
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        device=device,
+        git_revision=revision,
+        git_changed=changed,
+    )
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _git_state(folder: Path) -> tuple[str | None, bool]:
+    """Revision of the checkout that this package is tracked in, and whether it was changed; no remote is looked at."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True, timeout=5
+        ).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no", "--", "."))
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None, False

@@ -1,0 +1,236 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cfamc_cli import records
+from cfamc_cli.errors import CfamcError, ExitCode
+from cfamc_cli.records import (
+    Accuracy,
+    AttackRecord,
+    DataUsed,
+    Environment,
+    Evaluation,
+    Failure,
+    Outcomes,
+    ProbeRecord,
+    Progress,
+    RunRecord,
+    StageOutcome,
+    ThreatModel,
+    Totals,
+)
+
+ENVIRONMENT = Environment(
+    cfamc="0.1.0",
+    python="3.11.7",
+    torch="2.9.0",
+    torchvision="0.24.0",
+    platform="Linux",
+    cpu="some",
+    cores=2,
+    device="cpu",
+    git_revision=None,
+    git_changed=False,
+)
+TEST = DataUsed(dataset="cifar10", split="test", n=10, fingerprint="ab12")
+
+
+def run_record() -> RunRecord:
+    return RunRecord(
+        id="20261122-201530-a-3f2a9c",
+        name="a",
+        status="finished",
+        created=records.now(),
+        updated=records.now(),
+        recipe_digest="0f",
+        seed=0,
+        progress=Progress(batch=3, step=9, epoch=1.0, total=9),
+        environment=ENVIRONMENT,
+        wall_seconds=1.5,
+        totals=Totals(steps=9, view_passes=100, parameters=7),
+        data=TEST,
+        evaluation=Evaluation(
+            epoch=1.0, knn=None, clean=Accuracy.of(7, 10), robust=Accuracy.of(3, 10), eps="8/255", attack="pgd-10"
+        ),
+        failure=Failure(message="a\udcffb", exit_code=3, step=4, loss=float("nan"), gradient_norm=float("inf")),
+    )
+
+
+def probe_record() -> ProbeRecord:
+    return ProbeRecord(
+        id="linear-001",
+        run="r",
+        created=records.now(),
+        recipe_digest="0f",
+        seed=0,
+        head="linear",
+        features="pre_feature",
+        settings={"epochs": 20},
+        encoder_digest="aa",
+        head_digest=None,
+        train=TEST,
+        test=TEST,
+        train_accuracy=None,
+        test_accuracy=Accuracy.of(7, 10),
+        classes=(),
+        confusion=((3, 0), (1, 2)),
+        wall_seconds=1.0,
+        environment=ENVIRONMENT,
+    )
+
+
+def attack_record() -> AttackRecord:
+    return AttackRecord(
+        id="pgd-001",
+        run="r",
+        probe="linear-001",
+        created=records.now(),
+        recipe_digest="0f",
+        seed=0,
+        head="linear",
+        features="pre_feature",
+        threat=ThreatModel(space="image", norm="linf", eps="8/255"),
+        attack="pgd",
+        settings={"steps": 20, "step_size": "0.01"},
+        data=TEST,
+        subset="the first 10",
+        order_digest="bb",
+        encoder_digest="aa",
+        head_digest="cc",
+        clean=Accuracy.of(7, 10),
+        robust=Accuracy.of(3, 10),
+        classes=(),
+        stages=(),
+        forward=1,
+        backward=1,
+        wall_seconds=1.0,
+        flags=(),
+        environment=ENVIRONMENT,
+    )
+
+
+@pytest.mark.parametrize("record", [run_record(), probe_record(), attack_record()], ids=lambda record: record.id)
+def test_a_record_comes_back_as_it_was(tmp_path: Path, record: records.Record) -> None:
+    records.save_record(tmp_path / "record.json", record)
+    assert records.load_record(tmp_path / "record.json", type(record)) == record
+
+
+def test_what_is_not_finite_or_no_text_is_stored_as_such(tmp_path: Path) -> None:
+    records.save_record(tmp_path / "run.json", run_record())
+    failure = json.loads((tmp_path / "run.json").read_bytes())["failure"]
+    assert failure["message"] == "a\\udcffb"
+    assert failure["loss"] is None
+    assert failure["gradient_norm"] is None
+
+
+def test_a_record_that_breaks_its_schema_is_never_written(tmp_path: Path) -> None:
+    for change in ({"seed": "0"}, {"wall_seconds": float("nan")}, {"status": "done"}):
+        with pytest.raises(ValueError, match="validation error"):
+            records.save_record(tmp_path / "run.json", run_record().model_copy(update=change))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema_version": 2}, r"run\.json: schema version 2, where 1 is known"),
+        ({"schema_version": "x" * 1000}, r"run\.json: schema version 'x+, where 1 is known"),
+        ({"colour": 1}, r"run\.json: colour: Extra inputs are not permitted"),
+        ({"seed": True}, r"run\.json: seed: Input should be a valid integer"),
+        ({"seed": "1"}, r"run\.json: seed: Input should be a valid integer"),
+        ({"wall_seconds": float("nan")}, r"run\.json: wall_seconds: Input should be a finite number"),
+        ({"progress": {"step": -1}}, r"run\.json: progress\.step: Input should be greater than or equal to 0"),
+        ({"created": "yesterday"}, r"run\.json: created: "),
+        ({"status": "\x1b[31m\n" + "x" * 10**6}, r"run\.json: status: Input should be 'created'"),
+    ],
+)
+def test_a_foreign_record_is_refused_in_one_line(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(run_record().model_dump(mode="json") | change))
+    with pytest.raises(CfamcError, match=message) as caught:
+        records.load_record(path, RunRecord)
+    assert caught.value.exit_code == ExitCode.BAD_DATA
+    assert caught.value.message.isprintable()
+    assert len(caught.value.message) < 600
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"\xff\xfe", b"<html>", b"[" * 100_000, b"\0" * 100, b"null"])
+def test_damage_is_refused_in_one_line(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "run.json"
+    path.write_bytes(data)
+    with pytest.raises(CfamcError, match=r"run\.json: ") as caught:
+        records.load_record(path, RunRecord)
+    assert caught.value.message.isprintable()
+
+
+@given(st.integers(1, 10_000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_the_interval_solves_its_defining_equation(case: tuple[int, int]) -> None:
+    """Independent form: both ends p satisfy (p_hat - p)^2 = z^2 p (1 - p) / n."""
+    correct, n = case
+    for end in records.wilson(correct, n):
+        assert abs((correct / n - end) ** 2 - 3.8414588206941254 * end * (1 - end) / n) < 1e-12
+    low, high = records.wilson(correct, n)
+    assert 0 <= low <= correct / n <= high <= 1
+
+
+def test_known_interval() -> None:
+    assert records.wilson(1, 10) == pytest.approx((0.017876213095072924, 0.4041500267952385))
+    with pytest.raises(ValueError, match="3 of 2"):
+        Accuracy.of(3, 2)
+    with pytest.raises(ValueError, match="0 of 0"):
+        Accuracy.of(0, 0)
+
+
+@given(st.lists(st.booleans(), max_size=70))
+def test_bits_come_back(bits: list[bool]) -> None:
+    text = records.pack_bits(bits)
+    assert records.unpack_bits(text, len(bits)) == bits
+    assert len(text) == -(-len(bits) // 4)
+    assert int(text or "0", 16).bit_count() == sum(bits)
+    Outcomes(
+        n=len(bits),
+        block=8,
+        order_digest="",
+        data_fingerprint="",
+        done=len(bits),
+        clean=text,
+        stages=(StageOutcome(name="pgd", done=0, robust=""),),
+    )
+
+
+def test_the_environment_holds_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = "hunter2-swordfish"
+    for index in range(30):
+        kind = ("TOKEN", "PASSWORD", "AWS_SECRET_ACCESS_KEY", "API_KEY", "CREDENTIALS")[index % 5]
+        monkeypatch.setenv(f"{kind}_{index}", secret)
+    checkout = tmp_path / "checkout"
+    checkout.mkdir()
+    (checkout / "__init__.py").write_text("")
+    remote = f"https://me:{secret}@example.org/x.git"
+    identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    for arguments in (["init", "-q"], ["remote", "add", "origin", remote], ["add", "."], ["commit", "-qm", "x"]):
+        subprocess.run(["git", *identity, *arguments], cwd=checkout, check=True)
+    monkeypatch.setattr(records, "__file__", str(checkout / "records.py"))
+    environment = records.capture_environment("cpu")
+    assert environment.git_revision is not None
+    assert len(environment.git_revision) == 40
+    assert not environment.git_changed
+    (checkout / "__init__.py").write_text("x = 1")
+    assert records.capture_environment("cpu").git_changed
+    text = environment.model_dump_json()
+    assert secret not in text
+    assert not [name for name in os.environ if len(os.environ[name]) > 15 and os.environ[name] in text]
+
+
+def test_a_package_outside_any_checkout_has_no_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "__file__", str(tmp_path / "records.py"))
+    assert records.capture_environment("cpu").git_revision is None
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert records.capture_environment("cpu").git_revision is None
