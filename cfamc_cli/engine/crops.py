@@ -1,0 +1,265 @@
+"""Random resized crops and colour augmentation of whole batches, as matrix products and vectorised kernels.
+
+What is random is drawn once, on the CPU, into `CropParameters`; the kernels are deterministic functions of
+(images, parameters) and are held to torchvision.transforms.v2.functional sample by sample.
+Symbols: V crops per image, B images, N = V * B crops in crop-major order, C channels, S output size, H x W source size.
+Images are float in [0, 1].
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cfamc_cli.recipe import Augment, Crops
+
+BLUR_RADIUS = 6  # pixels: three times the largest sigma
+BLUR_SIGMA = (0.1, 2.0)
+SOLARIZE_THRESHOLD = 128 / 255
+_ATTEMPTS = 10  # of torchvision's RandomResizedCrop, before it takes the central crop
+_LUMA = (0.2989, 0.587, 0.114)
+
+
+@dataclass(frozen=True)
+class CropParameters:
+    """Everything random about a group of crops, on the CPU; (V, B) each unless noted.
+
+    Attributes:
+        box: Top, left, height and width in source pixels, (V, B, 4), whole numbers as float.
+        flip: Whether the crop is mirrored.
+        jittered: Whether the four colour operations are applied.
+        order: The order of brightness 0, contrast 1, saturation 2 and hue 3, (V, B, 4).
+        factors: Their strengths, (V, B, 4): three factors around 1 and a hue shift in [-0.5, 0.5].
+        grayscale: Whether the crop loses its colour.
+        sigma: Standard deviation of the Gaussian blur in pixels, 0 where there is none.
+        solarized: Whether values of 128/255 and above are inverted.
+    """
+
+    box: Tensor
+    flip: Tensor
+    jittered: Tensor
+    order: Tensor
+    factors: Tensor
+    grayscale: Tensor
+    sigma: Tensor
+    solarized: Tensor
+
+    def images(self, first: int, last: int) -> CropParameters:
+        """The parameters of images first to last - 1 of the batch: a process's own share."""
+        return CropParameters(*(getattr(self, name)[:, first:last] for name in self.__dataclass_fields__))
+
+
+def sample_parameters(
+    batch_size: int, height: int, width: int, *, group: Crops, augment: Augment, generator: torch.Generator
+) -> CropParameters:
+    """Draw the parameters of `group.count` crops for each of `batch_size` images of height x width pixels.
+
+    Boxes follow torchvision's RandomResizedCrop: ten tries of an area share uniform in `scale` and an aspect ratio
+    log-uniform in `ratio`, then the central crop.
+    """
+    shape = (group.count, batch_size)
+
+    def uniform(*extra: int) -> Tensor:
+        return torch.rand(*shape, *extra, generator=generator)
+
+    jitter = torch.tensor(augment.jitter)
+    centre = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    sigma = BLUR_SIGMA[0] + (BLUR_SIGMA[1] - BLUR_SIGMA[0]) * uniform()
+    return CropParameters(
+        box=_sample_boxes(uniform(_ATTEMPTS, 2), uniform(2), height, width, group),
+        flip=uniform() < augment.flip,
+        jittered=uniform() < augment.jitter_p,
+        order=uniform(4).argsort(-1),
+        factors=centre + jitter * (2 * uniform(4) - 1),
+        grayscale=uniform() < augment.grayscale_p,
+        sigma=torch.where(uniform() < augment.blur_p, sigma, 0.0),
+        solarized=uniform() < augment.solarize_p,
+    )
+
+
+def _sample_boxes(tries: Tensor, corner: Tensor, height: int, width: int, group: Crops) -> Tensor:
+    """Boxes (V, B, 4) from uniform numbers: tries (V, B, attempts, 2) for area and ratio, corner (V, B, 2)."""
+    area = height * width * (group.scale[0] + (group.scale[1] - group.scale[0]) * tries[..., 0])
+    low, high = math.log(group.ratio[0]), math.log(group.ratio[1])
+    ratio = torch.exp(low + (high - low) * tries[..., 1])
+    size = torch.stack([(area / ratio).sqrt().round(), (area * ratio).sqrt().round()], -1)  # (V, B, attempts, 2)
+    fits = (size >= 1).all(-1) & (size[..., 0] <= height) & (size[..., 1] <= width)
+    first = fits.float().argmax(-1)  # the first that fits; 0 where none does
+    size = size.gather(-2, first[..., None, None].expand(*first.shape, 1, 2)).squeeze(-2)  # (V, B, 2)
+    room = torch.tensor([height, width]) - size
+    at = torch.minimum((corner * (room + 1)).floor(), room)
+
+    whole = width / height
+    if whole < group.ratio[0]:
+        central = (round(width / group.ratio[0]), width)
+    elif whole > group.ratio[1]:
+        central = (height, round(height * group.ratio[1]))
+    else:
+        central = (height, width)
+    middle = torch.tensor([(height - central[0]) // 2, (width - central[1]) // 2, *central], dtype=torch.float32)
+    return torch.where(fits.any(-1, keepdim=True), torch.cat([at, size], -1), middle)
+
+
+def crop_batch(images: Tensor, parameters: CropParameters, *, size: int) -> Tensor:
+    """Cut, flip and augment all crops of a batch.
+
+    Args:
+        images: (B, C, H, W) uint8, or float in [0, 1].
+        parameters: V crops of each of these images.
+        size: S, pixels of a crop's side.
+
+    Returns:
+        (V, B, C, S, S) float32 in [0, 1].
+    """
+    views, count = parameters.flip.shape
+    crops = resized_crops(images, parameters.box, parameters.flip, size=size).flatten(0, 1)  # (N, C, S, S)
+    crops = jitter(crops, parameters)
+    gray = _where(parameters.grayscale, crops)
+    crops[gray] = grayscale(crops[gray])
+    blurred = _where(parameters.sigma > 0, crops)
+    sigma = parameters.sigma.flatten()
+    crops[blurred] = gaussian_blur(crops[blurred], sigma[sigma > 0].to(crops.device))
+    solarized = _where(parameters.solarized, crops)
+    crops[solarized] = solarize(crops[solarized])
+    return crops.unflatten(0, (views, count))
+
+
+def _where(mask: Tensor, like: Tensor) -> Tensor:
+    """The positions of a (V, B) mask on the CPU, found there so that the device is not waited for."""
+    return mask.flatten().nonzero().squeeze(1).to(like.device, non_blocking=True)
+
+
+def resized_crops(images: Tensor, box: Tensor, flip: Tensor, *, size: int) -> Tensor:
+    """Crop and resize with antialiasing: per crop two interpolation matrices, rows x image x columns^T.
+
+    Args:
+        images: (B, C, H, W) uint8 or float in [0, 1].
+        box: (V, B, 4) top, left, height, width in pixels.
+        flip: (V, B), mirror left and right.
+        size: S.
+
+    Returns:
+        (V, B, C, S, S) float32; differentiable in `images`.
+    """
+    count, channels, height, width = images.shape
+    if images.dtype == torch.uint8:
+        images = images.float() / 255
+    box = box.to(images.device, non_blocking=True)
+    rows = interpolation(box[..., 0], box[..., 2], source=height, size=size)  # (V, B, S, H)
+    columns = interpolation(box[..., 1], box[..., 3], source=width, size=size)  # (V, B, S, W)
+    flipped = flip[..., None, None].to(images.device, non_blocking=True)
+    columns = torch.where(flipped, columns.flip(-2), columns)
+
+    views = box.shape[0]
+    across = columns.permute(1, 3, 0, 2).reshape(count, width, views * size)  # (B, W, V S)
+    wide = images.reshape(count, channels * height, width) @ across  # (B, C H, V S)
+    wide = wide.reshape(count, channels, height, views, size).permute(3, 0, 1, 2, 4)  # (V, B, C, H, S)
+    return rows.unsqueeze(2) @ wide  # (V, B, C, S, S)
+
+
+def interpolation(start: Tensor, length: Tensor, *, source: int, size: int) -> Tensor:
+    """Matrices that resample `length` pixels from `start` on to `size`, with a triangle filter.
+
+    Half-pixel centres; the filter widens when it shrinks and is cut at the crop's own border, as
+    torchvision.transforms.v2.functional.resized_crop does with antialias=True.
+
+    Args:
+        start: (...) first source pixel.
+        length: (...) number of source pixels.
+        source: Pixels of the source's side.
+        size: Pixels of the output's side.
+
+    Returns:
+        (..., size, source), rows that sum to 1.
+    """
+    start, length = start[..., None, None], length[..., None, None]
+    scale = length / size
+    centre = (torch.arange(size, device=start.device).unsqueeze(1) + 0.5) * scale  # in pixels of the crop
+    pixel = torch.arange(source, device=start.device) - start  # (..., 1, source)
+    weight = (1 - (pixel + 0.5 - centre).abs() / scale.clamp_min(1)).clamp_min(0)
+    weight = weight * ((pixel >= 0) & (pixel < length))
+    return weight / weight.sum(-1, keepdim=True)
+
+
+def jitter(crops: Tensor, parameters: CropParameters) -> Tensor:
+    """Brightness, contrast, saturation and hue in each crop's own order; (N, 3, S, S), changed in place."""
+    mask = parameters.jittered.flatten()
+    order, factors = parameters.order.flatten(0, 1), parameters.factors.flatten(0, 1)  # (N, 4)
+    kernels = (brightness, contrast, saturation, hue)
+    for place in range(4):
+        for operation, kernel in enumerate(kernels):
+            chosen = (mask & (order[:, place] == operation)).nonzero().squeeze(1)
+            strength = factors[chosen, operation].to(crops.device, non_blocking=True)
+            chosen = chosen.to(crops.device, non_blocking=True)
+            crops[chosen] = kernel(crops[chosen], strength)
+    return crops
+
+
+def brightness(crops: Tensor, factor: Tensor) -> Tensor:
+    """Scale (N, 3, S, S) by factor (N,) and clamp to [0, 1]."""
+    return (crops * factor[:, None, None, None]).clamp(0, 1)
+
+
+def contrast(crops: Tensor, factor: Tensor) -> Tensor:
+    """Blend (N, 3, S, S) with its mean grey level by factor (N,)."""
+    return _blend(crops, _luma(crops).mean((-2, -1), keepdim=True), factor)
+
+
+def saturation(crops: Tensor, factor: Tensor) -> Tensor:
+    """Blend (N, 3, S, S) with its grey image by factor (N,)."""
+    return _blend(crops, _luma(crops), factor)
+
+
+def hue(crops: Tensor, shift: Tensor) -> Tensor:
+    """Turn the hue of (N, 3, S, S) by shift (N,), in turns: [-0.5, 0.5]."""
+    high, low = crops.amax(1), crops.amin(1)  # (N, S, S)
+    chroma = high - low
+    red, green, blue = crops.unbind(1)
+    safe = chroma.clamp_min(torch.finfo(crops.dtype).tiny)
+    sixth = torch.where(
+        red == high,
+        (green - blue) / safe,
+        torch.where(green == high, (blue - red) / safe + 2, (red - green) / safe + 4),
+    )
+    sixth = sixth + 6 * shift[:, None, None]
+    offsets = torch.tensor([5.0, 3.0, 1.0], device=crops.device)[:, None, None]
+    angle = (offsets + sixth.unsqueeze(1)) % 6  # (N, 3, S, S)
+    weight = torch.minimum(angle, 4 - angle).clamp(0, 1)
+    return high.unsqueeze(1) - chroma.unsqueeze(1) * weight
+
+
+def grayscale(crops: Tensor) -> Tensor:
+    """The grey image of (N, 3, S, S), in three equal channels."""
+    return _luma(crops).expand_as(crops)
+
+
+def gaussian_blur(crops: Tensor, sigma: Tensor) -> Tensor:
+    """Blur (N, C, S, S) with sigma (N,) in pixels: a Gaussian cut at 6 pixels, borders reflected."""
+    size = crops.shape[-1]
+    offsets = torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1, device=crops.device)
+    kernel = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2)
+    kernel = kernel / kernel.sum(1, keepdim=True)  # (N, 13)
+    at = (torch.arange(size, device=crops.device).unsqueeze(1) + offsets).abs()  # (S, 13)
+    at = (size - 1) - (size - 1 - at).abs()
+    taps = torch.nn.functional.one_hot(at, size).to(crops.dtype)  # (S, 13, S)
+    matrix = torch.einsum("nk,skt->nst", kernel, taps).unsqueeze(1)  # (N, 1, S, S)
+    return matrix @ crops @ matrix.transpose(-2, -1)
+
+
+def solarize(crops: Tensor) -> Tensor:
+    """Invert the values of 128/255 and above."""
+    return torch.where(crops >= SOLARIZE_THRESHOLD, 1 - crops, crops)
+
+
+def _luma(crops: Tensor) -> Tensor:
+    """Grey levels (N, 1, S, S) by the weights of ITU-R BT.601."""
+    red, green, blue = crops.split(1, dim=1)
+    return _LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue
+
+
+def _blend(crops: Tensor, other: Tensor, factor: Tensor) -> Tensor:
+    factor = factor[:, None, None, None]
+    return (factor * crops + (1 - factor) * other).clamp(0, 1)
