@@ -1,0 +1,41 @@
+"""Which data sets are known by name, and where the embedded one lies. Never imports torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+DATASETS_FOLDER = Path(__file__).parent
+FASHION_MINI_FOLDER = DATASETS_FOLDER / "fashion-mini"
+
+# SHA-256 over pixels, labels and class names as `cfamc_cli.engine.data.fingerprint` computes it; checked at load.
+FASHION_MINI_FINGERPRINTS = {
+    "train": "",
+    "test": "",
+}
+
+
+class KnownSet(NamedTuple):
+    """What is known about a data set before any of its files are read.
+
+    Attributes:
+        train: Number of training images; for `stl10` the unlabelled ones are part of it.
+        test: Number of test images.
+        size: Height and width in pixels.
+        classes: Number of classes.
+    """
+
+    train: int
+    test: int
+    size: int
+    classes: int
+
+
+KNOWN_SETS: dict[str, KnownSet] = {
+    "fashion-mini": KnownSet(6_000, 1_000, 28, 10),
+    "cifar10": KnownSet(50_000, 10_000, 32, 10),
+    "cifar100": KnownSet(50_000, 10_000, 32, 100),
+    "fashion-mnist": KnownSet(60_000, 10_000, 28, 10),
+    "svhn": KnownSet(73_257, 26_032, 32, 10),
+    "stl10": KnownSet(105_000, 8_000, 96, 10),
+}
