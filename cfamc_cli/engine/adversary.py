@@ -1,0 +1,174 @@
+"""Who moves the pixels during training: nobody, PGD (arXiv:1706.06083), or free training (arXiv:1904.12843).
+
+All ascend the training loss itself, without labels, in the L-inf ball of radius eps around crops in [0, 1].
+The loop asks three things of an adversary: `begin` a batch, `perturb` it before each forward pass, `ascend` after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import assert_never
+
+import torch
+from torch import Tensor
+
+from cfamc_cli.engine import ball
+from cfamc_cli.recipe import FreeAdversary, NoAdversary, PgdAdversary, number
+
+Groups = list[Tensor]  # one (V_g, B, C, S_g, S_g) a group of crops
+LossOf = Callable[[Sequence[Tensor]], Tensor]
+
+
+class Adversary:
+    """Clean training: the crops pass as they are."""
+
+    def begin(self, crops: Groups, generators: Sequence[torch.Generator]) -> None:
+        """Take the crops of the next batch, and a CPU generator for each group."""
+        self.crops = crops
+
+    def resume(self, crops: Groups) -> None:
+        """Take the crops of a batch that was cut between two of its replays."""
+        self.crops = crops
+
+    def perturb(self, loss_of: LossOf) -> Groups:
+        """The crops to train on: in [0, 1] and within eps of the clean ones."""
+        return self.crops
+
+    def ascend(self) -> None:
+        """Use the gradient that the training loss's backward pass left, if it is of use."""
+
+    @property
+    def delta(self) -> Groups:
+        """The perturbations of the perturbed groups; none for clean training."""
+        return []
+
+    def load(self, delta: Groups) -> None:
+        """Carry on from a saved `delta`."""
+        assert not delta, "clean training carries nothing"
+
+
+class Pgd(Adversary):
+    """K ascent steps on the perturbation before each weight step; the weights' gradients stay untouched."""
+
+    def __init__(self, settings: PgdAdversary) -> None:
+        self.settings = settings
+        self.eps, self.step_size = number(settings.eps), number(settings.step_size)
+        self._delta: Groups = []
+
+    def begin(self, crops: Groups, generators: Sequence[torch.Generator]) -> None:
+        self.crops = crops
+        first = _first_perturbed(self.settings.views)
+        self._start = _start(crops[first:], generators[first:], start=self.settings.start, eps=self.eps)
+
+    def perturb(self, loss_of: LossOf) -> Groups:
+        first = _first_perturbed(self.settings.views)
+        clean = self.crops[first:]
+        self._delta = ascend_loss(
+            lambda moved: loss_of([*self.crops[:first], *moved]),
+            clean,
+            self._start,
+            eps=self.eps,
+            step_size=self.step_size,
+            steps=self.settings.steps,
+        )
+        return [*self.crops[:first], *(x + delta for x, delta in zip(clean, self._delta, strict=True))]
+
+    @property
+    def delta(self) -> Groups:
+        return self._delta
+
+    def load(self, delta: Groups) -> None:
+        """Nothing to carry on: every batch starts afresh."""
+
+
+class Free(Adversary):
+    """One backward pass pays for the weight step and the ascent; delta is carried from batch to batch by position."""
+
+    def __init__(self, settings: FreeAdversary) -> None:
+        self.settings = settings
+        self.eps, self.step_size = number(settings.eps), number(settings.step_size)
+        self._delta: Groups = []
+
+    def begin(self, crops: Groups, generators: Sequence[torch.Generator]) -> None:
+        self.crops = crops
+        first = _first_perturbed(self.settings.views)
+        clean = crops[first:]
+        carried = self._delta or _start(clean, generators[first:], start=self.settings.start, eps=self.eps)
+        self._delta = [ball.project(x, delta, eps=self.eps) for x, delta in zip(clean, carried, strict=True)]
+
+    def perturb(self, loss_of: LossOf) -> Groups:
+        first = _first_perturbed(self.settings.views)
+        self._delta = [delta.detach().requires_grad_() for delta in self._delta]
+        return [*self.crops[:first], *(x + delta for x, delta in zip(self.crops[first:], self._delta, strict=True))]
+
+    @torch.no_grad()
+    def ascend(self) -> None:
+        clean = self.crops[_first_perturbed(self.settings.views) :]
+        moved = []
+        for x, delta in zip(clean, self._delta, strict=True):
+            assert delta.grad is not None, "ascend() follows the backward pass of the training loss"
+            moved.append(ball.ascend(x, delta.detach(), delta.grad, eps=self.eps, step_size=self.step_size))
+        self._delta = moved
+
+    @property
+    def delta(self) -> Groups:
+        return [delta.detach() for delta in self._delta]
+
+    def load(self, delta: Groups) -> None:
+        self._delta = list(delta)
+
+
+def build_adversary(settings: NoAdversary | PgdAdversary | FreeAdversary) -> Adversary:
+    """The adversary of a recipe, in its initial state."""
+    match settings:
+        case NoAdversary():
+            return Adversary()
+        case PgdAdversary():
+            return Pgd(settings)
+        case FreeAdversary():
+            return Free(settings)
+        case _:
+            assert_never(settings)
+
+
+def ascend_loss(
+    loss_of: LossOf, clean: Sequence[Tensor], start: Sequence[Tensor], *, eps: float, step_size: float, steps: int
+) -> Groups:
+    """PGD on any loss of groups of images: `steps` projected sign steps from `start`.
+
+    Args:
+        loss_of: From the moved groups to the scalar to ascend.
+        clean: Groups of images in [0, 1].
+        start: One perturbation a group.
+        eps: L-inf radius.
+        step_size: Length of a step.
+        steps: K.
+
+    Returns:
+        One perturbation a group, detached; no parameter's `.grad` is written.
+    """
+    delta = [part.detach() for part in start]
+    for _ in range(steps):
+        delta = [part.requires_grad_() for part in delta]
+        loss = loss_of([x + part for x, part in zip(clean, delta, strict=True)])
+        gradients = torch.autograd.grad(loss, delta)
+        with torch.no_grad():
+            delta = [
+                ball.ascend(x, part.detach(), gradient, eps=eps, step_size=step_size)
+                for x, part, gradient in zip(clean, delta, gradients, strict=True)
+            ]
+    return delta
+
+
+def _first_perturbed(views: str) -> int:
+    """Index of the first group that is perturbed; those before it stay clean."""
+    return 1 if views == "second" else 0
+
+
+def _start(crops: Groups, generators: Sequence[torch.Generator], *, start: str, eps: float) -> Groups:
+    if start == "zero":
+        return [torch.zeros_like(x) for x in crops]
+    return [
+        ball.random_start(x.flatten(0, 1), eps=eps, generator=generator).view_as(x)
+        for x, generator in zip(crops, generators, strict=True)
+    ]

@@ -1,0 +1,214 @@
+"""Checkpoints: a folder of safetensors files with a manifest of their sizes and SHA-256, complete or not there.
+
+The only file that touches safetensors. Nothing is unpickled, and nothing is believed before its digest was checked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from cfamc_cli.errors import CfamcError, ExitCode
+from cfamc_cli.files import read_bytes, staged_folder, write_bytes, write_json
+
+MODEL, STATE, MANIFEST = "model.safetensors", "state.safetensors", "manifest.json"
+SCHEMA = 1
+_NAME = re.compile(r"step-(\d{8,})")
+_MAX_HEADER = 100_000_000  # bytes, safetensors' own bound
+_MAX_FILE = 64 * 2**30
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds, on the CPU.
+
+    Attributes:
+        model: The encoder's state dict.
+        state: Optimizer and adversary.
+        progress: JSON values: step, batch and whatever the loop needs to go on.
+    """
+
+    model: dict[str, Tensor]
+    state: dict[str, Tensor]
+    progress: dict[str, object]
+
+
+def save(folder: Path, step: int, checkpoint: Checkpoint) -> Path:
+    """Write `folder`/step-XXXXXXXX, whole or not at all; one that is already there and whole is kept.
+
+    Raises:
+        CfamcError: The disk is full or cannot be written; older checkpoints are untouched.
+    """
+    final = folder / f"step-{step:08d}"
+    if final.exists():
+        try:
+            load(final)
+        except CfamcError:
+            shutil.rmtree(final, ignore_errors=True)
+        else:
+            return final
+    contents = {MODEL: encode(checkpoint.model), STATE: encode(checkpoint.state)}
+    folder.mkdir(parents=True, exist_ok=True)
+    with staged_folder(final, needed=sum(map(len, contents.values()))) as staged:
+        for name, data in contents.items():
+            write_bytes(staged / name, data)
+        files = {name: {"size": len(data), "sha256": sha256(data)} for name, data in contents.items()}
+        write_json(staged / MANIFEST, {"schema": SCHEMA, "files": files, "progress": checkpoint.progress})
+    return final
+
+
+def load(folder: Path) -> Checkpoint:
+    """Read and check a checkpoint.
+
+    Raises:
+        CfamcError: Exit 4; names the file and what is wrong with it.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(read_bytes(path))
+        if manifest["schema"] != SCHEMA:
+            raise _bad(path, f"schema {manifest['schema']!r}, where {SCHEMA} is known")
+        files = {name: (int(manifest["files"][name]["size"]), manifest["files"][name]["sha256"]) for name in _FILES}
+        progress = dict(manifest["progress"])
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise _bad(path, "not a manifest") from error
+    tensors = {}
+    for name, (size, digest) in files.items():
+        data = _read(folder / name)
+        if len(data) != size:
+            raise _bad(folder / name, f"{len(data):,} bytes where the manifest says {size:,}")
+        if sha256(data) != digest:
+            raise _bad(folder / name, "its SHA-256 is not the manifest's")
+        tensors[name] = decode(folder / name, data)
+    return Checkpoint(tensors[MODEL], tensors[STATE], progress)
+
+
+_FILES = (MODEL, STATE)
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, newest first, unchecked."""
+    if not folder.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def newest_valid(folder: Path) -> tuple[Path, Checkpoint, list[CfamcError]]:
+    """The newest checkpoint that is whole, and what was wrong with those after it.
+
+    Raises:
+        CfamcError: Exit 4; there is none.
+    """
+    problems = []
+    for path in list_checkpoints(folder):
+        try:
+            return path, load(path), problems
+        except CfamcError as error:
+            problems.append(error)
+    if problems:
+        raise problems[0]
+    raise CfamcError(f"{folder} holds no checkpoint", exit_code=ExitCode.BAD_DATA)
+
+
+def prune(folder: Path, *, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints."""
+    for path in list_checkpoints(folder)[keep:]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read one safetensors file, on the CPU.
+
+    Raises:
+        CfamcError: Exit 4; it is something else, or damaged.
+    """
+    return decode(path, _read(path))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write one safetensors file, whole or not at all, and return its SHA-256."""
+    data = encode(tensors)
+    write_bytes(path, data)
+    return sha256(data)
+
+
+def encode(tensors: Mapping[str, Tensor]) -> bytes:
+    """Tensors as the bytes of a safetensors file; equal tensors give equal bytes."""
+    return save_tensors({name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)})
+
+
+def decode(path: Path, data: bytes) -> dict[str, Tensor]:
+    """The tensors in the bytes of `path`.
+
+    Raises:
+        CfamcError: Exit 4.
+    """
+    if len(data) < 8:
+        raise _bad(path, f"{len(data)} bytes are no safetensors file")
+    header = int.from_bytes(data[:8], "little")
+    if data.startswith(b"version https://git-lfs"):
+        raise _bad(path, "a Git LFS pointer, not the file itself", hint="fetch it with: git lfs pull")
+    if data[:2] == b"PK" or data[:1] == b"\x80":
+        raise _bad(path, "a pickle, not safetensors", hint="import foreign weights with: cfamc probe --import FILE")
+    if header > min(_MAX_HEADER, len(data) - 8):
+        raise _bad(path, "not a safetensors file, or cut short")
+    try:
+        return load_tensors(data)
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise _bad(path, f"not a valid safetensors file ({' '.join(str(error).split())[:120]})") from error
+
+
+def load_state(module: nn.Module, tensors: Mapping[str, Tensor], *, path: Path) -> None:
+    """Put tensors into a module after checking names, shapes, dtypes and that they are finite.
+
+    Raises:
+        CfamcError: Exit 4; names the first few keys that do not fit.
+    """
+    expected = module.state_dict()
+    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if missing or extra:
+        parts = [f"{label} {', '.join(keys[:3])}" for label, keys in (("lacks", missing), ("has", extra)) if keys]
+        raise _bad(path, f"another architecture: {' and '.join(parts)}")
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape or tensor.dtype != expected[name].dtype:
+            raise _bad(
+                path,
+                f"{name} is {tensor.dtype} {tuple(tensor.shape)} where "
+                f"{expected[name].dtype} {tuple(expected[name].shape)} is expected",
+            )
+        if not torch.isfinite(tensor).all():
+            raise _bad(path, f"{name} is not finite")
+    module.load_state_dict(dict(tensors))
+
+
+def digest_of(module: nn.Module) -> str:
+    """SHA-256 over the parameters and buffers of a module, in hex."""
+    return sha256(encode(module.state_dict()))
+
+
+def sha256(data: bytes) -> str:
+    """SHA-256 in hex."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return read_bytes(path, limit=_MAX_FILE)
+    except CfamcError as error:
+        raise CfamcError(error.message, hint=error.hint, exit_code=ExitCode.BAD_DATA) from error
+
+
+def _bad(path: Path, cause: str, *, hint: str = "") -> CfamcError:
+    return CfamcError(f"{path}: {cause}", hint=hint, exit_code=ExitCode.BAD_DATA)

@@ -1,0 +1,114 @@
+"""Several processes under torchrun: each takes its share of the batch, all see the whole batch's embeddings."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cfamc_cli.errors import CfamcError, ExitCode
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all; one process is a world of its own."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes and speaks."""
+        return self.rank == 0
+
+    def share(self, batch_size: int) -> slice:
+        """The images of the global batch that are this process's.
+
+        Raises:
+            CfamcError: The batch does not divide among the processes.
+        """
+        if batch_size % self.size:
+            raise CfamcError(
+                f"a batch of {batch_size} images does not divide among {self.size} processes",
+                hint=f"set train.batch_size to a multiple of {self.size}",
+                exit_code=ExitCode.INVALID,
+            )
+        part = batch_size // self.size
+        return slice(self.rank * part, (self.rank + 1) * part)
+
+
+def join(device: torch.device) -> World:
+    """Enter the process group that torchrun's environment describes; without torchrun, a world of one."""
+    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return World()
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=45))
+    return World(dist.get_rank(), dist.get_world_size())
+
+
+def leave(world: World) -> None:
+    """Leave the process group."""
+    if world.size > 1 and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class _Gather(torch.autograd.Function):
+    """All processes' rows. Each computes the same loss of all rows, so that the gradient of its own rows is whole."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, own: Tensor, world: World) -> Tensor:
+        ctx.world = world  # type: ignore[attr-defined]
+        parts = [torch.empty_like(own) for _ in range(world.size)]
+        dist.all_gather(parts, own.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None]:
+        world: World = ctx.world  # type: ignore[attr-defined]
+        return gradients[0].chunk(world.size)[world.rank], None
+
+
+def gather_embeddings(z: Tensor, world: World) -> Tensor:
+    """The whole batch's embeddings (V, B, D) from this process's (V, B / size, D), with gradient."""
+    if world.size == 1:
+        return z
+    gathered: Tensor = _Gather.apply(z.transpose(0, 1).contiguous(), world)  # type: ignore[no-untyped-call]
+    return gathered.transpose(0, 1)
+
+
+def sum_gradients(parameters: Sequence[Tensor], world: World) -> None:
+    """Add up the parameters' gradients over all processes, in one message."""
+    if world.size == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(summed.view_as(gradient))
+
+
+def any_process(flag: int, world: World, device: torch.device) -> int:
+    """The largest of all processes' flags."""
+    if world.size == 1:
+        return flag
+    value = torch.tensor(flag, device=device)
+    dist.all_reduce(value, dist.ReduceOp.MAX)
+    return int(value)
+
+
+def gather_images(own: Sequence[Tensor], world: World) -> list[Tensor]:
+    """Join (V, B / size, ...) tensors along the batch; every process gets the whole."""
+    if world.size == 1:
+        return list(own)
+    joined = []
+    for tensor in own:
+        parts = [torch.empty_like(tensor) for _ in range(world.size)]
+        dist.all_gather(parts, tensor.contiguous())
+        joined.append(torch.cat(parts, dim=1))
+    return joined
