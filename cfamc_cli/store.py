@@ -1,0 +1,257 @@
+"""The run store: a folder with one folder per run, named so that names sort by time and never meet."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import secrets
+import unicodedata
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from cfamc_cli.errors import CfamcError, ExitCode
+from cfamc_cli.files import Process, explained, sync
+
+LATEST = "latest"
+_SLUG_LENGTH = 48
+_ID = re.compile(r"\d{8}-\d{6}-[a-z0-9-]+-[0-9a-f]{6}")
+_LISTED = 8  # candidates that an error names
+
+_held: set[Path] = set()  # locks of this process: the system would grant them to it a second time
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where the parts of a run lie; none of them needs to exist yet."""
+
+    path: Path
+
+    @property
+    def id(self) -> str:
+        return self.path.name
+
+    @property
+    def recipe_toml(self) -> Path:
+        return self.path / "recipe.toml"
+
+    @property
+    def resolved_json(self) -> Path:
+        return self.path / "resolved.json"
+
+    @property
+    def run_json(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def timing(self) -> Path:
+        return self.path / "timing.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def probes(self) -> Path:
+        return self.path / "probes"
+
+    @property
+    def attacks(self) -> Path:
+        return self.path / "attacks"
+
+
+def default_store(runs: Path | None) -> Path:
+    """Return the store that was asked for: by flag, else by CFAMC_RUNS, else ./runs."""
+    return runs or Path(os.environ.get("CFAMC_RUNS") or "runs")
+
+
+def slug(name: str) -> str:
+    """Turn any text into 1 to 48 characters of a-z, 0-9 and inner dashes."""
+    text = unicodedata.normalize("NFKD", name[:1000]).encode("ascii", "ignore").decode().lower()
+    return re.sub(r"[^a-z0-9]+", "-", text).strip("-")[:_SLUG_LENGTH].strip("-") or "run"
+
+
+def create_run(store: Path, name: str, *, now: datetime) -> RunFolder:
+    """Make the folder of a new run; no two callers ever get the same one.
+
+    Args:
+        store: The run store, made where it is missing.
+        name: Name of the recipe; any text.
+        now: Time of the run, with its time zone.
+
+    Raises:
+        CfamcError: The store cannot be written.
+    """
+    with explained(store):
+        store.mkdir(parents=True, exist_ok=True)
+    while True:
+        path = store / f"{now.astimezone(UTC):%Y%m%d-%H%M%S}-{slug(name)}-{secrets.token_hex(3)}"
+        with explained(path), suppress(FileExistsError):
+            path.mkdir()
+            sync(store)
+            return RunFolder(path)
+
+
+def new_item(folder: Path, kind: str) -> Path:
+    """Make a folder for one more probe or attack, such as probes/linear-001, and return it.
+
+    Args:
+        folder: `RunFolder.probes` or `RunFolder.attacks`, made where it is missing.
+        kind: What the item is, any text.
+
+    Raises:
+        CfamcError: The run cannot be written.
+    """
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        prefix = slug(kind)
+        number = sum(entry.name.startswith(prefix) for entry in folder.iterdir())
+        while True:
+            number += 1
+            path = folder / f"{prefix}-{number:03d}"
+            with suppress(FileExistsError):
+                path.mkdir()
+                sync(folder)
+                return path
+
+
+def list_runs(store: Path) -> list[RunFolder]:
+    """Return the folders of a store, oldest run first, without opening them; hidden ones are left out.
+
+    Raises:
+        CfamcError: The store cannot be read.
+    """
+    with explained(store), os.scandir(store) as entries:
+        names = sorted(entry.name for entry in entries if not entry.name.startswith(".") and _is_folder(entry))
+    return [RunFolder(store / name) for name in names]
+
+
+def find_run(store: Path, reference: str, *, accept: Callable[[RunFolder], bool] = lambda _run: True) -> RunFolder:
+    """Find the one run that a person means.
+
+    Args:
+        store: Where to look.
+        reference: A path, an id, the beginning of an id, or "latest".
+        accept: Which runs "latest" may mean.
+
+    Raises:
+        CfamcError: No run or several match; exit code 2, and the hint lists candidates.
+    """
+    if (run := _by_path(reference)) is not None:
+        return run
+    with explained(store):
+        runs = list_runs(store) if store.is_dir() else []
+    if reference == LATEST:
+        newest = (run for run in reversed(runs) if _ID.fullmatch(run.id) and accept(run))
+        if (run := next(newest, None)) is not None:
+            return run
+        found = "no run" if not runs else f"none of the {len(runs)} runs fits"
+        raise _invalid(f"{found} in {store}", "start one with: cfamc pretrain recipes/quickstart.toml")
+    matches = [run for run in runs if run.id == reference] or [
+        run for run in runs if reference and run.id.startswith(reference)
+    ]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise _invalid(f"{reference!r} means {len(matches)} runs in {store}", _listed("one of", matches))
+    raise _invalid(f"no run {reference!r:.200} in {store}", _listed("newest", runs[::-1]) if runs else "")
+
+
+@contextmanager
+def lock(run: RunFolder) -> Iterator[None]:
+    """Hold a run for this process alone; the lock ends with the process, however that ends.
+
+    Raises:
+        CfamcError: A live process holds it (exit code 6), or the run cannot be written.
+    """
+    path = run.path.resolve() / ".lock"
+    if path in _held:
+        raise _locked(run, "this process")
+    with explained(path):
+        descriptor = _open_lock(path, run)
+    _held.add(path)
+    try:
+        process = Process.current()
+        holder = {"host": process.host, "pid": process.pid, "since": datetime.now(UTC).isoformat(timespec="seconds")}
+        with explained(path):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink()
+        _held.discard(path)
+        os.close(descriptor)
+
+
+def _open_lock(path: Path, run: RunFolder) -> int:
+    """Open and lock the file; a POSIX lock, for forked children do not inherit it and outlive their parent with it."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            holder = _holder(os.pread(descriptor, 4096, 0))
+            os.close(descriptor)
+            raise _locked(run, holder) from None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        with suppress(FileNotFoundError):  # the last holder may have removed the file between the two calls
+            if os.fstat(descriptor).st_ino == path.stat().st_ino:
+                return descriptor
+        os.close(descriptor)
+
+
+def _holder(data: bytes) -> str:
+    try:
+        holder = json.loads(data)
+        return f"process {int(holder['pid'])} on {holder['host']!s:.64} since {holder['since']!s:.32}"
+    except (ValueError, TypeError, KeyError):
+        return "another process"  # it has not written its name yet
+
+
+def _locked(run: RunFolder, holder: str) -> CfamcError:
+    return CfamcError(
+        f"run {run.id} is held by {holder}", hint="wait for it, or end it first", exit_code=ExitCode.LOCKED
+    )
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False  # a loop of links
+
+
+def _by_path(reference: str) -> RunFolder | None:
+    """The run at a path; a bare name counts only where a run lies there, for it may be an id as well."""
+    path = Path(reference)
+    try:
+        if not path.is_dir():
+            return None
+        run = RunFolder(path.resolve())
+        if run.run_json.exists():
+            return run
+    except (OSError, ValueError):  # too long a name, a NUL
+        return None
+    if os.sep in reference:
+        raise _invalid(f"{path} is no run: it holds no run.json", "")
+    return None
+
+
+def _listed(label: str, runs: list[RunFolder]) -> str:
+    more = f" and {len(runs) - _LISTED} more" if len(runs) > _LISTED else ""
+    return f"{label}: {', '.join(run.id for run in runs[:_LISTED])}{more}"
+
+
+def _invalid(message: str, hint: str) -> CfamcError:
+    return CfamcError(message, hint=hint, exit_code=ExitCode.INVALID)
