@@ -11,9 +11,19 @@ import hashlib
 import json
 import re
 from fractions import Fraction
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 _NUMBER = re.compile(r"[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]{1,2})?|\.[0-9]+", re.ASCII)
 _RATIO = re.compile(r"([0-9]+(?:\.[0-9]+)?)/([0-9]+)", re.ASCII)
@@ -30,6 +40,8 @@ def exact(value: object) -> str:
     """
     if isinstance(value, bool) or not isinstance(value, str | float | int):
         raise ValueError('must be text such as "8/255" or a number such as 0.03')
+    if isinstance(value, int) and value.bit_length() > 64:
+        raise ValueError("is larger than 1: images live in [0, 1]")
     text = value.strip() if isinstance(value, str) else repr(value)
     if len(text) > 40:
         raise ValueError("must be a short number such as 8/255 or 0.03")
@@ -57,32 +69,82 @@ def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
     return pair
 
 
+def _within_image(pair: tuple[float, float]) -> tuple[float, float]:
+    if pair[1] > 1:
+        raise ValueError(f"{pair[1]} is larger than the image; shares of its area lie in (0, 1]")
+    return pair
+
+
+def _jitter_in_range(jitter: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
+    if max(jitter[:3]) > 1:
+        raise ValueError("brightness, contrast and saturation, the first three numbers, lie in [0, 1]")
+    if jitter[3] > 0.5:
+        raise ValueError("hue, the fourth number, lies in [0, 0.5]")
+    return jitter
+
+
+def _without_nul(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("a path cannot hold a NUL character")
+    return text
+
+
+def _at(field: str, message: str) -> PydanticCustomError:
+    """The error of one field that only a look at the whole table can find."""
+    return PydanticCustomError("at_field", "{message}", {"fields": {field: message}, "message": message})
+
+
 Exact = Annotated[str, BeforeValidator(exact)]
+PathText = Annotated[str, Field(min_length=1), AfterValidator(_without_nul)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Range = Annotated[tuple[Positive, Positive], Field(strict=False), AfterValidator(_ordered)]
+Jitter = Annotated[
+    tuple[NonNegative, NonNegative, NonNegative, NonNegative], Field(strict=False), AfterValidator(_jitter_in_range)
+]
 
 
 class Table(BaseModel):
-    """A table of the recipe: frozen, strict, and without unknown keys."""
+    """A table of the recipe: frozen, strict, without unknown keys, and without settings that have no effect.
+
+    A setting that others of its table switch off is refused where it was given, and left out where the table is
+    written, so that what is written can be read back.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    def idle(self) -> dict[str, str]:
+        """The fields that have no effect beside the others of this table, and why."""
+        return {}
+
+    @model_validator(mode="after")
+    def _refuse_idle(self) -> Self:
+        given = {field: f"has no effect: {why}" for field, why in self.idle().items() if field in self.model_fields_set}
+        if given:
+            message = "; ".join(f"{field} {why}" for field, why in given.items())
+            raise PydanticCustomError("at_field", "{message}", {"fields": given, "message": message})
+        return self
+
+    @model_serializer(mode="wrap")
+    def _leave_out_idle(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        idle = self.idle()
+        return {field: value for field, value in handler(self).items() if field not in idle}
 
 
 class Data(Table):
     """Which images; labels are read where there are some, and used by no objective but supcon."""
 
     dataset: Literal["fashion-mini", "cifar10", "cifar100", "fashion-mnist", "svhn", "stl10", "folder"]
-    root: str | None = None  # the folder of "folder"; where the raw files of the others lie, else the cache
+    root: PathText | None = None  # the folder of "folder"; where the raw files of the others lie, else the cache
     size: Annotated[int, Field(ge=8, le=1024)] | None = None  # pixels; resize the shorter side, then centre crop
     limit: Count | None = None  # the first images of a seeded shuffle of the training split
 
     @model_validator(mode="after")
     def _folder_has_root(self) -> Data:
         if self.dataset == "folder" and self.root is None:
-            raise ValueError('dataset "folder" needs data.root, the folder that holds train/ and test/')
+            raise _at("root", 'missing; dataset "folder" needs the folder that holds train/ and test/')
         return self
 
 
@@ -91,38 +153,22 @@ class Crops(Table):
 
     count: Annotated[int, Field(ge=1, le=1024)]
     size: Annotated[int, Field(ge=8, le=512)] = 32  # pixels
-    scale: Annotated[Range, Field(description="area, as a share of the image")] = (0.08, 1.0)
+    scale: Annotated[Range, AfterValidator(_within_image)] = (0.08, 1.0)  # area, as a share of the image
     ratio: Range = (0.75, 1.3333333333333333)  # width / height
-
-    @model_validator(mode="after")
-    def _scale_is_a_share(self) -> Crops:
-        if self.scale[1] > 1:
-            raise ValueError(f"scale {self.scale[1]} is larger than the image; shares of its area lie in (0, 1]")
-        return self
 
 
 class Augment(Table):
     """What happens to a crop after it was cut; the order of the four jitter operations is random per crop."""
 
     flip: Probability = 0.5
-    jitter: Annotated[tuple[NonNegative, NonNegative, NonNegative, NonNegative], Field(strict=False)] = (
-        0.4,  # brightness
-        0.4,  # contrast
-        0.4,  # saturation
-        0.2,  # hue, at most 0.5
-    )
+    jitter: Jitter = (0.4, 0.4, 0.4, 0.2)  # brightness, contrast, saturation, and hue, which is at most 0.5
     jitter_p: Probability = 0.8
     grayscale_p: Probability = 0.2
     blur_p: Probability = 0.1  # Gaussian, sigma 0.1 to 2
     solarize_p: Probability = 0.1  # threshold 128/255
 
-    @model_validator(mode="after")
-    def _jitter_in_range(self) -> Augment:
-        if max(self.jitter[:3]) > 1:
-            raise ValueError("jitter of brightness, contrast and saturation lies in [0, 1]")
-        if self.jitter[3] > 0.5:
-            raise ValueError("jitter of hue, the fourth number, lies in [0, 0.5]")
-        return self
+    def idle(self) -> dict[str, str]:
+        return {"jitter": "jitter_p is 0"} if self.jitter_p == 0 else {}
 
 
 class Model(Table):
@@ -142,6 +188,15 @@ class EmpSsl(Table):
     invariance_weight: NonNegative = 200.0
     tcr_weight: NonNegative = 1.0
     tcr_eps: Positive = 0.2
+
+    def idle(self) -> dict[str, str]:
+        return {"tcr_eps": "tcr_weight is 0"} if self.tcr_weight == 0 else {}
+
+    @model_validator(mode="after")
+    def _has_a_term(self) -> EmpSsl:
+        if self.invariance_weight == 0 and self.tcr_weight == 0:
+            raise _at("invariance_weight", "must not be 0 where tcr_weight is 0: nothing would be learnt")
+        return self
 
 
 class SimClr(Table):
@@ -200,7 +255,7 @@ class Lars(Table):
     @model_validator(mode="after")
     def _nesterov_needs_momentum(self) -> Lars:
         if self.nesterov and self.momentum == 0:
-            raise ValueError("nesterov = true has no effect without momentum")
+            raise _at("nesterov", "has no effect: momentum is 0 (set nesterov = false)")
         return self
 
 
@@ -222,7 +277,7 @@ class Train(Table):
 
     epochs: Annotated[float, Field(gt=0, le=100_000)] = 10.0  # passes over the images, replays not counted
     batch_size: Annotated[int, Field(ge=2, le=1_000_000)] = 100  # images, over all processes
-    init: str | None = None  # a run whose encoder is the start
+    init: PathText | None = None  # a run whose encoder is the start
     deterministic: bool = False
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: bool = False
@@ -242,6 +297,11 @@ class Linear(Table):
     batch_size: Count = 256
     lr: Positive = 3e-4  # Adam
     standardize: bool = False
+
+    def idle(self) -> dict[str, str]:
+        if self.protocol == "official":
+            return {}
+        return dict.fromkeys(("epochs", "batch_size", "lr"), 'protocol "converged" trains until the loss stands still')
 
 
 class RobustLinear(Table):
@@ -295,6 +355,15 @@ class Finetune(Table):
     steps: Annotated[int, Field(ge=1, le=1000)] = 10
     trades_beta: NonNegative = 6.0
 
+    def idle(self) -> dict[str, str]:
+        match self.objective:
+            case "clean":
+                return dict.fromkeys(("eps", "step_size", "steps", "trades_beta"), 'objective "clean" attacks nothing')
+            case "pgd":
+                return {"trades_beta": 'it belongs to objective "trades"'}
+            case "trades":
+                return {}
+
 
 class PgdAttack(Table):
     """PGD on the cross-entropy of encoder + head."""
@@ -306,6 +375,12 @@ class PgdAttack(Table):
     steps: Annotated[int, Field(ge=1, le=100_000)] = 20
     restarts: Annotated[int, Field(ge=1, le=1000)] = 1
     start: Literal["zero", "random"] = "zero"
+
+    @model_validator(mode="after")
+    def _restarts_differ(self) -> PgdAttack:
+        if self.restarts > 1 and self.start == "zero":
+            raise _at("restarts", 'has no effect: every restart from "zero" is the same (set start = "random")')
+        return self
 
 
 class AutoAttackAttack(Table):

@@ -1,0 +1,143 @@
+"""Targeted FAB: walks along the decision boundary towards the clean image.
+
+Croce & Hein, arXiv:1907.02044 (FAB), with one target class at a time as in arXiv:2003.01690. The paper minimises the norm
+of the perturbation; here a sample is done once a misclassified point within eps is met, since nothing smaller is asked.
+Symbols: w the gradient of z_t - z_y at the current point, gap its value there, d the step to the hyperplane gap + w.d = 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cfamc_cli.engine.attacks.objectives import ranked_targets
+from cfamc_cli.engine.attacks.search import Predict, Region, Roster, blend, climb, fooled, logits_at, take
+from cfamc_cli.engine.ball import Norm, norms, per_sample
+
+_ALPHA_MAX = 0.1  # largest pull towards the clean image
+_ETA = 1.05  # overshoot beyond the hyperplane
+_BETA = 0.9  # how much of the perturbation is kept after a misclassified point
+_NEWTON_STEPS = 20  # the search for the step length ends exactly, mostly after 3 to 6
+
+
+@dataclass
+class _Walk:
+    """Per-sample state of a FAB run, n rows."""
+
+    region: Region
+    y: Tensor
+    target: Tensor
+    points: Tensor
+    crossed: Tensor  # whether the last step ended beyond the boundary
+    done: Tensor
+
+
+def to_hyperplane(points: Tensor, w: Tensor, gap: Tensor, *, norm: Norm) -> Tensor:
+    """The smallest step d with gap + w.d = 0 that stays in the box, for each sample.
+
+    Along either norm the solution is d_i = sign_i min(t r_i, room_i), with r_i = 1 (L-inf) or |w_i| (L2), room_i the way
+    to the box and one number t for each sample. What it gains, sum |w_i| min(t r_i, room_i), is concave and piecewise
+    linear in t, so that Newton's method from t = 0 climbs to the root without passing it and ends after finitely many
+    steps.
+
+    Args:
+        points: Where the steps begin, in [0, 1], (N, C, H, W).
+        w: Gradient of the linear function, as points.
+        gap: Its value at the points, (N,).
+        norm: The norm that is minimised.
+
+    Returns:
+        d, as points. Where the hyperplane misses the box, the step to the corner of the box nearest to it.
+
+    Source: Croce & Hein, arXiv:1907.02044, eq. 3 to 5; the Newton iteration is our own.
+    """
+    w = -w * per_sample(gap.sign(), w)  # a step along w now always closes the gap
+    size = w.abs().flatten(1)
+    room = torch.where(w > 0, 1 - points, points).flatten(1)
+    rate = torch.ones_like(size) if norm == "linf" else size
+    until = torch.where(rate > 0, room / rate, torch.inf)  # the t at which a coordinate meets the box
+    gains = torch.stack((size * room, size * rate), 1)  # (N, 2, D): when at the box; for each unit of t before
+    need = gap.abs() - gains[:, 0].sum(1)  # (N,) what is left once every coordinate has gone to the box
+    t = torch.zeros_like(gap)
+    for _ in range(_NEWTON_STEPS):
+        free = (until > t[:, None]).to(size.dtype)
+        at_box, slope = (gains @ free[:, :, None]).squeeze(2).T
+        ahead = torch.where(slope > 0, (need + at_box) / slope.clamp_min(1e-30), torch.inf)
+        if t.device.type == "cpu" and torch.equal(t, ahead):
+            break
+        t = torch.maximum(t, ahead)
+    step = torch.minimum(torch.nan_to_num(t[:, None] * rate, posinf=2.0), room).view_as(w)
+    return step * w.sign()
+
+
+def fab(
+    predict: Predict,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float,
+    norm: Norm = "linf",
+    steps: int,
+    targets: int,
+) -> Tensor:
+    """Targeted FAB from the clean image; only samples that still stand go on to the next target. It draws nothing.
+
+    Args:
+        predict: Logits from images.
+        x: Clean images in [0, 1], (N, C, H, W).
+        y: Labels, (N,).
+        eps: Radius of the ball.
+        norm: Its norm.
+        steps: Steps for each target.
+        targets: How many of the likeliest wrong classes are aimed at; at most classes - 1 of them exist.
+
+    Returns:
+        A misclassified point within eps where one was met, else x, (N, C, H, W).
+
+    Source: Croce & Hein, arXiv:1907.02044, algorithm 1.
+    """
+    result = x.clone()
+    if eps == 0 or len(x) == 0:
+        return result
+    clean = logits_at(predict, x)
+    alive = (~fooled(clean, y)).nonzero().flatten()
+    for target in ranked_targets(clean, y, count=targets).T:
+        if len(alive) == 0:
+            break
+        points, done = _run(predict, Region.around(x[alive], eps=eps, norm=norm), y[alive], target[alive], steps)
+        result[alive] = points
+        alive = alive[~done]
+    return result
+
+
+def _run(predict: Predict, region: Region, y: Tensor, target: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """One target: the points it ends with (the clean image where it failed), and which are misclassified in the ball."""
+    roster = Roster(region.x)
+    missed = torch.zeros(len(y), dtype=torch.bool, device=y.device)
+    s = _Walk(region, y, target, region.x, missed.clone(), missed.clone())
+    for step in range(steps + 1):
+        rows = roster.settle(s.points, s.done, step=step)
+        if rows is not None:
+            s = take(s, rows)
+            if len(rows) == 0:
+                break
+        z, gap, w = _look(predict, s, with_gradient=step < steps)
+        missed[roster.index] = s.done
+        if step == steps:
+            break
+        s.points = blend(s.done, s.points, _advance(s.region, s.points, gap, w))
+    return roster.close(blend(s.done, s.points, s.region.x)), missed
+
+
+def _advance(region: Region, points: Tensor, gap: Tensor, w: Tensor) -> Tensor:
+    """The next point: past the hyperplane, pulled towards the clean image's own projection onto it."""
+    norm = region.norm
+    gap_at_x = gap + (w * (region.x - points)).flatten(1).sum(1)
+    both = torch.cat((points, region.x))
+    step = to_hyperplane(both, torch.cat((w, w)), torch.cat((gap, gap_at_x)), norm=norm)
+    length, length_from_x = norms(step, norm=norm).clamp_min(1e-8).chunk(2)
+    alpha = per_sample((length / (length + length_from_x)).clamp_max(_ALPHA_MAX), points)
+    ahead, ahead_from_x = (both + _ETA * step).chunk(2)
+    return ((1 - alpha) * ahead + alpha * ahead_from_x).clamp(0, 1)

@@ -1,0 +1,182 @@
+"""What every attack shares: one pass through the predictor, the allowed region, and who is still worked on.
+
+Symbols: x the clean images and `points` the candidates, (N, C, H, W) in [0, 1]; y the labels, (N,); eps the radius in
+units of the image range.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from cfamc_cli.engine.ball import Norm, norms, per_sample, project
+
+Predict = Callable[[Tensor], Tensor]  # images in [0, 1], (N, C, H, W) -> logits (N, classes)
+Rows = TypeVar("Rows")
+
+_SETTLE_EVERY = 8  # steps between looks at who is done on an accelerator, where each look waits for the device
+_WORTH_MOVING = 16  # the state is compacted once one sample in this many is done
+
+
+@dataclass(frozen=True)
+class Region:
+    """The points within `eps` of x that are images; every attack stays in it.
+
+    Attributes:
+        x: Clean images in [0, 1], (N, C, H, W).
+        low: Lowest allowed value of each pixel (the box alone for L2), as x.
+        high: Highest allowed value of each pixel, as x.
+    """
+
+    x: Tensor
+    low: Tensor
+    high: Tensor
+    eps: float
+    norm: Norm
+
+    @classmethod
+    def around(cls, x: Tensor, *, eps: float, norm: Norm) -> Region:
+        reach = eps if norm == "linf" else 1.0
+        return cls(x, (x - reach).clamp_min(0), (x + reach).clamp_max(1), eps, norm)
+
+    def project(self, points: Tensor) -> Tensor:
+        """The point of the region that belongs to each of `points`: ball first, then box."""
+        if self.norm == "linf":
+            return torch.minimum(torch.maximum(points, self.low), self.high)
+        return (self.x + project(self.x, points - self.x, eps=self.eps, norm=self.norm)).clamp(0, 1)
+
+    def distance(self, points: Tensor) -> Tensor:
+        """How far each of `points` is from its clean image in the norm of the region, (N,)."""
+        return norms(points - self.x, norm=self.norm)
+
+    def take(self, rows: Tensor) -> Region:
+        return dataclasses.replace(self, x=self.x[rows], low=self.low[rows], high=self.high[rows])
+
+
+class Roster:
+    """The samples an attack still works on, and the point it will return for each sample it was given.
+
+    The attack keeps its state in tensors with one row per remaining sample. It freezes the point of a sample that is
+    done, and `settle` says when it is worth dropping those rows.
+
+    Attributes:
+        result: The points to be returned, (N, C, H, W).
+        index: For each remaining row its place in `result`, (n,).
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self.result = x.clone()
+        self.index = torch.arange(len(x), device=x.device)
+
+    def settle(self, points: Tensor, done: Tensor, *, step: int) -> Tensor | None:
+        """Put away the points of samples that are done.
+
+        Args:
+            points: Current points of the remaining samples, (n, C, H, W).
+            done: Which of them need no more work, (n,) bool.
+            step: The number of the step, so that an accelerator is waited for only now and then.
+
+        Returns:
+            The rows that go on, or None while all rows stay. May be empty.
+        """
+        if done.device.type != "cpu" and step % _SETTLE_EVERY:
+            return None
+        count = int(done.sum())
+        if count == 0 or (count < len(done) and count * _WORTH_MOVING < len(done)):
+            return None
+        finished = done.nonzero().flatten()
+        self.result[self.index[finished]] = points[finished]
+        rows = (~done).nonzero().flatten()
+        self.index = self.index[rows]
+        return rows
+
+    def close(self, points: Tensor) -> Tensor:
+        """Put away what is left and return a point for every sample, (N, C, H, W)."""
+        self.result[self.index] = points
+        return self.result
+
+
+def take(state: Rows, rows: Tensor) -> Rows:
+    """The given rows of each tensor (and region) of a dataclass of per-sample state."""
+    assert dataclasses.is_dataclass(state)
+    assert not isinstance(state, type)
+    parts: dict[str, object] = {}
+    for field in dataclasses.fields(state):
+        value = getattr(state, field.name)
+        parts[field.name] = value.take(rows) if isinstance(value, Region) else value[rows]
+    return dataclasses.replace(state, **parts)
+
+
+def logits_at(predict: Predict, points: Tensor) -> Tensor:
+    """Logits at `points` without a graph, (N, classes)."""
+    with torch.no_grad():
+        return predict(points).detach()
+
+
+def climb(
+    predict: Predict, points: Tensor, objective: Callable[[Tensor], Tensor], *, passes: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One forward and one backward pass: the objective at `points` and its gradient there.
+
+    Only the derivative with respect to the points is formed, so no parameter receives a `.grad`. A predictor through
+    which no gradient flows has gradient zero.
+
+    Args:
+        predict: Logits from images.
+        points: (N, C, H, W) in [0, 1].
+        objective: One value per sample from logits (N, classes), (N,).
+        passes: How many passes of a randomised predictor are averaged (EOT, Athalye et al., arXiv:1802.00420).
+
+    Returns:
+        Mean logits (N, classes), mean objective (N,), and its gradient (N, C, H, W).
+    """
+    points = points.detach().requires_grad_()
+    logits_sum: Tensor | None = None
+    values_sum, grad_sum = torch.zeros(len(points), device=points.device), torch.zeros_like(points)
+    for _ in range(passes):
+        with torch.enable_grad():
+            logits = predict(points)
+            values = objective(logits)
+        if values.requires_grad:
+            (grad,) = torch.autograd.grad(values.sum(), points, allow_unused=True)
+            if grad is not None:
+                grad_sum = grad if passes == 1 else grad_sum + grad
+        values_sum = values_sum + values.detach()
+        logits_sum = logits.detach() if logits_sum is None else logits_sum + logits.detach()
+    assert logits_sum is not None, "passes must be at least 1"
+    return logits_sum / passes, values_sum / passes, grad_sum / passes if passes > 1 else grad_sum
+
+
+def fooled(logits: Tensor, y: Tensor) -> Tensor:
+    """Where the largest logit is not the label's, (N,) bool."""
+    return logits.argmax(1) != y
+
+
+def steepest(grad: Tensor, *, norm: Norm) -> Tensor:
+    """The direction of unit length in `norm` along which a linear function rises fastest, as grad."""
+    if norm == "linf":
+        return grad.sign()
+    return grad / per_sample(norms(grad, norm="l2"), grad).clamp_min(1e-12)
+
+
+def blend(condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:
+    """`yes` for the samples where `condition` (N,) holds and `no` elsewhere, as yes."""
+    return torch.where(per_sample(condition, yes), yes, no)
+
+
+def check(eps: float, counts: dict[str, int]) -> None:
+    """Refuse settings without meaning.
+
+    Raises:
+        ValueError: eps is not in [0, 1e6], or one of `counts` is below 1.
+    """
+    if not 0 <= eps <= 1e6:
+        raise ValueError(f"eps must be a finite radius of at least 0, not {eps}")
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, not {count}")

@@ -1,0 +1,195 @@
+"""Square attack: random search over squares, with nothing but the logits.
+
+Andriushchenko et al., arXiv:1912.00049. Symbols: p the share of the image's area that a square covers, h its side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cfamc_cli.engine.attacks.objectives import label_margin
+from cfamc_cli.engine.attacks.search import Predict, Region, Roster, blend, logits_at, take
+from cfamc_cli.engine.ball import Norm, norms, per_sample
+
+_P_INIT = 0.8
+_HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10,000 queries
+_DRAWN_AT_ONCE = 64  # queries
+_TINY = 1e-12
+
+
+@dataclass
+class _Hunt:
+    """Per-sample state, n rows."""
+
+    region: Region
+    y: Tensor
+    points: Tensor
+    margin: Tensor
+    done: Tensor
+
+
+def share_of_area(query: int, queries: int) -> float:
+    """p at a query: halved at fixed places of the budget (arXiv:1912.00049, section 3.2 and supplement B)."""
+    at = query * 10_000 // queries
+    return float(_P_INIT / 2 ** sum(at > mark for mark in _HALVINGS))
+
+
+def square(
+    predict: Predict,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float,
+    norm: Norm = "linf",
+    queries: int,
+    generator: torch.Generator,
+) -> Tensor:
+    """Random search that keeps a change of one square (two for L2) when it lowers the margin of the label.
+
+    Every sample has squares of its own, drawn for all samples whether or not they are still worked on.
+
+    Args:
+        predict: Logits from images; no gradient is taken.
+        x: Clean images in [0, 1], (N, C, H, W).
+        y: Labels, (N,).
+        eps: Radius of the ball.
+        norm: Its norm.
+        queries: Logits that may be asked for, per sample.
+        generator: CPU generator.
+
+    Returns:
+        The point of the lowest margin met, (N, C, H, W).
+
+    Source: Andriushchenko et al., arXiv:1912.00049, algorithms 1 to 3.
+    """
+    if eps == 0 or len(x) == 0:
+        return x.clone()
+    n, channels, height, width = x.shape
+    region = Region.around(x, eps=eps, norm=norm)
+    clean = label_margin(logits_at(predict, x), y)
+    begin = _stripes if norm == "linf" else _tiles
+    points = blend(clean < 0, x, begin(region, generator))
+    margin = torch.where(clean < 0, clean, label_margin(logits_at(predict, points), y))
+    s = _Hunt(region, y, points, margin, margin < 0)
+    roster = Roster(x)
+    draws = torch.empty(0)
+    for query in range(1, queries):
+        rows = roster.settle(s.points, s.done, step=query - 1)
+        if rows is not None:
+            s = take(s, rows)
+            if len(rows) == 0:
+                break
+        at = (query - 1) % _DRAWN_AT_ONCE
+        if at == 0:
+            draws = torch.rand((_DRAWN_AT_ONCE, n, 5 + channels), generator=generator).to(x.device)
+        drawn = draws[at, roster.index]  # (n, 5 + C) in [0, 1)
+        area = share_of_area(query, queries) * height * width
+        side = max(1, round(area**0.5))
+        if norm == "linf":
+            ahead = _paint(s, drawn, min(side, height, width))
+        else:
+            ahead = _move_mass(s, drawn, max(3, min(side, height, width) // 2 * 2 + 1))
+        margin = label_margin(logits_at(predict, ahead), s.y)
+        better = (margin < s.margin) & ~s.done
+        s.points = blend(better, ahead, s.points)
+        s.margin = torch.where(better, margin, s.margin)
+        s.done = s.margin < 0
+    return roster.close(s.points)
+
+
+def _stripes(region: Region, generator: torch.Generator) -> Tensor:
+    """Vertical stripes one pixel wide at +-eps (arXiv:1912.00049, section 3.2)."""
+    n, channels, _, width = region.x.shape
+    up = torch.rand((n, channels, 1, width), generator=generator).to(region.x.device) < 0.5
+    return torch.where(up, region.high, region.low)
+
+
+def _within(start: Tensor, side: int, length: int) -> Tensor:
+    """For each sample the mask of [start, start + side) in range(length), (n, length) bool."""
+    offset = torch.arange(length, device=start.device) - start[:, None]
+    return (offset >= 0) & (offset < side)
+
+
+def _corner(drawn: Tensor, side: int, length: int) -> Tensor:
+    """A corner such that the square lies in the image, from numbers in [0, 1), (n,)."""
+    return (drawn * (length - side + 1)).long().clamp_max(length - side)
+
+
+def _paint(s: _Hunt, drawn: Tensor, side: int) -> Tensor:
+    """Set one square to +-eps, with one sign for each channel (arXiv:1912.00049, algorithm 2)."""
+    height, width = s.points.shape[2:]
+    rows = _within(_corner(drawn[:, 0], side, height), side, height)
+    columns = _within(_corner(drawn[:, 1], side, width), side, width)
+    inside = rows[:, None, :, None] & columns[:, None, None, :]  # (n, 1, H, W)
+    up = (drawn[:, 5:] < 0.5)[:, :, None, None]  # (n, C, 1, 1)
+    return torch.where(inside, torch.where(up, s.region.high, s.region.low), s.points)
+
+
+def _pyramid(height: int, width: int) -> Tensor:
+    """The bump of the L2 attack on a height x width rectangle: concentric sums of 1 / k^2.
+
+    Source: arXiv:1912.00049, section 3.3, the function eta^(h1, h2) with r and s counted from 1.
+    """
+    n = height // 2
+    r, c = torch.arange(1, height + 1)[:, None], torch.arange(1, width + 1)[None, :]
+    reach = n - torch.maximum((r - height // 2 - 1).abs(), (c - width // 2 - 1).abs())  # M(r, s)
+    k = torch.arange(n + 1)
+    terms = 1.0 / (n + 1 - k).double() ** 2
+    return (terms * (k <= reach[..., None])).sum(-1).float()
+
+
+def _bump(side: int) -> Tensor:
+    """The update of a square window: a bump above a bump of the other sign, of unit length, (side, side)."""
+    upper = side // 2
+    bump = torch.cat((_pyramid(upper, side), -_pyramid(side - upper, side)))
+    return bump / bump.norm().clamp_min(_TINY)
+
+
+def _tiles(region: Region, generator: torch.Generator) -> Tensor:
+    """A grid of bumps, five along a side, each of random sign and orientation (arXiv:1912.00049, section 3.3)."""
+    n, channels, height, width = region.x.shape
+    side = max(3, min(height, width) // 5)
+    bump = _bump(side)
+    down, across = height // side, width // side
+    drawn = torch.rand((2, n, channels, down, across), generator=generator)
+    tile = torch.where((drawn[1] < 0.5)[..., None, None], bump, bump.T) * (drawn[0] < 0.5).mul(2).sub(1)[..., None, None]
+    delta = torch.zeros(region.x.shape)
+    delta[:, :, : down * side, : across * side] = tile.transpose(3, 4).reshape(n, channels, down * side, across * side)
+    delta = delta / per_sample(norms(delta, norm="l2"), delta).clamp_min(_TINY) * region.eps
+    return region.project(region.x + delta.to(region.x.device))
+
+
+def _move_mass(s: _Hunt, drawn: Tensor, side: int) -> Tensor:
+    """Empty one window and give its mass, with what the box left unused, to another (arXiv:1912.00049, algorithm 3)."""
+    x, eps = s.region.x, s.region.eps
+    channels, height, width = x.shape[1:]
+    side = min(side, height, width)
+    delta = s.points - x
+    top, left = _corner(drawn[:, 0], side, height), _corner(drawn[:, 1], side, width)
+    gains = _within(top, side, height)[:, None, :, None] & _within(left, side, width)[:, None, None, :]  # (n, 1, H, W)
+    rows = _within(_corner(drawn[:, 2], side, height), side, height)
+    columns = _within(_corner(drawn[:, 3], side, width), side, width)
+    loses = rows[:, None, :, None] & columns[:, None, None, :]
+
+    square_sum = (2, 3)
+    unused = (eps**2 - delta.flatten(1).square().sum(1)).clamp_min(0)
+    mass = (delta * (gains | loses)).square().sum(square_sum, keepdim=True)  # (n, C, 1, 1)
+    available = (mass + per_sample(unused, mass) / channels).sqrt()
+
+    window = delta * gains
+    window = window / window.square().sum(square_sum, keepdim=True).sqrt().clamp_min(_TINY)
+    bump = torch.nn.functional.pad(_bump(side).to(x.device), (0, 1, 0, 1))  # the last row and column are empty
+    turned = bump.T.contiguous()
+    down = torch.arange(height, device=x.device) - top[:, None]
+    across = torch.arange(width, device=x.device) - left[:, None]
+    down = torch.where((down >= 0) & (down < side), down, side)[:, :, None]
+    across = torch.where((across >= 0) & (across < side), across, side)[:, None, :]
+    placed = torch.where((drawn[:, 4] < 0.5)[:, None, None], bump[down, across], turned[down, across])[:, None]
+    sign = (drawn[:, 5:] < 0.5).to(x.dtype).mul(2).sub(1)[:, :, None, None]
+    window = sign * placed + window
+    window = window / window.square().sum(square_sum, keepdim=True).sqrt().clamp_min(_TINY) * available
+    delta = torch.where(gains, window, delta.masked_fill(loses, 0.0))
+    return s.region.project(x + delta)
