@@ -12,6 +12,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -53,7 +54,7 @@ def _status(key: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {key}")
 
 
-def summary(values: Sequence[float]) -> dict[str, object]:
+def summary(values: Sequence[float]) -> dict[str, Any]:
     """Median, extremes and count of repeated measurements, beside the values themselves."""
     return {
         "median": statistics.median(values),
