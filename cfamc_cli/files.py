@@ -111,21 +111,25 @@ def read_bytes(path: Path, *, limit: int = MAX_READ) -> bytes:
     return data
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Make `path` hold `data`, or leave it as it was.
+@contextmanager
+def staged_file(path: Path, *, needed: int | None = None) -> Iterator[Path]:
+    """Fill a file that appears under its name only when it is complete.
+
+    Args:
+        path: The name that the file gets, in place of what has it now.
+        needed: Bytes that will be written, told when there is no space.
+
+    Yields:
+        The temporary name to write to.
 
     Raises:
-        CfamcError: The disk is full, the folder cannot be written, or the device failed.
+        CfamcError: The disk is full, the folder cannot be written, or the device failed; what was written is removed.
     """
     temp = path.parent / _temp_name()
-    with explained(path, needed=len(data)):
+    with explained(path, needed=needed):
         try:
-            descriptor = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # the umask has its say
-            try:
-                _write_all(descriptor, data)
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            yield temp
+            sync(temp)
             temp.replace(path)
         except BaseException:
             _remove(temp)
@@ -133,11 +137,25 @@ def write_bytes(path: Path, data: bytes) -> None:
         sync(path.parent)
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    """Make `path` hold `data`, or leave it as it was.
+
+    Raises:
+        CfamcError: As for `staged_file`.
+    """
+    with staged_file(path, needed=len(data)) as temp:
+        descriptor = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # the umask has its say
+        try:
+            _write_all(descriptor, data)
+        finally:
+            os.close(descriptor)
+
+
 def write_text(path: Path, text: str) -> None:
     """Make `path` hold `text` as UTF-8, or leave it as it was.
 
     Raises:
-        CfamcError: As for `write_bytes`.
+        CfamcError: As for `staged_file`.
     """
     write_bytes(path, text.encode())
 
@@ -147,7 +165,7 @@ def write_json(path: Path, value: object) -> None:
 
     Raises:
         ValueError: A number is not finite.
-        CfamcError: As for `write_bytes`.
+        CfamcError: As for `staged_file`.
     """
     write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
@@ -178,7 +196,7 @@ def staged_folder(final: Path, *, needed: int | None = None) -> Iterator[Path]:
         The temporary folder to fill.
 
     Raises:
-        CfamcError: `final` exists, or as for `write_bytes`; what was written is removed.
+        CfamcError: `final` exists, or as for `staged_file`; what was written is removed.
     """
     temp = final.parent / _temp_name()
     with explained(final, needed=needed):
@@ -232,7 +250,7 @@ class JsonLines:
 
         Raises:
             ValueError: A number is not finite.
-            CfamcError: As for `write_bytes`.
+            CfamcError: As for `staged_file`.
         """
         line = (json.dumps(record, allow_nan=False, separators=(",", ":")) + "\n").encode()
         with explained(self.path, needed=len(line)):
