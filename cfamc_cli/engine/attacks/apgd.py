@@ -1,12 +1,13 @@
 """Auto-PGD: ascent with momentum whose step halves where it stops paying.
 
-Croce & Hein, arXiv:2003.01690, algorithm 1. Symbols: f the loss, eta the step size, w_j the checkpoints at which eta may
-be halved, rho the share of rising steps below which it is.
+Croce & Hein, arXiv:2003.01690, algorithm 1. Symbols: eta the step size, w_j the checkpoints at which eta may be
+halved, rho the share of rising steps below which it is.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -44,8 +45,10 @@ class _Ascent:
 def checkpoints(steps: int) -> tuple[int, ...]:
     """The steps w_1 < w_2 < ... < steps after which the step size may be halved.
 
-    Source: arXiv:2003.01690, section 3: p_1 = .22, p_(j+1) = p_j + max(p_j - p_(j-1) - .03, .06), w_j = ceil(p_j steps).
     Counted in hundredths, so that rounding never moves a checkpoint.
+
+    Source: arXiv:2003.01690, section 3: p_0 = 0, p_1 = .22, p_(j+1) = p_j + max(p_j - p_(j-1) - .03, .06) and
+        w_j = ceil(p_j steps).
     """
     marks, before, at = [], 0, 22
     while at < 100:
@@ -117,6 +120,11 @@ def _start(x: Tensor, *, eps: float, norm: Norm, generator: torch.Generator) -> 
     return x + eps * drawn.to(x.device)
 
 
+def _objective(loss: Loss, y: Tensor, target: Tensor) -> Callable[[Tensor], Tensor]:
+    """The loss as a function of the logits alone."""
+    return lambda z: evaluate_loss(loss, z, y, target)
+
+
 def _run(
     predict: Predict,
     region: Region,
@@ -132,7 +140,7 @@ def _run(
     roster = Roster(region.x)
     missed = torch.zeros(len(y), dtype=torch.bool, device=y.device)
     points = region.project(points)
-    logits, value, grad = climb(predict, points, lambda z: evaluate_loss(loss, z, y, target), passes=eot)
+    logits, value, grad = climb(predict, points, _objective(loss, y, target), passes=eot)
     s = _Ascent(
         region=region,
         y=y,
@@ -165,10 +173,7 @@ def _run(
             ahead = s.region.project(ahead)
         s.points, s.previous = blend(s.done, s.points, ahead), s.points
 
-        labels, aim = s.y, s.target
-        logits, value, s.grad = climb(
-            predict, s.points, lambda z, y=labels, t=aim: evaluate_loss(loss, z, y, t), passes=eot
-        )
+        logits, value, s.grad = climb(predict, s.points, _objective(loss, s.y, s.target), passes=eot)
         s.done = s.done | fooled(logits, s.y)
         missed[roster.index] = s.done
         s.rises = s.rises + (value > s.loss)

@@ -1,12 +1,13 @@
 """Targeted FAB: walks along the decision boundary towards the clean image.
 
-Croce & Hein, arXiv:1907.02044 (FAB), with one target class at a time as in arXiv:2003.01690. The paper minimises the norm
-of the perturbation; here a sample is done once a misclassified point within eps is met, since nothing smaller is asked.
-Symbols: w the gradient of z_t - z_y at the current point, gap its value there, d the step to the hyperplane gap + w.d = 0.
+Croce & Hein, arXiv:1907.02044 (FAB), one target class at a time as in arXiv:2003.01690. The paper minimises the norm of
+the perturbation; here a sample is done once a misclassified point within eps is met, since nothing smaller is asked.
+Symbols: gap the value of z_t - z_y at the current point, w its gradient, d the step to the hyperplane gap + w.d = 0.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -30,17 +31,15 @@ class _Walk:
     y: Tensor
     target: Tensor
     points: Tensor
-    crossed: Tensor  # whether the last step ended beyond the boundary
     done: Tensor
 
 
 def to_hyperplane(points: Tensor, w: Tensor, gap: Tensor, *, norm: Norm) -> Tensor:
     """The smallest step d with gap + w.d = 0 that stays in the box, for each sample.
 
-    Along either norm the solution is d_i = sign_i min(t r_i, room_i), with r_i = 1 (L-inf) or |w_i| (L2), room_i the way
+    For either norm the solution is d_i = sign_i min(t r_i, room_i), with r_i = 1 (L-inf) or |w_i| (L2), room_i the way
     to the box and one number t for each sample. What it gains, sum |w_i| min(t r_i, room_i), is concave and piecewise
-    linear in t, so that Newton's method from t = 0 climbs to the root without passing it and ends after finitely many
-    steps.
+    linear in t, so Newton's method from t = 0 climbs to the root, never passes it and ends after finitely many steps.
 
     Args:
         points: Where the steps begin, in [0, 1], (N, C, H, W).
@@ -53,18 +52,19 @@ def to_hyperplane(points: Tensor, w: Tensor, gap: Tensor, *, norm: Norm) -> Tens
 
     Source: Croce & Hein, arXiv:1907.02044, eq. 3 to 5; the Newton iteration is our own.
     """
-    w = -w * per_sample(gap.sign(), w)  # a step along w now always closes the gap
-    size = w.abs().flatten(1)
+    scale = w.abs().flatten(1).amax(1).clamp_min(1e-30)  # no gradient is too small or too large for float32
+    w = -w * per_sample(gap.sign() / scale, w)  # a step along w now always closes the gap
+    size, gap = w.abs().flatten(1), gap.abs() / scale
     room = torch.where(w > 0, 1 - points, points).flatten(1)
     rate = torch.ones_like(size) if norm == "linf" else size
     until = torch.where(rate > 0, room / rate, torch.inf)  # the t at which a coordinate meets the box
     gains = torch.stack((size * room, size * rate), 1)  # (N, 2, D): when at the box; for each unit of t before
-    need = gap.abs() - gains[:, 0].sum(1)  # (N,) what is left once every coordinate has gone to the box
+    need = gap - gains[:, 0].sum(1)  # (N,) what is left once every coordinate has gone to the box
     t = torch.zeros_like(gap)
     for _ in range(_NEWTON_STEPS):
         free = (until > t[:, None]).to(size.dtype)
-        at_box, slope = (gains @ free[:, :, None]).squeeze(2).T
-        ahead = torch.where(slope > 0, (need + at_box) / slope.clamp_min(1e-30), torch.inf)
+        unspent, slope = (gains @ free[:, :, None]).squeeze(2).T
+        ahead = torch.where(slope > 0, (need + unspent) / slope.clamp_min(1e-30), torch.inf)
         if t.device.type == "cpu" and torch.equal(t, ahead):
             break
         t = torch.maximum(t, ahead)
@@ -113,22 +113,29 @@ def fab(
 
 
 def _run(predict: Predict, region: Region, y: Tensor, target: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """One target: the points it ends with (the clean image where it failed), and which are misclassified in the ball."""
+    """One target: the points it ends with (clean where it failed), and which of them are misclassified in the ball."""
     roster = Roster(region.x)
     missed = torch.zeros(len(y), dtype=torch.bool, device=y.device)
-    s = _Walk(region, y, target, region.x, missed.clone(), missed.clone())
-    for step in range(steps + 1):
+    s = _Walk(region, y, target, region.x, missed.clone())
+    for step in range(steps):
+        _, gap, w = climb(predict, s.points, _gap_to(s.target, s.y))
+        s.points = blend(s.done, s.points, _advance(s.region, s.points, gap, w))
+        crossed = fooled(logits_at(predict, s.points), s.y) & ~s.done
+        reached = crossed & (s.region.distance(s.points) <= region.eps)
+        s.done = s.done | reached
+        missed[roster.index] = s.done
+        s.points = blend(crossed & ~reached, s.region.x + _BETA * (s.points - s.region.x), s.points)
         rows = roster.settle(s.points, s.done, step=step)
         if rows is not None:
             s = take(s, rows)
             if len(rows) == 0:
                 break
-        z, gap, w = _look(predict, s, with_gradient=step < steps)
-        missed[roster.index] = s.done
-        if step == steps:
-            break
-        s.points = blend(s.done, s.points, _advance(s.region, s.points, gap, w))
     return roster.close(blend(s.done, s.points, s.region.x)), missed
+
+
+def _gap_to(target: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
+    """The function z_t - z_y of the logits, one value per sample."""
+    return lambda z: (z.gather(1, target[:, None]) - z.gather(1, y[:, None])).squeeze(1)
 
 
 def _advance(region: Region, points: Tensor, gap: Tensor, w: Tensor) -> Tensor:

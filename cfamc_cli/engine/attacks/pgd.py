@@ -6,6 +6,7 @@ misclassifies it, and stops there: more steps can never help the defender, and e
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,6 +30,11 @@ class _Climb:
     done: Tensor
 
 
+def _cross_entropy_of(y: Tensor) -> Callable[[Tensor], Tensor]:
+    """The cross-entropy as a function of the logits alone, one value per sample."""
+    return lambda z: cross_entropy(z, y, reduction="none")
+
+
 def fgsm(predict: Predict, x: Tensor, y: Tensor, *, eps: float, norm: Norm = "linf") -> Tensor:
     """One step of length eps along the gradient of the cross-entropy.
 
@@ -46,7 +52,7 @@ def fgsm(predict: Predict, x: Tensor, y: Tensor, *, eps: float, norm: Norm = "li
     """
     if eps == 0 or len(x) == 0:
         return x.clone()
-    _, _, grad = climb(predict, x, lambda z: cross_entropy(z, y, reduction="none"))
+    _, _, grad = climb(predict, x, _cross_entropy_of(y))
     return Region.around(x, eps=eps, norm=norm).project(x + eps * steepest(grad, norm=norm))
 
 
@@ -109,10 +115,7 @@ def _pgd_run(
     state = _Climb(region, y, region.project(points), missed.clone())
     for step in range(steps + 1):
         if step < steps:
-            labels = state.y
-            logits, _, grad = climb(
-                predict, state.points, lambda z, labels=labels: cross_entropy(z, labels, reduction="none")
-            )
+            logits, _, grad = climb(predict, state.points, _cross_entropy_of(state.y))
         else:
             logits = logits_at(predict, state.points)
         state.done = state.done | fooled(logits, state.y)

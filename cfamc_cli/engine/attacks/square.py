@@ -32,7 +32,7 @@ class _Hunt:
 
 
 def share_of_area(query: int, queries: int) -> float:
-    """p at a query: halved at fixed places of the budget (arXiv:1912.00049, section 3.2 and supplement B)."""
+    """The share p at a query: halved at fixed places of the budget (arXiv:1912.00049, section 3.2 and supplement B)."""
     at = query * 10_000 // queries
     return float(_P_INIT / 2 ** sum(at > mark for mark in _HALVINGS))
 
@@ -138,14 +138,15 @@ def _pyramid(height: int, width: int) -> Tensor:
     reach = n - torch.maximum((r - height // 2 - 1).abs(), (c - width // 2 - 1).abs())  # M(r, s)
     k = torch.arange(n + 1)
     terms = 1.0 / (n + 1 - k).double() ** 2
-    return (terms * (k <= reach[..., None])).sum(-1).float()
+    bump: Tensor = (terms * (k <= reach[..., None])).sum(-1).float()
+    return bump
 
 
 def _bump(side: int) -> Tensor:
     """The update of a square window: a bump above a bump of the other sign, of unit length, (side, side)."""
     upper = side // 2
     bump = torch.cat((_pyramid(upper, side), -_pyramid(side - upper, side)))
-    return bump / bump.norm().clamp_min(_TINY)
+    return bump / bump.square().sum().sqrt().clamp_min(_TINY)
 
 
 def _tiles(region: Region, generator: torch.Generator) -> Tensor:
@@ -155,7 +156,9 @@ def _tiles(region: Region, generator: torch.Generator) -> Tensor:
     bump = _bump(side)
     down, across = height // side, width // side
     drawn = torch.rand((2, n, channels, down, across), generator=generator)
-    tile = torch.where((drawn[1] < 0.5)[..., None, None], bump, bump.T) * (drawn[0] < 0.5).mul(2).sub(1)[..., None, None]
+    tile = (
+        torch.where((drawn[1] < 0.5)[..., None, None], bump, bump.T) * (drawn[0] < 0.5).mul(2).sub(1)[..., None, None]
+    )
     delta = torch.zeros(region.x.shape)
     delta[:, :, : down * side, : across * side] = tile.transpose(3, 4).reshape(n, channels, down * side, across * side)
     delta = delta / per_sample(norms(delta, norm="l2"), delta).clamp_min(_TINY) * region.eps
