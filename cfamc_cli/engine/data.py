@@ -1,0 +1,343 @@
+"""A data set as one uint8 tensor (N, 3, H, W), and how batches leave it.
+
+Data is read from its published form once and packed into one file of the cache; from then on it is memory-mapped, or
+resident on the device where it fits. Nothing here looks at single images during an epoch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cfamc_cli.datasets import FASHION_MINI_FINGERPRINTS, FASHION_MINI_FOLDER
+from cfamc_cli.engine import archives, folder
+from cfamc_cli.engine.packs import Labels, Pack, Pixels, fingerprint, read_pack, write_pack
+from cfamc_cli.engine.randomness import addressed_generator
+from cfamc_cli.engine.sink import Sink
+from cfamc_cli.errors import CfamcError, ExitCode
+
+RESIDENT_SHARE = 0.25  # of the free device memory; the rest is for the encoder and its activations
+
+_LICENCES = {
+    "fashion-mini": "MIT, Copyright (c) 2017 Zalando SE",
+    "fashion-mnist": "MIT, Copyright (c) 2017 Zalando SE",
+    "svhn": "for non-commercial use only",
+}
+
+
+class DataSettings(Protocol):
+    """The recipe's [data] table, as far as it is read here."""
+
+    @property
+    def dataset(
+        self,
+    ) -> Literal["fashion-mini", "cifar10", "cifar100", "fashion-mnist", "svhn", "stl10", "folder"]: ...
+    @property
+    def root(self) -> str | None: ...
+    @property
+    def size(self) -> int | None: ...
+    @property
+    def limit(self) -> int | None: ...
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """The images of one split.
+
+    Attributes:
+        images: uint8, (N, 3, H, W), in host memory or mapped from a file.
+        labels: int64, (N,), -1 for an image without a label; None where no image has one.
+        classes: Class names by label.
+        dataset: Name of the data set, as in the recipe.
+        split: Which part of it.
+        fingerprint: SHA-256 over pixels, labels and class names, hexadecimal; the same wherever the data lies.
+        licence: What is known of the terms of use; empty where nothing is.
+    """
+
+    images: Tensor
+    labels: Tensor | None
+    classes: tuple[str, ...]
+    dataset: str
+    split: Literal["train", "test"]
+    fingerprint: str
+    licence: str
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def labelled(self) -> ImageSet:
+        """Return the images that have a label: all of them, or (stl10) the labelled part.
+
+        Raises:
+            CfamcError: No image has one.
+        """
+        if self.labels is None or not bool((self.labels >= 0).any()):
+            raise CfamcError(
+                f"the {self.split} images of {self.dataset} have no labels",
+                hint="labels come from class folders: train/<class>/ and test/<class>/",
+                exit_code=ExitCode.BAD_DATA,
+            )
+        keep = (self.labels >= 0).nonzero().flatten()
+        return self if len(keep) == len(self) else self.take(keep)
+
+    def require_labels(self) -> Tensor:
+        """Return the labels of a set that a classifier can be trained or judged on.
+
+        Returns:
+            int64, (N,), each of the classes at least once.
+
+        Raises:
+            CfamcError: An image has no label, there are fewer than two classes, or a class has no image.
+        """
+        missing = 0 if self.labels is None else int((self.labels < 0).sum())
+        labels = self.labelled().labels
+        assert labels is not None, "labelled() raises otherwise"
+        cause = hint = ""
+        if missing:
+            cause = f"{missing:,} of {len(self):,} images have no label"
+        elif len(self.classes) < 2:
+            cause, hint = f"there is only one class, {', '.join(self.classes)}", "a classifier needs two or more"
+        else:
+            empty = (torch.bincount(labels, minlength=len(self.classes)) == 0).nonzero().flatten().tolist()
+            if empty:
+                names = ", ".join(self.classes[label] for label in empty[:5])
+                more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
+                cause, hint = f"no images of class {names}{more}", "add some, or remove the class folders"
+        if cause:
+            raise CfamcError(f"{self.split} images of {self.dataset}: {cause}", hint=hint, exit_code=ExitCode.BAD_DATA)
+        return labels
+
+    def take(self, indices: Tensor) -> ImageSet:
+        """Return the images at `indices`, int64 (n,), as a set of its own, copied into memory."""
+        images = self.images.index_select(0, indices)
+        labels = None if self.labels is None else self.labels.index_select(0, indices)
+        mark = fingerprint(images, labels, self.classes)
+        return dataclasses.replace(self, images=images, labels=labels, fingerprint=mark)
+
+
+def load(data: DataSettings, split: Literal["train", "test"], *, seed: int, cache: Path, sink: Sink) -> ImageSet:
+    """Load one split; download, decode and pack it before where that was not done yet.
+
+    The training split of `stl10` is its 5,000 labelled images followed by its 100,000 unlabelled ones (label -1).
+    A socket is opened only for a download that is needed: never for `fashion-mini`, `folder`, a set that is packed,
+    or one whose data.root says where its files lie.
+
+    Args:
+        data: The recipe's [data] table. `limit` applies to the training split: the first images of a shuffle.
+        split: Which part.
+        seed: The recipe's seed; shuffles before `limit` cuts.
+        cache: Folder for downloads and packs.
+        sink: Hears progress and messages.
+
+    Returns:
+        The images.
+
+    Raises:
+        CfamcError: The data is missing, unreadable or unfit; exit code BAD_DATA. FAILED where the cache cannot be
+            written, INVALID where `limit` exceeds the images.
+    """
+    match data.dataset:
+        case "folder":
+            pack = _load_folder(data, split, cache=cache, sink=sink)
+        case "fashion-mini":
+            pack = _load_fashion_mini(split, size=data.size)
+        case _ as known:
+            pack = _load_known(known, data, split, cache=cache, sink=sink)
+    images = ImageSet(
+        images=pack.images,
+        labels=pack.labels,
+        classes=pack.classes,
+        dataset=data.dataset,
+        split=split,
+        fingerprint=pack.fingerprint,
+        licence=_LICENCES.get(data.dataset, ""),
+    )
+    if data.limit is None or split == "test":
+        return images
+    if data.limit > len(images):
+        raise CfamcError(
+            f"data.limit is {data.limit:,} but {data.dataset} has {len(images):,} training images",
+            hint="lower data.limit or leave it out",
+            exit_code=ExitCode.INVALID,
+        )
+    order = torch.randperm(len(images), generator=addressed_generator("limit", seed))
+    return images.take(order[: data.limit])
+
+
+def to_device(images: Tensor, *, device: torch.device) -> Tensor:
+    """Make a set resident on the device if it takes at most a quarter of the free memory there.
+
+    Args:
+        images: uint8, (N, 3, H, W), on the host.
+        device: Where batches are needed.
+
+    Returns:
+        The images on the device, or as they are: mapped pages of the host, from which `batch` moves what it needs.
+    """
+    if device.type == "cpu":
+        return images
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        if images.nbytes > RESIDENT_SHARE * free:
+            return images
+    return images.to(device)
+
+
+def batch(images: Tensor, indices: Tensor, *, device: torch.device) -> Tensor:
+    """Gather one batch.
+
+    Args:
+        images: uint8, (N, 3, H, W), as `to_device` returns it.
+        indices: int64, (B,), on the CPU.
+        device: Where the batch is needed.
+
+    Returns:
+        uint8, (B, 3, H, W), on the device, in the order of `indices`.
+    """
+    if images.device.type != "cpu":
+        return images.index_select(0, indices.to(images.device, non_blocking=True))
+    if device.type == "cpu":
+        return images.index_select(0, indices)
+    ascending, order = indices.sort()  # a mapped file is read forwards
+    rows = images.index_select(0, ascending)
+    if device.type == "cuda":
+        rows = rows.pin_memory()
+    moved = rows.to(device, non_blocking=True)
+    return moved.index_select(0, order.argsort().to(device, non_blocking=True))
+
+
+def class_balanced_split(labels: Tensor, count: int, *, seed: int) -> tuple[Tensor, Tensor]:
+    """Hold images out, as evenly over the classes as `count` allows.
+
+    Args:
+        labels: int64, (N,); images labelled -1 are in neither part.
+        count: Number of images to hold out, below the number of labelled ones.
+        seed: The recipe's seed.
+
+    Returns:
+        Indices held out, (count,), and the other labelled ones; both int64, ascending, on the CPU.
+
+    Raises:
+        ValueError: When `count` leaves nothing on one side.
+    """
+    labels = labels.cpu()
+    labelled = int((labels >= 0).sum())
+    if not 0 < count < labelled:
+        raise ValueError(f"cannot hold {count} of {labelled} labelled images out")
+    order = torch.randperm(len(labels), generator=addressed_generator("held-out", seed))
+    order = order[labels[order] >= 0]
+    # The k-th image of each class in shuffled order comes before the (k+1)-th of any.
+    by_class = labels[order].argsort(stable=True)
+    sizes = torch.bincount(labels[order])
+    starts = sizes.cumsum(0) - sizes
+    rank = torch.empty_like(by_class)
+    rank[by_class] = torch.arange(len(by_class)) - starts.repeat_interleave(sizes)
+    order = order[rank.argsort(stable=True)]
+    return order[:count].sort().values, order[count:].sort().values
+
+
+def _load_fashion_mini(split: Literal["train", "test"], *, size: int | None) -> Pack:
+    stem = "train" if split == "train" else "t10k"
+    files = tuple(FASHION_MINI_FOLDER / f"{stem}-{part}-ubyte.gz" for part in ("images-idx3", "labels-idx1"))
+    raw = archives.read("fashion-mini", split, files)
+    images, labels = torch.from_numpy(next(raw.chunks)), torch.from_numpy(raw.labels)
+    mark = fingerprint(images, labels, raw.classes)
+    if mark != FASHION_MINI_FINGERPRINTS[split]:
+        raise CfamcError(f"{files[0]} is not what was shipped", hint="install cfamc again", exit_code=ExitCode.BAD_DATA)
+    if size is not None and size != images.shape[-1]:
+        images = torch.from_numpy(_resize(images.numpy(), size))
+        mark = fingerprint(images, labels, raw.classes)
+    return Pack(images=images, labels=labels, classes=raw.classes, fingerprint=mark)
+
+
+def _load_known(
+    known: archives.Known, data: DataSettings, split: Literal["train", "test"], *, cache: Path, sink: Sink
+) -> Pack:
+    root = None if data.root is None else Path(data.root).expanduser().absolute()
+    key = json.dumps([known, split, data.size, None if root is None else str(root)])
+    path = _pack_path(cache, f"{known}-{split}", key)
+    pack = read_pack(path, key=key)
+    if pack is not None:
+        return pack
+    remotes = archives.remote_files(known, split)
+    for remote in remotes:
+        if root is not None and not (root / remote.name).is_file():
+            raise CfamcError(
+                f"data.root {root} does not hold {remote.name}",
+                hint=f"put {remote.url} there, or leave data.root out to have it downloaded",
+                exit_code=ExitCode.BAD_DATA,
+            )
+    place = root or cache / "downloads"
+    files = tuple(archives.fetch(remote, place, sink=sink) for remote in remotes)
+    raw = archives.read(known, split, files)
+    count, channels, height, width = raw.shape
+    chunks = raw.chunks
+    if data.size is not None and data.size != height:
+        chunks = _resized(chunks, data.size)
+        height = width = data.size
+    shape = (count, channels, height, width)
+    return _pack(path, chunks, key=key, shape=shape, labels=raw.labels, classes=raw.classes, name=known, sink=sink)
+
+
+def _load_folder(data: DataSettings, split: Literal["train", "test"], *, cache: Path, sink: Sink) -> Pack:
+    assert data.root is not None, "the recipe asks for a root"
+    root = Path(data.root).expanduser().absolute()
+    listing = folder.list_images(root, split)
+    # One pack per (root, split, size): the pack of a folder that changed is replaced.
+    path = _pack_path(cache, f"folder-{split}", json.dumps([str(root), split, data.size]))
+    pack = read_pack(path, key=listing.key)
+    if pack is not None:
+        return pack
+    (height, width), chunks = folder.decode_all(listing, size=data.size)
+    shape = (len(listing.names), 3, height, width)
+    labels = None if listing.labels is None else np.array(listing.labels, dtype=np.int64)
+    return _pack(
+        path, chunks, key=listing.key, shape=shape, labels=labels, classes=listing.classes, name=str(root), sink=sink
+    )
+
+
+def _pack(
+    path: Path,
+    chunks: Iterator[Pixels],
+    *,
+    key: str,
+    shape: tuple[int, int, int, int],
+    labels: Labels | None,
+    classes: tuple[str, ...],
+    name: str,
+    sink: Sink,
+) -> Pack:
+    task = f"packing {name}"
+    write_pack(path, chunks, key=key, shape=shape, labels=labels, classes=classes, task=task, sink=sink)
+    pack = read_pack(path, key=key)
+    if pack is None:  # another process packed a folder that changed meanwhile
+        raise CfamcError(f"{name} changed while it was packed", hint="try again", exit_code=ExitCode.BAD_DATA)
+    return pack
+
+
+def _pack_path(cache: Path, stem: str, identity: str) -> Path:
+    return cache / "packs" / f"{stem}-{hashlib.sha256(identity.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}.pack"
+
+
+def _resized(chunks: Iterator[Pixels], size: int) -> Iterator[Pixels]:
+    for chunk in chunks:
+        yield _resize(chunk, size)
+
+
+def _resize(images: Pixels, size: int) -> Pixels:
+    """(n, 3, H, W) to (n, 3, size, size)."""
+    resized = np.empty((len(images), 3, size, size), dtype=np.uint8)
+    for row, image in enumerate(images):
+        pixels = np.ascontiguousarray(image.transpose(1, 2, 0))
+        resized[row] = folder.resize(Image.fromarray(pixels), size).transpose(2, 0, 1)
+    return resized
