@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from fractions import Fraction
 from typing import Annotated, Any, Literal, Self
@@ -426,6 +427,10 @@ class Recipe(Table):
     def replays(self) -> int:
         """How often a batch is used for a weight update."""
         return self.adversary.replays if isinstance(self.adversary, FreeAdversary) else 1
+
+    def batches(self, images: int) -> int:
+        """Batches of a run over `images` images, at least one; an epoch's incomplete last batch is dropped."""
+        return max(1, math.floor(self.train.epochs * (images // self.train.batch_size) + 0.5))
 
     def resolved(self) -> dict[str, Any]:
         """Every setting with its value, as plain JSON values."""

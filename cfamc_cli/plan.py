@@ -1,0 +1,204 @@
+"""What a recipe costs before anything runs: counts, parameters, arithmetic and memory. Never imports torch.
+
+The encoder is torchvision's ResNet without its classifier, `pre_feature` and the projector, as in
+cfamc_cli/engine/models.py; tests hold the counts here to the modules there. Symbols: B images of a batch, V crops of an
+image, S side of a crop in pixels, F backbone features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, assert_never
+
+from cfamc_cli.datasets import KNOWN_SETS
+from cfamc_cli.errors import CfamcError, ExitCode
+from cfamc_cli.recipe import FreeAdversary, Model, NoAdversary, PgdAdversary, Recipe
+
+PER_IMAGES = 1_000  # what counts refer to where the number of images is unknown
+_DEPTHS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3)}
+_FLOAT = 4  # bytes of a float32
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cost of a run.
+
+    Attributes:
+        images: Training images that the counts refer to.
+        per_thousand: Whether `images` only stands in for a number that is not known yet.
+        batches_per_epoch: Whole batches of an epoch.
+        batches: Batches of the run.
+        weight_updates: Optimizer steps; each batch has one for every replay.
+        view_passes: Forward and backward passes of one view that train the weights.
+        attack_view_passes: The same for the steps of a PGD adversary, perturbed views only.
+        parameters: Trained numbers of the whole encoder.
+        backbone_parameters: Those of the backbone.
+        flops_per_view: Forward and backward of one view, 2 per multiply-add, averaged over the groups of crops.
+        flops: The run's, attack included, in whole floating-point operations.
+        memory: An estimate of the peak in bytes, from the parts below.
+        weight_bytes: Weights, gradients and momentum.
+        activation_bytes: What one step keeps for its backward pass.
+        data_bytes: The resident images; 0 where their size is unknown.
+        crop_bytes: Crops of one batch, and the perturbation with its gradient.
+    """
+
+    images: int
+    per_thousand: bool
+    batches_per_epoch: int
+    batches: int
+    weight_updates: int
+    view_passes: int
+    attack_view_passes: int
+    parameters: int
+    backbone_parameters: int
+    flops_per_view: float
+    flops: int
+    memory: int
+    weight_bytes: int
+    activation_bytes: int
+    data_bytes: int
+    crop_bytes: int
+
+
+def known_images(recipe: Recipe) -> int | None:
+    """How many images an epoch has, as far as the recipe tells: None for a folder without a limit."""
+    known = KNOWN_SETS.get(recipe.data.dataset)
+    if known is None:
+        return recipe.data.limit  # a folder may have fewer
+    return known.train if recipe.data.limit is None else min(known.train, recipe.data.limit)
+
+
+def plan(recipe: Recipe, images: int | None = None) -> Plan:
+    """Count what a run of `recipe` does.
+
+    Args:
+        recipe: A checked recipe.
+        images: Training images, where they were counted; else those of a known set, or 1,000 of a folder.
+
+    Raises:
+        CfamcError: A batch is larger than that.
+    """
+    if images is None:
+        images = known_images(recipe)
+    per_thousand = images is None
+    batch = recipe.train.batch_size
+    count = max(PER_IMAGES, batch) if images is None else images
+    if batch > count:
+        raise CfamcError(
+            f"train.batch_size: {batch} is more than the {count} training images",
+            hint=f"--set train.batch_size={count}" if count > 1 else "add images",
+            exit_code=ExitCode.INVALID,
+        )
+    batches = recipe.batches(count)
+    updates = batches * recipe.replays
+
+    # Per image: arithmetic of all its crops, and of those that a PGD step passes.
+    costs = [group.count * flops_per_view(recipe.model, size=group.size) for group in recipe.crops]
+    match recipe.adversary:
+        case NoAdversary() | FreeAdversary():
+            attacked, attack_cost = 0, 0  # a free adversary lives on the passes that train the weights
+        case PgdAdversary(views="all", steps=steps):
+            attacked, attack_cost = steps * recipe.views, steps * sum(costs)
+        case PgdAdversary(views="second", steps=steps):
+            attacked, attack_cost = steps * recipe.crops[1].count, steps * costs[1]
+        case _ as never:
+            assert_never(never)  # type: ignore[arg-type]
+
+    parameters, backbone_parameters = parameter_counts(recipe.model)
+    activation = 4 if recipe.train.precision == "float32" else 2
+    activation_bytes = (
+        activation
+        * batch
+        * sum(group.count * activations_per_view(recipe.model, size=group.size) for group in recipe.crops)
+    )
+    pixels = sum(batch * group.count * 3 * group.size**2 for group in recipe.crops)
+    kept_pixels = 1 if isinstance(recipe.adversary, NoAdversary) else 3  # crops; with delta and its gradient
+    known = KNOWN_SETS.get(recipe.data.dataset)
+    size = recipe.data.size or (known.size if known else 0)
+    weight_bytes, data_bytes, crop_bytes = 3 * _FLOAT * parameters, count * 3 * size**2, _FLOAT * kept_pixels * pixels
+    return Plan(
+        images=count,
+        per_thousand=per_thousand,
+        batches_per_epoch=count // batch,
+        batches=batches,
+        weight_updates=updates,
+        view_passes=updates * batch * recipe.views,
+        attack_view_passes=batches * batch * attacked,
+        parameters=parameters,
+        backbone_parameters=backbone_parameters,
+        flops_per_view=sum(costs) / recipe.views,
+        flops=batch * (updates * sum(costs) + batches * attack_cost),
+        memory=weight_bytes + activation_bytes + data_bytes + crop_bytes,
+        weight_bytes=weight_bytes,
+        activation_bytes=activation_bytes,
+        data_bytes=data_bytes,
+        crop_bytes=crop_bytes,
+    )
+
+
+class _Conv(NamedTuple):
+    """A convolution without bias and the batch norm behind it."""
+
+    inputs: int
+    outputs: int
+    kernel: int
+    size: int  # side of what comes out
+
+
+def _convolutions(model: Model, *, size: int) -> Iterator[_Conv]:
+    """The backbone's convolutions, for crops of `size` pixels, in order."""
+    stem = _Conv(3, model.width, 3, size) if model.stem == "cifar" else _Conv(3, model.width, 7, _halved(size))
+    yield stem
+    side = stem.size if model.stem == "cifar" else _halved(stem.size)  # max-pooling, kernel 3, stride 2
+    inputs = model.width
+    for stage, depth in enumerate(_DEPTHS[model.backbone]):
+        width = model.width * 2**stage
+        outputs = 4 * width if model.backbone == "resnet50" else width
+        for place in range(depth):
+            strided = stage > 0 and place == 0
+            before, side = side, _halved(side) if strided else side
+            if model.backbone == "resnet50":
+                yield _Conv(inputs, width, 1, before)
+                yield _Conv(width, width, 3, side)
+                yield _Conv(width, outputs, 1, side)
+            else:
+                yield _Conv(inputs, width, 3, side)
+                yield _Conv(width, width, 3, side)
+            if strided or inputs != outputs:
+                yield _Conv(inputs, outputs, 1, side)  # shortcut
+            inputs = outputs
+
+
+def _halved(size: int) -> int:
+    return (size + 1) // 2
+
+
+def _linears(model: Model) -> tuple[tuple[int, int], ...]:
+    """(inputs, outputs) of the linear layers, all with bias: pre_feature, then the projector's two."""
+    features = model.width * (32 if model.backbone == "resnet50" else 8)
+    hidden = model.hidden_dim
+    return (features, hidden), (hidden, hidden), (hidden, model.embedding_dim)
+
+
+def parameter_counts(model: Model) -> tuple[int, int]:
+    """Trained numbers of the whole encoder, and of its backbone."""
+    backbone = sum(
+        conv.inputs * conv.outputs * conv.kernel**2 + 2 * conv.outputs for conv in _convolutions(model, size=32)
+    )
+    heads = sum((inputs + 1) * outputs for inputs, outputs in _linears(model)) + 2 * 2 * model.hidden_dim
+    return backbone + heads, backbone
+
+
+def flops_per_view(model: Model, *, size: int) -> int:
+    """Floating-point operations of one view, forward and backward: 2 per multiply-add, backward twice the forward."""
+    convolved = sum(
+        conv.inputs * conv.outputs * conv.kernel**2 * conv.size**2 for conv in _convolutions(model, size=size)
+    )
+    return 3 * 2 * (convolved + sum(inputs * outputs for inputs, outputs in _linears(model)))
+
+
+def activations_per_view(model: Model, *, size: int) -> int:
+    """Numbers that one view keeps for the backward pass: what goes into each batch norm, and what comes out of it."""
+    convolved = sum(2 * conv.outputs * conv.size**2 for conv in _convolutions(model, size=size))
+    return convolved + 2 * 2 * model.hidden_dim + model.embedding_dim
