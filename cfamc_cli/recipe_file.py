@@ -212,9 +212,9 @@ def _repaired(raw: Mapping[str, Any], broken: set[str]) -> dict[str, Any]:
 
 def _refusal(label: str, problems: Sequence[Problem], total: int) -> CfamcError:
     shown = problems[:MAX_PROBLEMS]
-    lines = [f"{_plain(label)}: {total} problem{'s' if total != 1 else ''}", *(f"  {problem}" for problem in shown)]
+    lines = [f"{_plain(label)}: {total} problem{'s' if total != 1 else ''}", *(str(problem) for problem in shown)]
     if total > len(shown):
-        lines.append(f"  and {total - len(shown)} more")
+        lines.append(f"and {total - len(shown)} more")
     stale = next((problem for problem in problems if problem.stale), None)
     hint = "`cfamc recipes show cifar10` prints a recipe that loads"
     if stale is not None:

@@ -1,0 +1,73 @@
+"""What `cfamc recipes` does: list the shipped recipes, show one, copy one to start from. Never imports torch."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from cfamc_cli import recipe_file
+from cfamc_cli.errors import CfamcError, ExitCode
+from cfamc_cli.files import write_text
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A shipped recipe.
+
+    Attributes:
+        name: What `cfamc pretrain` takes.
+        title: What it trains, in one line: the first comment of its file.
+    """
+
+    name: str
+    title: str
+
+
+def list_recipes() -> list[Listed]:
+    """The shipped recipes by name, the quickstart first.
+
+    Raises:
+        CfamcError: One of them cannot be read.
+    """
+    known = recipe_file.shipped()
+    return [
+        Listed(name, recipe_file.read(known[name], label=name).partition("\n")[0].removeprefix("#").strip())
+        for name in sorted(known, key=lambda name: (name != "quickstart", name))
+    ]
+
+
+def show(reference: str) -> str:
+    """Return the text of a recipe, comments included.
+
+    Args:
+        reference: As for `recipe_file.load`.
+
+    Raises:
+        CfamcError: There is no such recipe, or it cannot be read.
+    """
+    return recipe_file.read(recipe_file.find(reference), label=reference)
+
+
+def copy(reference: str, target: Path | None = None, *, force: bool = False) -> Path:
+    """Copy a recipe and return where it lies now.
+
+    Args:
+        reference: As for `recipe_file.load`.
+        target: A file, or a folder to put it in; left out, the working folder.
+        force: Replace a file that is there.
+
+    Raises:
+        CfamcError: There is no such recipe, the target exists, or it cannot be written.
+    """
+    source = recipe_file.find(reference)
+    text = recipe_file.read(source, label=reference)
+    target = target or Path()
+    if target.is_dir():
+        target = target / source.name
+    if os.path.lexists(target) and not force:
+        raise CfamcError(
+            f"{target} exists", hint="--force replaces it; or name another file", exit_code=ExitCode.INVALID
+        )
+    write_text(target, text)
+    return target
