@@ -15,7 +15,7 @@ from cfamc_cli.engine.attacks.search import Predict, Region, Roster, blend, logi
 from cfamc_cli.engine.ball import Norm, norms, per_sample
 
 _P_INIT = 0.8
-_HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10,000 queries
+_HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries after which p is halved
 _DRAWN_AT_ONCE = 64  # queries
 _TINY = 1e-12
 
@@ -31,10 +31,12 @@ class _Hunt:
     done: Tensor
 
 
-def share_of_area(query: int, queries: int) -> float:
-    """The share p at a query: halved at fixed places of the budget (arXiv:1912.00049, section 3.2 and supplement B)."""
-    at = query * 10_000 // queries
-    return float(_P_INIT / 2 ** sum(at > mark for mark in _HALVINGS))
+def share_of_area(query: int) -> float:
+    """The share p at a query, halved at fixed places (arXiv:1912.00049, section 3.2 and supplement B).
+
+    The places are those for a budget of 10,000; like the standard ensemble, a smaller budget does not compress them.
+    """
+    return float(_P_INIT / 2 ** sum(query > mark for mark in _HALVINGS))
 
 
 def square(
@@ -86,7 +88,7 @@ def square(
         if at == 0:
             draws = torch.rand((_DRAWN_AT_ONCE, n, 5 + channels), generator=generator).to(x.device)
         drawn = draws[at, roster.index]  # (n, 5 + C) in [0, 1)
-        area = share_of_area(query, queries) * height * width
+        area = share_of_area(query) * height * width
         side = max(1, round(area**0.5))
         if norm == "linf":
             ahead = _paint(s, drawn, min(side, height, width))

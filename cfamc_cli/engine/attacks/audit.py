@@ -1,0 +1,264 @@
+"""Whether an evaluation can be trusted: each check a figure, a limit and a verdict.
+
+The checks follow Carlini et al., arXiv:1902.06705 (on evaluating robustness), Croce & Hein, arXiv:2003.01690, and
+Pintor et al., arXiv:2106.09947 (indicators of attack failure). `cheap_checks` cost a few passes over some images;
+`full_checks` attack those images again with attacks of their own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cfamc_cli.engine.attacks.autoattack import Apgd, Embedding, Fgsm, Pgd, Square, Stage, run_stage
+from cfamc_cli.engine.attacks.search import Predict, climb, fooled, logits_at
+from cfamc_cli.engine.attacks.verify import Traces, in_region
+from cfamc_cli.engine.ball import Norm
+from cfamc_cli.engine.randomness import addressed_generator
+
+Verdict = Literal["passed", "failed", "skipped"]
+
+_RANDOM = 1e-4  # relative difference of the logits of two equal passes
+_LARGE_GAP = 60.0  # between the two largest logits: beyond it the softmax of float32 has no gradient left
+_BLIND = 0.05  # share of samples without gradient, or with such a gap
+_BLACK_BOX = 0.002  # share of samples that a black-box attack may add
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check.
+
+    Attributes:
+        name: Stable identifier, such as "zero-gradient".
+        figure: What was measured.
+        limit: The figure passes up to this value.
+        verdict: "passed" or "failed"; "skipped" where nothing could be measured.
+        text: What the figure counts, for a person; names the samples concerned where there are few.
+    """
+
+    name: str
+    figure: float
+    limit: float
+    verdict: Verdict
+    text: str
+
+
+def judge(name: str, figure: float, limit: float, text: str) -> Check:
+    """A check that passes while its figure is at most its limit."""
+    return Check(name, figure, limit, "passed" if figure <= limit else "failed", text)
+
+
+def trace_checks(traces: Traces) -> list[Check]:
+    """What was wrong with the modules before, and what is different after."""
+    return [
+        judge("training-mode", traces.training, 0, "modules found in training mode (evaluated in eval mode)"),
+        judge("precision", traces.not_float32, 0, "parameters and buffers that are not float32"),
+        judge("trace", traces.changed, 0, "parameters, buffers and gradients that the evaluation changed"),
+    ]
+
+
+class _GradientWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees whether any operation runs with gradients enabled although the caller disabled them."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations += torch.is_grad_enabled()
+        return func(*args, **(kwargs or {}))
+
+
+def cheap_checks(predict: Predict, x: Tensor, y: Tensor) -> list[Check]:
+    """The checks that are always on: two passes forward and one backward over a few images.
+
+    Args:
+        predict: Logits from images.
+        x: Clean images in [0, 1], (N, C, H, W), N at least 1.
+        y: Labels, (N,).
+    """
+    with torch.no_grad(), _GradientWatch() as watch:
+        first = predict(x).detach()
+    second = logits_at(predict, x)
+    change = (first - second).abs().amax() / first.abs().amax().clamp_min(1e-6)
+    finite = first.isfinite().all(1)
+    _, _, grad = climb(predict, x, lambda z: cross_entropy(z, y, reduction="none"))
+    blind = (grad.flatten(1).abs().amax(1) == 0) | ~grad.flatten(1).isfinite().all(1)
+    sums = (first.sum(1) - 1).abs() < 1e-3
+    probable = finite & (first >= 0).all(1) & (first <= 1).all(1) & sums
+    top = first.nan_to_num().topk(2, dim=1).values
+    wide = top[:, 0] - top[:, 1] > _LARGE_GAP
+    n = len(x)
+    return [
+        judge("random", float(change.nan_to_num(nan=0.0)), _RANDOM, "relative change of the logits in an equal pass"),
+        judge("test-time-gradient", watch.operations, 0, "operations of a prediction that ran with gradients on"),
+        judge("zero-gradient", float(blind.sum()) / n, _BLIND, f"share of {n} images without a usable gradient"),
+        judge("probabilities", float(probable.sum()) / n, _BLIND, f"share of {n} outputs that are no logits"),
+        judge("logit-scale", float(wide.sum()) / n, _BLIND, f"share of {n} outputs whose two largest are 60 apart"),
+        judge("type", float(first.dtype != torch.float32), 0, f"logits are {first.dtype}"),
+    ]
+
+
+@dataclass(frozen=True)
+class AuditSettings:
+    """How much the full audit spends.
+
+    Attributes:
+        samples: The first samples of the order that are classified right; at most so many are attacked again.
+        steps: Steps of its PGD; each step is 2.5 eps / steps long.
+        queries: Queries of its black-box attack.
+    """
+
+    samples: int = 100
+    steps: int = 20
+    queries: int = 500
+
+
+def full_checks(
+    predict: Predict,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float,
+    norm: Norm,
+    broken: Tensor,
+    stages: tuple[Stage, ...],
+    settings: AuditSettings,
+    seed: int,
+) -> list[Check]:
+    """The checks that attack again.
+
+    Args:
+        predict: Logits from images.
+        x: Clean images in [0, 1] that are classified right, (N, C, H, W).
+        y: Labels, (N,).
+        eps: Radius that was evaluated.
+        norm: Norm that was evaluated.
+        broken: Which of them the evaluation broke, (N,) bool.
+        stages: The stages of the evaluation.
+        settings: How much to spend.
+        seed: Of everything random.
+    """
+    if len(x) == 0:
+        return [Check("audit", 0, 0, "skipped", "no image is classified right and steady")]
+    audit = _Audit(predict, x, y, norm, seed, settings)
+    checks = [audit.identity(stages)]
+    checks += audit.curve(eps)
+    checks += audit.strength(eps)
+    checks += audit.black_box(eps, broken, blinded=all(isinstance(s, Square) for s in stages))
+    checks.append(audit.ascent(eps))
+    return checks
+
+
+@dataclass(frozen=True)
+class _Audit:
+    """The images of an audit and what it attacks them with."""
+
+    predict: Predict
+    x: Tensor
+    y: Tensor
+    norm: Norm
+    seed: int
+    settings: AuditSettings
+
+    def breaks(self, stage: Stage, label: str) -> Tensor:
+        """Which images a stage breaks with an example that holds, (N,) bool."""
+        generator = addressed_generator("audit", self.seed, label)
+        points = run_stage(stage, self.predict, self.x, self.y, embed=None, generator=generator)
+        valid = in_region(self.x, points, eps=stage.eps, norm=self.norm)
+        return valid & fooled(logits_at(self.predict, points.where(valid[:, None, None, None], self.x)), self.y)
+
+    def pgd(self, eps: float, *, steps: int, restarts: int) -> Tensor:
+        step_size = 2.5 * eps / self.settings.steps
+        stage = Pgd(eps, self.norm, step_size=step_size, steps=steps, restarts=restarts, start="zero")
+        return self.breaks(stage, "pgd")
+
+    def named(self, rows: Tensor) -> str:
+        """The places of a few images among those audited."""
+        places = rows.nonzero().flatten().tolist()
+        shown = ", ".join(map(str, places[:20]))
+        return f": {shown}{', ...' if len(places) > 20 else ''}" if places else ""
+
+    def identity(self, stages: tuple[Stage, ...]) -> Check:
+        """With eps = 0 every attack returns the clean images, bit for bit."""
+        moved = 0
+        for stage in stages:
+            if isinstance(stage, Embedding):
+                continue
+            still = _at_zero(stage)
+            generator = addressed_generator("audit", self.seed, "identity")
+            points = run_stage(still, self.predict, self.x, self.y, embed=None, generator=generator)
+            moved += int((points != self.x).flatten(1).any(1).sum())
+        return judge("eps-zero", moved, 0, "images that an attack moved although eps was 0")
+
+    def curve(self, eps: float) -> list[Check]:
+        """Accuracy falls as eps rises, and nothing survives eps = 1."""
+        largest = 128 / 255 if self.norm == "linf" else 0.5 * self.x[0].numel() ** 0.5
+        whole = 1.0 if self.norm == "linf" else float(self.x[0].numel() ** 0.5)
+        radii = sorted({eps / 2, eps, *(r for r in (2 * eps, 4 * eps, largest / 4, largest) if eps < r < whole), whole})
+        fallen = torch.zeros(len(self.x), dtype=torch.bool, device=self.x.device)
+        accuracies, lost = [], 0
+        for radius in radii:
+            found = self.pgd(radius, steps=self.settings.steps, restarts=1)
+            lost += int((fallen & ~found).sum())
+            fallen |= found
+            accuracies.append(1 - float(fallen.sum()) / len(fallen))
+        points = ", ".join(f"{r:.4g}: {a:.3f}" for r, a in zip(radii, accuracies, strict=True))
+        slack = max(1, round(0.02 * len(self.x) * len(radii)))
+        return [
+            judge("eps-one", accuracies[-1], 0.0, f"accuracy at the radius of the whole box; the curve is {points}"),
+            judge("eps-monotone", lost, slack, "times that a larger eps missed an image broken at a smaller one"),
+            judge("eps-flat", accuracies[-2], 0.1, f"accuracy at eps = {radii[-2]:.4g}, half of the box"),
+        ]
+
+    def strength(self, eps: float) -> list[Check]:
+        """Iterating helps: PGD against FGSM, more steps and restarts against fewer."""
+        slack = max(1, round(_BLACK_BOX * len(self.x)))
+        steps = self.settings.steps
+        pgd = self.pgd(eps, steps=steps, restarts=1)
+        missed = self.breaks(Fgsm(eps, self.norm), "fgsm") & ~pgd
+        longer = self.pgd(eps, steps=2 * steps, restarts=1)
+        again = self.pgd(eps, steps=steps, restarts=2)
+        return [
+            judge("fgsm-over-pgd", int(missed.sum()), slack, "images that only FGSM broke" + self.named(missed)),
+            judge("more-steps", int((pgd & ~longer).sum()), 0, "images broken with fewer steps only"),
+            judge("more-restarts", int((pgd & ~again).sum()), 0, "images broken with fewer restarts only"),
+        ]
+
+    def black_box(self, eps: float, broken: Tensor, *, blinded: bool) -> list[Check]:
+        """Attacks without gradients break next to nothing that attacks with gradients missed."""
+        if blinded:
+            return [Check("black-box", 0, 0, "skipped", "the evaluation itself is without gradients")]
+        slack = max(1, round(_BLACK_BOX * len(self.x)))
+        white = broken | self.pgd(eps, steps=self.settings.steps, restarts=1)
+        beyond = self.breaks(Square(eps, self.norm, queries=self.settings.queries), "square") & ~white
+        text = f"images broken by {self.settings.queries} queries of Square alone" + self.named(beyond)
+        better = self.breaks(Apgd(eps, self.norm, loss="dlr", steps=self.settings.steps), "apgd-dlr") & ~broken
+        weak = "images that stood, and fell to APGD-DLR" + self.named(better)
+        return [
+            judge("black-box", int(beyond.sum()), slack, text),
+            judge("adaptive-loss", int(better.sum()), max(1, round(0.1 * len(self.x))), weak),
+        ]
+
+    def ascent(self, eps: float) -> Check:
+        """The loss rises along the gradient (Pintor et al., arXiv:2106.09947, on attacks that do not optimise)."""
+        step = Fgsm(min(eps, 0.25 / 255) if self.norm == "linf" else eps / 100, self.norm)
+        generator = addressed_generator("audit", self.seed, "ascent")
+        points = run_stage(step, self.predict, self.x, self.y, embed=None, generator=generator)
+        before = cross_entropy(logits_at(self.predict, self.x), self.y, reduction="none")
+        after = cross_entropy(logits_at(self.predict, points), self.y, reduction="none")
+        flat = float((after <= before).sum()) / len(self.x)
+        return judge(
+            "no-ascent", flat, _BLIND, "share of images whose loss does not rise by a small step along its gradient"
+        )
+
+
+def _at_zero(stage: Stage) -> Stage:
+    """The same stage with eps = 0."""
+    return dataclasses.replace(stage, eps=0.0)
