@@ -1,0 +1,1 @@
+"""What the subcommands do, as plain functions that know nothing of the command line's syntax."""

@@ -26,7 +26,6 @@ MODEL, STATE, MANIFEST = "model.safetensors", "state.safetensors", "manifest.jso
 SCHEMA = 1
 _NAME = re.compile(r"step-(\d{8,})")
 _MAX_HEADER = 100_000_000  # bytes, safetensors' own bound
-_MAX_FILE = 64 * 2**30
 
 
 @dataclass(frozen=True)
@@ -198,6 +197,11 @@ def digest_of(module: nn.Module) -> str:
     return sha256(encode(module.state_dict()))
 
 
+def count_parameters(module: nn.Module) -> int:
+    """Trained numbers of a module."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
 def sha256(data: bytes) -> str:
     """SHA-256 in hex."""
     return hashlib.sha256(data).hexdigest()
@@ -205,7 +209,9 @@ def sha256(data: bytes) -> str:
 
 def _read(path: Path) -> bytes:
     try:
-        return read_bytes(path, limit=_MAX_FILE)
+        return read_bytes(path, limit=path.stat().st_size)
+    except OSError as error:
+        raise _bad(path, (error.strerror or str(error)).lower()) from error
     except CfamcError as error:
         raise CfamcError(error.message, hint=error.hint, exit_code=ExitCode.BAD_DATA) from error
 

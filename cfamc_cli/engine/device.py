@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Literal
 
 import torch
@@ -88,3 +89,23 @@ def peak_memory(device: torch.device) -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@contextmanager
+def out_of_memory() -> Iterator[None]:
+    """Within, running out of memory is one line that says what to lower.
+
+    Raises:
+        CfamcError: In place of the allocator's error.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
+            if "allocate memory" not in text and "out of memory" not in text:
+                raise
+        raise CfamcError(
+            f"out of memory: {text[:200] or type(error).__name__}",
+            hint="lower train.batch_size, crops.0.count or model.width; cfamc pretrain --dry-run estimates the need",
+        ) from error

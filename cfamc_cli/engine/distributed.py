@@ -20,6 +20,7 @@ class World:
 
     rank: int = 0
     size: int = 1
+    control: dist.ProcessGroup | None = None  # on the CPU, so that asking whether to stop never waits for a GPU
 
     @property
     def leads(self) -> bool:
@@ -48,8 +49,8 @@ def join(device: torch.device) -> World:
         return World()
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=45))
-    return World(dist.get_rank(), dist.get_world_size())
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    return World(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))
 
 
 def leave(world: World) -> None:
@@ -93,12 +94,12 @@ def sum_gradients(parameters: Sequence[Tensor], world: World) -> None:
         gradient.copy_(summed.view_as(gradient))
 
 
-def any_process(flag: int, world: World, device: torch.device) -> int:
+def largest(flag: int, world: World) -> int:
     """The largest of all processes' flags."""
     if world.size == 1:
         return flag
-    value = torch.tensor(flag, device=device)
-    dist.all_reduce(value, dist.ReduceOp.MAX)
+    value = torch.tensor(flag)
+    dist.all_reduce(value, dist.ReduceOp.MAX, group=world.control)
     return int(value)
 
 

@@ -1,0 +1,157 @@
+"""The command line: signatures, help, and the one error handler. Work is imported where it is done, torch last."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cfamc_cli.errors import CfamcError, ExitCode
+
+app = typer.Typer(
+    name="cfamc",
+    help="Train vision encoders without labels that stay right under attack, and prove it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+recipes_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The recipes that ship with cfamc.")
+app.add_typer(recipes_app, name="recipes")
+
+RunsOption = Annotated[
+    Path | None, typer.Option("--runs", metavar="FOLDER", help="The run store; else CFAMC_RUNS, else ./runs.")
+]
+DeviceOption = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:0 or mps.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout, errors included.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Say only warnings and errors.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from cfamc_cli import __version__
+
+        typer.echo(f"cfamc {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def pretrain(
+    recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="A TOML file, or a shipped recipe's name.")] = (
+        None
+    ),
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Such as crops.0.count=8; repeatable.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="In place of the recipe's seed.")] = None,
+    seeds: Annotated[str | None, typer.Option(metavar="0,1,2", help="One run per seed.")] = None,
+    device: DeviceOption = "auto",
+    runs: RunsOption = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="RUN", help="Go on with a run: its id, path, or latest.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and its cost.")] = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Train an encoder as a recipe says, and leave a run in the store."""
+    from cfamc_cli.commands.pretrain import Options
+    from cfamc_cli.commands.pretrain import pretrain as train
+
+    train(
+        recipe,
+        overrides=overrides or [],
+        seeds=_seeds(seed, seeds),
+        resume=resume,
+        dry_run=dry_run,
+        options=Options(device=device, runs=runs, quiet=quiet, as_json=json),
+    )
+
+
+def _seeds(seed: int | None, seeds: str | None) -> list[int]:
+    if seed is not None and seeds is not None:
+        raise CfamcError("--seed and --seeds exclude each other", exit_code=ExitCode.INVALID)
+    if seeds is None:
+        return [] if seed is None else [seed]
+    try:
+        listed = [int(part) for part in seeds.split(",")]
+    except ValueError as error:
+        message = f"--seeds: {seeds[:80]!r} is not a list of whole numbers"
+        raise CfamcError(message, hint="write it as: --seeds 0,1,2", exit_code=ExitCode.INVALID) from error
+    if len(set(listed)) < len(listed):
+        raise CfamcError(f"--seeds: {seeds[:80]!r} names a seed twice", exit_code=ExitCode.INVALID)
+    return listed
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command line and return its exit code; every failure is told in one line, or in one JSON object.
+
+    Args:
+        arguments: What stands behind the program's name.
+    """
+    as_json = "--json" in arguments
+    try:
+        _open_standard_streams()
+        code = app(list(arguments), prog_name="cfamc", standalone_mode=False)
+        return code if isinstance(code, int) else int(ExitCode.DONE)
+    except CfamcError as error:
+        return _report(error, as_json=as_json)
+    except BrokenPipeError:
+        return int(ExitCode.DONE)
+    except KeyboardInterrupt:
+        return _report(CfamcError("interrupted", exit_code=ExitCode.INTERRUPTED), as_json=as_json)
+    except BaseException as error:
+        return _report(_explained(error), as_json=as_json)
+
+
+def _explained(error: BaseException) -> CfamcError:
+    """What a failure that is not cfamc's own means to the person; a defect is raised again."""
+    from cfamc_cli.commands.signals import Interrupted
+
+    if isinstance(error, Interrupted):
+        code = ExitCode(128 + error.signal)
+        hint = "go on with: cfamc pretrain --resume latest"
+        return CfamcError("interrupted", hint=hint, exit_code=code)
+    if isinstance(error, typer.Abort):
+        return CfamcError("interrupted", exit_code=ExitCode.INTERRUPTED)
+    describe = getattr(error, "format_message", None)  # how the parser of the command line words its complaints
+    if describe is not None:
+        message = " ".join(str(describe()).split()) or "nothing to do"
+        return CfamcError(message, hint="cfamc --help lists what there is", exit_code=ExitCode.INVALID)
+    if isinstance(error, MemoryError):
+        return CfamcError("out of memory", hint="lower train.batch_size, crops.0.count or model.width")
+    if isinstance(error, OSError):
+        return CfamcError(f"{error.filename or 'the system'}: {(error.strerror or str(error)).lower()}")
+    raise error
+
+
+def _report(error: CfamcError, *, as_json: bool) -> int:
+    from cfamc_cli import render
+
+    render.error(error)
+    if as_json:
+        failure = {"message": error.message, "hint": error.hint, "exit_code": int(error.exit_code), **error.details}
+        render.print_json({"error": failure})
+    return int(error.exit_code)
+
+
+def _open_standard_streams() -> None:
+    """Give closed standard streams to the null device, before a file takes their numbers."""
+    import os
+
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number

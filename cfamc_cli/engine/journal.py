@@ -1,0 +1,216 @@
+"""What a training run says of itself: records at intervals, the adversary's grip, online evaluation, divergence."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from cfamc_cli.engine import monitor
+from cfamc_cli.engine.adversary import Groups, LossOf
+from cfamc_cli.engine.data import ImageSet, batch, class_balanced_split
+from cfamc_cli.engine.device import peak_memory
+from cfamc_cli.engine.losses import Terms, effective_rank, feature_std
+from cfamc_cli.engine.models import Encoder
+from cfamc_cli.engine.randomness import addressed_generator
+from cfamc_cli.engine.sink import Sink
+from cfamc_cli.errors import CfamcError, ExitCode
+from cfamc_cli.recipe import EmpSsl, NoAdversary, PgdAdversary, Recipe, number
+
+HELD_OUT = 1000  # training images that the online evaluation asks about
+
+
+class Diverged(CfamcError):
+    """Training became non-finite; `details` holds step, batch, lr, loss and gradient_norm."""
+
+
+class Journal:
+    """Collects what each update reports, on the device, and reads it once an interval."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        data: ImageSet,
+        *,
+        device: torch.device,
+        sink: Sink,
+        updates: int,
+        per_epoch: int,
+    ) -> None:
+        self.recipe, self.data, self.device, self.sink = recipe, data, device, sink
+        self.updates, self.per_epoch = updates, per_epoch
+        parts = ["invariance", "coding_rate"] if isinstance(recipe.objective, EmpSsl) else []
+        self._names = ["lr", "loss", "gradient_norm", *parts]
+        self._rows: list[Tensor] = []
+        attack_steps = recipe.adversary.steps if isinstance(recipe.adversary, PgdAdversary) else 0
+        self._passes_per_update = 1 + attack_steps
+        self._grip_plan = monitor.schedule(
+            updates=updates, batch_size=recipe.train.batch_size, passes_per_update=self._passes_per_update
+        )
+        self._evaluated: dict[str, float] = {}
+        self.start(0)
+
+    def start(self, step: int) -> None:
+        """Begin to count time, at update `step`."""
+        self._since, self._since_step, self._waited = time.perf_counter(), step, 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time within counts as waiting for data."""
+        started = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - started
+
+    def add(self, terms: Terms, gradient_norm: Tensor, *, lr: float) -> None:
+        """Note one weight update, without waiting for the device."""
+        loss = terms.loss.detach()
+        self._rows.append(torch.stack([torch.full_like(loss, lr), loss, gradient_norm, *terms.parts.values()]))
+
+    def rows(self) -> Tensor:
+        """What was noted since the last record, (updates, columns), for a checkpoint."""
+        return torch.stack(self._rows) if self._rows else torch.zeros(0, len(self._names), device=self.device)
+
+    def load(self, rows: Tensor) -> None:
+        """Go on from a checkpoint's rows."""
+        self._rows = list(rows.unbind())
+
+    def check_finite(self, encoder: Encoder, *, step: int) -> Tensor:
+        """Wait for the device and return the rows on the CPU.
+
+        Raises:
+            Diverged: A loss or gradient since the last record, or a weight or buffer now, is not finite.
+        """
+        rows = self.rows().cpu()
+        finite = torch.stack([torch.isfinite(tensor).all() for tensor in encoder.state_dict().values()])
+        bad = (~torch.isfinite(rows[:, 1:3])).any(1).nonzero()
+        if len(bad) or not bool(finite.all()):
+            at = int(bad[0]) if len(bad) else len(rows) - 1
+            update = step - len(rows) + at
+            lr, loss, norm = rows[at, :3].tolist() if len(rows) else (0.0, float("nan"), float("nan"))
+            where = {"step": update, "batch": update // self.recipe.replays}
+            raise Diverged(
+                f"training became non-finite at update {update}: loss {loss:g}, gradient norm {norm:g}, lr {lr:g}",
+                hint="the last good checkpoint stands; lower optimizer.lr, or set train.precision to float32",
+                exit_code=ExitCode.DIVERGED,
+                details={**where, "lr": lr, "loss": repr(loss), "gradient_norm": repr(norm)},
+            )
+        return rows
+
+    def after_batch(self, encoder: Encoder, z: Tensor, delta: Groups, *, step: int) -> None:
+        """Write the records of an interval when it is full, or the run is.
+
+        Args:
+            encoder: To be checked for finite weights.
+            z: Embeddings of the last update, (V, B, D).
+            delta: The adversary's perturbations.
+            step: Weight updates made.
+
+        Raises:
+            Diverged: As `check_finite`.
+        """
+        finished = step // self.recipe.replays
+        if finished % self.recipe.train.log_every and step < self.updates:
+            return
+        rows = self.check_finite(encoder, step=step)
+        means = dict(zip(self._names, rows.double().mean(0).tolist(), strict=True))
+        means["lr"] = float(rows[-1, 0])
+        where = self._where(step)
+        shape = {"effective_rank": float(effective_rank(z[-1])), "feature_std": float(feature_std(z[-1]))}
+        self.sink.metrics({"kind": "train", **where, **means, **self._delta_statistics(delta), **shape})
+
+        seconds = max(time.perf_counter() - self._since, 1e-9)
+        views = (step - self._since_step) * self.recipe.views * self.recipe.train.batch_size
+        rates = {"views_per_second": views * self._passes_per_update / seconds, "data_share": self._waited / seconds}
+        self.sink.timing(
+            {"kind": "train", **where, **rates, "seconds": seconds, "peak_memory": peak_memory(self.device)}
+        )
+        self.sink.progress("train", step, self.updates, {**where, **means, **rates, **shape, **self._evaluated})
+        self._rows = []
+        self.start(step)
+
+    def _where(self, step: int) -> dict[str, float]:
+        finished = step // self.recipe.replays
+        return {"step": step, "batch": finished, "epoch": finished / self.per_epoch}
+
+    def _delta_statistics(self, delta: Groups) -> dict[str, float]:
+        adversary = self.recipe.adversary
+        if isinstance(adversary, NoAdversary):
+            return {}
+        size = torch.cat([part.abs().flatten() for part in delta])
+        at_bound = (size >= 0.999 * number(adversary.eps)).float().mean()
+        return {"delta_mean": float(size.mean()), "delta_at_bound": float(at_bound)}
+
+    def watch_grip(self, loss_of: LossOf, crops: Groups, delta: Groups, *, step: int) -> None:
+        """Compare the training adversary with PGD-10 when that is due, and warn when it has lost its grip.
+
+        Args:
+            loss_of: The training loss, leaving batch-norm statistics alone.
+            crops: The batch's clean crops.
+            delta: The perturbations that were trained on.
+            step: Weight updates made.
+        """
+        adversary, every = self.recipe.adversary, self._grip_plan.every
+        if isinstance(adversary, NoAdversary) or every == 0 or step // every == (step - self.recipe.replays) // every:
+            return
+        few = slice(0, self._grip_plan.images)
+        grip = monitor.measure_grip(
+            loss_of,
+            [group[:, few] for group in crops],
+            [part[:, few] for part in delta],
+            first=1 if adversary.views == "second" else 0,
+            eps=number(adversary.eps),
+        )
+        losses = {"clean": grip.clean, "trained": grip.trained, "strongest": grip.strongest}
+        lost = grip.strength < monitor.LOST
+        self.sink.metrics({"kind": "grip", **self._where(step), **losses, "strength": grip.strength, "lost": lost})
+        if lost:
+            self.sink.warning(
+                f"update {step}: PGD-{monitor.ATTACK_STEPS} raises the loss by {grip.strongest - grip.clean:.3g}, the "
+                f"training adversary only by {grip.trained - grip.clean:.3g}: catastrophic overfitting is likely; "
+                "use a smaller adversary.step_size or more steps"
+            )
+
+    def evaluate(self, encoder: Encoder, images: Tensor, *, step: int) -> None:
+        """Record the accuracy of cheap heads on held-out training images, where the recipe asks and labels exist.
+
+        Args:
+            encoder: To read; its mode is restored.
+            images: All training images, wherever they lie.
+            step: Weight updates made.
+
+        Raises:
+            Diverged: As `check_finite`.
+        """
+        if self.recipe.train.evaluate_every == 0:
+            return
+        labels = self.data.labels
+        if labels is None or len(self.data.classes) < 2 or len(images) < 2 * HELD_OUT:
+            if step == 0:
+                self.sink.message(
+                    f"no online evaluation: it needs labels of two classes and {2 * HELD_OUT:,} images"
+                )
+            return
+        self.check_finite(encoder, step=step)
+        adversary = self.recipe.adversary
+        eps = "8/255" if isinstance(adversary, NoAdversary) else adversary.eps
+        held_out, others = class_balanced_split(labels, HELD_OUT, seed=self.recipe.seed)
+        bank = others[torch.randperm(len(others), generator=addressed_generator("bank", self.recipe.seed))]
+        bank = bank[: monitor.BANK]
+        accuracy = monitor.evaluate(
+            encoder,
+            batch(images, bank, device=self.device),
+            labels[bank],
+            batch(images, held_out, device=self.device),
+            labels[held_out],
+            classes=len(self.data.classes),
+            eps=number(eps),
+            device=self.device,
+        )
+        counts = {"knn": accuracy.knn, "clean": accuracy.clean, "robust": accuracy.robust}
+        self.sink.metrics(
+            {"kind": "evaluation", **self._where(step), "n": accuracy.n, **counts, "eps": eps, "attack": "pgd-10"}
+        )
+        self._evaluated = {name: count / accuracy.n for name, count in counts.items()}

@@ -1,0 +1,236 @@
+"""The loop that trains every system: objective x adversary x crops.
+
+CF-AMC-SSL (arXiv:2501.03507) is emp-ssl x free x 16 crops. Symbols: V crops per image, B images per batch, D embedding
+dimension, m replays of a batch. A weight update is one replay; `step` counts them, `batch` counts batches.
+The loop never waits for the device between two log intervals: what it reports stays there until then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cfamc_cli.engine import checkpoint as checkpoints
+from cfamc_cli.engine.adversary import Groups, build_adversary
+from cfamc_cli.engine.checkpoint import Checkpoint
+from cfamc_cli.engine.crops import crop_batch, sample_parameters
+from cfamc_cli.engine.data import ImageSet, to_device
+from cfamc_cli.engine.data import batch as gather
+from cfamc_cli.engine.device import autocast, pick_precision, prepare
+from cfamc_cli.engine.distributed import World, gather_embeddings, gather_images, largest, sum_gradients
+from cfamc_cli.engine.journal import Journal
+from cfamc_cli.engine.losses import Terms, objective_loss
+from cfamc_cli.engine.models import build_encoder, frozen_statistics
+from cfamc_cli.engine.optim import LarsOptimizer, learning_rate
+from cfamc_cli.engine.randomness import addressed_generator, epoch_order
+from cfamc_cli.engine.sink import Sink
+from cfamc_cli.errors import CfamcError, ExitCode
+from cfamc_cli.recipe import FreeAdversary, Recipe
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a sitting of training ended.
+
+    Attributes:
+        status: Whether all weight updates were made.
+        step: Weight updates made, over all sittings.
+        signal: What asked the loop to stop; 0 where it finished.
+    """
+
+    status: Literal["finished", "interrupted"]
+    step: int
+    signal: int
+
+
+class Trainer:
+    """One run under way: what `train` moves from update to update, and what a checkpoint holds."""
+
+    def __init__(self, recipe: Recipe, data: ImageSet, *, device: torch.device, world: World, sink: Sink) -> None:
+        """Build the run in its initial state.
+
+        Args:
+            recipe: What to train.
+            data: The training images.
+            device: Where to compute.
+            world: This process among those that train together.
+            sink: Who listens.
+
+        Raises:
+            CfamcError: The batch is larger than the data, or does not divide among the processes; supcon without
+                labels.
+        """
+        batch_size = recipe.train.batch_size
+        self.per_epoch = len(data.images) // batch_size  # an incomplete batch is dropped: delta is carried by position
+        if self.per_epoch == 0:
+            raise CfamcError(
+                f"train.batch_size is {batch_size} but the data has {len(data.images)} images",
+                hint="lower train.batch_size",
+                exit_code=ExitCode.INVALID,
+            )
+        self.labels = data.require_labels().to(device) if recipe.objective.name == "supcon" else None
+        prepare(device, deterministic=recipe.train.deterministic)
+        self.recipe, self.device, self.world, self.sink = recipe, device, world, sink
+        self.share = world.share(batch_size)
+        self.precision = pick_precision(recipe.train.precision, device)
+        self.images = to_device(data.images, device=device)
+        self.batches = recipe.batches(len(data.images))
+        self.updates = self.batches * recipe.replays
+        self.step = 0
+        self.encoder = build_encoder(recipe.model, generator=addressed_generator("init", recipe.seed)).to(device)
+        if recipe.train.compile:
+            self.encoder.compile()
+        self.optimizer = LarsOptimizer(list(self.encoder.parameters()), recipe.optimizer)
+        self.adversary = build_adversary(recipe.adversary)
+        self.journal = Journal(recipe, data, device=device, sink=sink, updates=self.updates, per_epoch=self.per_epoch)
+
+    def train(self, folder: Path, *, stop: Callable[[], int]) -> Outcome:
+        """Train from where the run stands to its end, or until `stop` returns a signal's number.
+
+        Args:
+            folder: Where checkpoints go.
+            stop: Asked after every weight update; on a signal the loop saves and returns.
+
+        Raises:
+            Diverged: A loss, gradient or weight is not finite; nothing of it was saved.
+            CfamcError: A checkpoint could not be written.
+        """
+        replays = self.recipe.replays
+        if self.step == 0 and self.world.leads:
+            self.journal.evaluate(self.encoder, self.images, step=0)
+        self.encoder.train()
+        self.journal.start(self.step)
+        while self.step < self.updates:
+            batch, replay = divmod(self.step, replays)
+            with self.journal.waiting():
+                crops, labels = self.crops_of(batch)
+            if replay == 0:
+                self.adversary.begin(crops, self._generators("delta", batch))
+            else:
+                self.adversary.resume(crops)  # the run was cut between two replays of this batch
+
+            while self.step < (batch + 1) * replays:
+                perturbed = self.adversary.perturb(lambda groups, y=labels: self.attacked_loss(groups, y))
+                z, terms = self.loss_of(perturbed, labels)  # (V, B, D), unit norm
+                terms.loss.backward()  # for free training, this one pass pays for weights and delta
+                sum_gradients(self.optimizer.parameters, self.world)
+                self.adversary.ascend()
+                lr = self.learning_rate()
+                self.journal.add(terms, self.optimizer.gradient_norm(), lr=lr)
+                self.optimizer.step(lr=lr)
+                self.optimizer.zero_grad()
+                self.step += 1
+                if self.step % replays and (signal := largest(stop(), self.world)):
+                    self.save(folder)
+                    return Outcome("interrupted", self.step, signal)
+
+            self.journal.after_batch(self.encoder, z.detach(), self.adversary.delta, step=self.step)
+            self.journal.watch_grip(
+                lambda groups, y=labels: self.attacked_loss(groups, y), crops, self.adversary.delta, step=self.step
+            )
+            self._after_batch(batch + 1, folder)
+            if self.step < self.updates and (signal := largest(stop(), self.world)):
+                self.save(folder)
+                return Outcome("interrupted", self.step, signal)
+        return Outcome("finished", self.step, 0)
+
+    def loss_of(self, groups: Sequence[Tensor], labels: Tensor | None) -> tuple[Tensor, Terms]:
+        """Embed this process's crops, and compute the objective over the whole batch: z (V, B, D) and its terms."""
+        with autocast(self.device, self.precision):
+            z = self.encoder.embed(groups)
+        z = gather_embeddings(z, self.world)
+        return z, objective_loss(z, labels, objective=self.recipe.objective)
+
+    def attacked_loss(self, groups: Sequence[Tensor], labels: Tensor | None) -> Tensor:
+        """The training loss as an adversary sees it: running batch-norm statistics stay as they are."""
+        with frozen_statistics(self.encoder):
+            return self.loss_of(groups, labels)[1].loss
+
+    def learning_rate(self) -> float:
+        """The learning rate of the coming weight update."""
+        return learning_rate(
+            self.step,
+            base=self.recipe.optimizer.lr,
+            schedule=self.recipe.schedule,
+            updates=self.updates,
+            replays=self.recipe.replays,
+        )
+
+    def crops_of(self, batch: int) -> tuple[Groups, Tensor | None]:
+        """The crops of this process's share of a batch, and for supcon the labels of the whole batch."""
+        epoch, index = divmod(batch, self.per_epoch)
+        size = self.recipe.train.batch_size
+        order = epoch_order(self.recipe.seed, epoch, len(self.images))[index * size : (index + 1) * size]
+        images = gather(self.images, order[self.share], device=self.device)
+        crops = []
+        for group, generator in zip(self.recipe.crops, self._generators("crops", batch), strict=True):
+            parameters = sample_parameters(
+                size, images.shape[-2], images.shape[-1], group=group, augment=self.recipe.augment, generator=generator
+            )  # of the whole batch, so that they do not depend on how many processes share it
+            own = parameters.images(self.share.start, self.share.stop)
+            crops.append(_channels_last(crop_batch(images, own, size=group.size)))
+        return crops, None if self.labels is None else self.labels[order.to(self.device)]
+
+    def _generators(self, purpose: Literal["crops", "delta"], batch: int) -> list[torch.Generator]:
+        epoch, index = divmod(batch, self.per_epoch)
+        rank = self.world.rank if purpose == "delta" else 0
+        groups = range(len(self.recipe.crops))
+        return [addressed_generator(purpose, self.recipe.seed, epoch, index, group, rank) for group in groups]
+
+    def _after_batch(self, batch: int, folder: Path) -> None:
+        """Evaluate and save where the recipe asks for it, and at the end."""
+        train = self.recipe.train
+        last, ends_epoch = batch == self.batches, batch % self.per_epoch == 0
+        epoch = batch // self.per_epoch
+        if train.evaluate_every and (last or (ends_epoch and epoch % train.evaluate_every == 0)) and self.world.leads:
+            self.journal.evaluate(self.encoder, self.images, step=self.step)
+        every = train.checkpoint_every
+        if last or (batch % every == 0 if every else ends_epoch):
+            self.save(folder)
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint of this moment, and drop those beyond `train.keep`.
+
+        Raises:
+            Diverged: The moment is not finite; nothing was written.
+            CfamcError: It could not be written.
+        """
+        self.journal.check_finite(self.encoder, step=self.step)
+        carried = self.adversary.delta if isinstance(self.recipe.adversary, FreeAdversary) else []
+        delta = gather_images(carried, self.world)
+        if not self.world.leads:
+            return
+        state = {f"momentum.{index:04d}": buffer for index, buffer in enumerate(self.optimizer.momentum)}
+        state |= {f"delta.{index:04d}": part for index, part in enumerate(delta)}
+        state["journal"] = self.journal.rows()
+        progress = {"step": self.step, "recipe": self.recipe.digest(), "positions": self.sink.positions()}
+        checkpoints.save(folder, self.step, Checkpoint(self.encoder.state_dict(), state, progress))
+        checkpoints.prune(folder, keep=self.recipe.train.keep)
+
+    def load(self, saved: Checkpoint, *, path: Path) -> None:
+        """Stand where `saved` stood; going on from here repeats the uncut run bit for bit.
+
+        Raises:
+            CfamcError: Exit 4; the checkpoint does not fit the recipe.
+        """
+        checkpoints.load_state(self.encoder, saved.model, path=path)
+        try:
+            for index, buffer in enumerate(self.optimizer.momentum):
+                buffer.copy_(saved.state[f"momentum.{index:04d}"])
+            delta = [saved.state[name] for name in sorted(saved.state) if name.startswith("delta.")]
+            self.adversary.load([_channels_last(part[:, self.share].to(self.device)) for part in delta])
+            self.journal.load(saved.state["journal"].to(self.device))
+            self.step = int(str(saved.progress["step"]))
+        except (KeyError, RuntimeError, ValueError, AssertionError) as error:
+            cause = f"{path}: its state does not fit the recipe"
+            raise CfamcError(cause, exit_code=ExitCode.BAD_DATA) from error
+
+
+def _channels_last(crops: Tensor) -> Tensor:
+    """The same (V, B, C, S, S) values, laid out as the convolutions want them."""
+    return crops.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, crops.shape[:2])
