@@ -51,17 +51,23 @@ def exact(value: object) -> str:
         raise ValueError(f"{text!r} is not a number such as 8/255 or 0.03 between 0 and 1")
     if ratio is not None and int(ratio[2]) == 0:
         raise ValueError(f"{text!r} divides by zero")
-    number = Fraction(ratio[1]) / int(ratio[2]) if ratio is not None else Fraction(text)
-    if number > 1:
-        whole = number.denominator == 1 and number <= 255
-        meant = f"did you mean {int(number)}/255?" if whole else "images live in [0, 1]"
+    length = fraction(text)
+    if length > 1:
+        whole = length.denominator == 1 and length <= 255
+        meant = f"did you mean {int(length)}/255?" if whole else "images live in [0, 1]"
         raise ValueError(f"{text} is larger than 1: {meant}")
     return text
 
 
+def fraction(text: str) -> Fraction:
+    """The value of exact text such as "8/255"."""
+    above, _, below = text.partition("/")
+    return Fraction(above) / Fraction(below or 1)
+
+
 def number(text: str) -> float:
     """The float nearest to exact text such as "8/255"."""
-    return float(Fraction(text))
+    return float(fraction(text))
 
 
 def _ordered(pair: tuple[float, float]) -> tuple[float, float]:

@@ -86,7 +86,7 @@ def shipped() -> dict[str, Path]:
     folder = package / "recipes"  # in a wheel
     if not folder.is_dir() and (package.parent / "pyproject.toml").is_file():
         folder = package.parent / "recipes"  # in a checkout
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+    return {path.stem: path for path in sorted(folder.glob("*.toml"), key=lambda path: path.stem)}
 
 
 def find(reference: str) -> Path:
@@ -100,7 +100,7 @@ def find(reference: str) -> Path:
         return known[reference]
     path = Path(reference)
     try:
-        if os.path.lexists(path):
+        if reference and os.path.lexists(path):
             return path
     except (OSError, ValueError):  # too long for a path, or a NUL in it
         pass

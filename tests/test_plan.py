@@ -1,0 +1,151 @@
+"""The plan's counts against the modules, the published figures and hand-made numbers."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from typing import Any, Literal, get_args
+
+import pytest
+import torch
+import torchvision
+from torch.utils.flop_counter import FlopCounterMode
+
+from cfamc_cli import recipe_file
+from cfamc_cli.engine.models import Encoder
+from cfamc_cli.errors import CfamcError, ExitCode
+from cfamc_cli.plan import activations_per_view, flops_per_view, known_images, parameter_counts, plan
+from cfamc_cli.recipe import Model, Recipe
+
+Backbone = Literal["resnet18", "resnet34", "resnet50"]
+BACKBONES: tuple[Backbone, ...] = get_args(Backbone)
+
+
+def load(name: str, *overrides: str) -> Recipe:
+    return recipe_file.load(name, overrides=overrides)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_backbone_has_torchvisions_parameters(backbone: Backbone) -> None:
+    with torch.device("meta"):
+        reference = getattr(torchvision.models, backbone)()
+    expected = sum(p.numel() for name, p in reference.named_parameters() if not name.startswith("fc."))
+    assert parameter_counts(Model(backbone=backbone, stem="imagenet"))[1] == expected
+
+
+@pytest.mark.parametrize(
+    ("backbone", "stem", "width"), [*itertools.product(BACKBONES, ("cifar", "imagenet"), (3, 16, 64))]
+)
+def test_parameters_equal_the_modules(backbone: Backbone, stem: Literal["cifar", "imagenet"], width: int) -> None:
+    model = Model(backbone=backbone, stem=stem, width=width, hidden_dim=96, embedding_dim=40)
+    with torch.device("meta"):
+        encoder = Encoder(model)
+    total = sum(p.numel() for p in encoder.parameters())
+    assert parameter_counts(model) == (total, sum(p.numel() for p in encoder.backbone.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("backbone", "stem", "size"),
+    [
+        ("resnet18", "cifar", 32),
+        ("resnet18", "imagenet", 33),
+        ("resnet34", "imagenet", 64),
+        ("resnet50", "cifar", 33),
+        ("resnet50", "imagenet", 64),
+    ],
+)
+def test_flops_equal_torchs_own_count(backbone: Backbone, stem: Literal["cifar", "imagenet"], size: int) -> None:
+    model = Model(backbone=backbone, stem=stem, width=8, hidden_dim=64, embedding_dim=32)
+    with torch.device("meta"):
+        encoder = Encoder(model)
+        crops = torch.empty(2, 3, size, size, requires_grad=True)  # the perturbation's gradient is part of a pass
+        with FlopCounterMode(display=False) as counter:
+            encoder(crops).sum().backward()
+    assert counter.get_total_flops() == 2 * flops_per_view(model, size=size)
+
+
+def test_published_size_and_cost() -> None:
+    total, backbone = parameter_counts(Model())
+    assert (round(total / 1e6, 1), round(backbone / 1e6, 1)) == (34.3, 11.2)
+    assert flops_per_view(Model(), size=32) == pytest.approx(3.48e9, rel=0.005)
+
+
+def test_cf_amc_ssl() -> None:
+    shown = plan(load("cifar10"))
+    assert (shown.images, shown.per_thousand) == (50_000, False)
+    assert (shown.batches_per_epoch, shown.batches, shown.weight_updates) == (500, 5_000, 15_000)
+    assert (shown.view_passes, shown.attack_view_passes) == (24_000_000, 0)
+    assert shown.flops == pytest.approx(83.5e15, rel=0.005)
+    assert shown.flops == shown.view_passes * shown.flops_per_view
+
+
+def test_pgd_passes_are_counted_apart() -> None:
+    everything = plan(load("cifar10-emp-ssl-crop-pgd"))
+    assert everything.batches == everything.weight_updates == 30 * 390
+    assert everything.attack_view_passes == 5 * everything.view_passes
+    second = plan(load("cifar10-simclr-crop-pgd"))
+    assert second.attack_view_passes == 5 * second.view_passes // 2
+    assert second.flops == (second.view_passes + second.attack_view_passes) * second.flops_per_view
+
+
+def test_groups_of_different_sizes() -> None:
+    shown = plan(load("cifar10-laptop", "crops=[{count = 2, size = 32}, {count = 6, size = 16}]"))
+    model = load("cifar10-laptop").model
+    large, small = flops_per_view(model, size=32), flops_per_view(model, size=16)
+    assert shown.flops_per_view == (2 * large + 6 * small) / 8
+    assert shown.flops == shown.weight_updates * 100 * (2 * large + 6 * small)
+    kept = 2 * activations_per_view(model, size=32) + 6 * activations_per_view(model, size=16)
+    assert shown.activation_bytes == 2 * 100 * kept  # bfloat16
+
+
+def test_folders_count_per_thousand_images_until_they_are_counted() -> None:
+    folder = load("folder")
+    assert known_images(folder) is None
+    rough = plan(folder)
+    assert (rough.images, rough.per_thousand, rough.batches_per_epoch) == (1_000, True, 10)
+    counted = plan(folder, 2_550)
+    assert (counted.images, counted.per_thousand, counted.batches_per_epoch) == (2_550, False, 25)
+    assert plan(load("folder", "data.limit=300")).images == 300
+    assert plan(load("folder", "train.batch_size=4096")).batches_per_epoch == 1
+
+
+def test_a_folder_smaller_than_a_batch_is_refused() -> None:
+    with pytest.raises(CfamcError) as refused:
+        plan(load("folder"), 64)
+    assert refused.value.message == "train.batch_size: 100 is more than the 64 training images"
+    assert refused.value.hint == "--set train.batch_size=64"
+    assert refused.value.exit_code is ExitCode.INVALID
+
+
+@pytest.mark.parametrize(
+    ("overrides", "images"),
+    [([], 50_000), (["data.limit=5000"], 5_000), (["data.dataset=svhn"], 73_257), (["data.dataset=stl10"], 105_000)],
+)
+def test_sizes_of_known_sets_are_built_in(overrides: list[str], images: int) -> None:
+    assert plan(load("cifar10", *overrides)).images == images
+
+
+def test_memory_has_its_parts() -> None:
+    clean: Any = plan(load("cifar10", 'adversary={name="none"}', "train.precision=float32"))
+    free = plan(load("cifar10"))
+    for shown in (clean, free):
+        parts = shown.weight_bytes + shown.activation_bytes + shown.data_bytes + shown.crop_bytes
+        assert shown.memory == parts
+    assert clean.activation_bytes == 2 * free.activation_bytes
+    assert free.crop_bytes == 3 * clean.crop_bytes == 3 * 4 * 100 * 16 * 3 * 32 * 32
+    assert clean.data_bytes == 50_000 * 3 * 32 * 32
+
+
+def test_a_short_run_has_one_batch() -> None:
+    shown = plan(load("cifar10", "train.epochs=0.0001"))
+    assert (shown.batches, shown.weight_updates) == (1, 3)
+
+
+def test_no_torch() -> None:
+    code = (
+        "import sys; from cfamc_cli import plan, recipe_file; from cfamc_cli.commands import recipes;"
+        "plan.plan(recipe_file.load('cifar10')); recipes.list_recipes();"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'numpy', 'rich', 'typer')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

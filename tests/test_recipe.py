@@ -1,0 +1,151 @@
+"""The recipe's models: exact numbers, settings without effect, and the digest."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from fractions import Fraction
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from cfamc_cli.recipe import Finetune, FreeAdversary, Linear, PgdAttack, Recipe, exact, fraction, number
+
+RAW: dict[str, Any] = {
+    "schema": 1,
+    "name": "golden",
+    "data": {"dataset": "cifar10"},
+    "crops": [{"count": 4}],
+    "objective": {"name": "emp-ssl"},
+    "adversary": {"name": "free"},
+}
+GOLDEN = "2c75049e0ed5c64664efdff6c222aeb576425a2eab002cbc9a30bf2e2f1fa669"
+
+
+def recipe(**tables: Any) -> Recipe:
+    return Recipe.model_validate(RAW | tables)
+
+
+@pytest.mark.parametrize(
+    ("given", "text", "value"),
+    [
+        ("8/255", "8/255", Fraction(8, 255)),
+        (" 8/255 ", "8/255", Fraction(8, 255)),
+        ("2.5/255", "2.5/255", Fraction(5, 510)),
+        ("0.0314", "0.0314", Fraction(314, 10_000)),
+        (0.0314, "0.0314", Fraction(314, 10_000)),
+        ("0", "0", Fraction(0)),
+        (0, "0", Fraction(0)),
+        ("1", "1", Fraction(1)),
+        ("1e-3", "1e-3", Fraction(1, 1000)),
+        (1e-5, "1e-05", Fraction(1, 100_000)),
+        (".5", ".5", Fraction(1, 2)),
+    ],
+)
+def test_exact_numbers_are_accepted(given: object, text: str, value: Fraction) -> None:
+    assert exact(given) == text
+    assert fraction(text) == value
+    assert number(text) == float(value)
+
+
+NOT_A_NUMBER = " is not a number such as 8/255 or 0.03 between 0 and 1"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("8", "8 is larger than 1: did you mean 8/255?"),
+        (8, "8 is larger than 1: did you mean 8/255?"),
+        (8.0, "8.0 is larger than 1: did you mean 8/255?"),
+        ("1.5", "1.5 is larger than 1: images live in [0, 1]"),
+        ("256", "256 is larger than 1: images live in [0, 1]"),
+        ("256/255", "256/255 is larger than 1: images live in [0, 1]"),
+        pytest.param(10**5000, "is larger than 1: images live in [0, 1]", id="5001 digits"),
+        ("8/0", "'8/0' divides by zero"),
+        ("-1/255", "'-1/255'" + NOT_A_NUMBER),
+        ("-0.1", "'-0.1'" + NOT_A_NUMBER),
+        ("1e400", "'1e400'" + NOT_A_NUMBER),
+        (float("inf"), "'inf'" + NOT_A_NUMBER),
+        ("nan", "'nan'" + NOT_A_NUMBER),
+        ("8//255", "'8//255'" + NOT_A_NUMBER),
+        ("8/255/2", "'8/255/2'" + NOT_A_NUMBER),
+        ("\u0668/255", "'\u0668/255'" + NOT_A_NUMBER),
+        ("1_0/255", "'1_0/255'" + NOT_A_NUMBER),
+        ("", "''" + NOT_A_NUMBER),
+        ("__import__('os')", "\"__import__('os')\"" + NOT_A_NUMBER),
+        ("9" * 41, "must be a short number such as 8/255 or 0.03"),
+        (True, 'must be text such as "8/255" or a number such as 0.03'),
+        (None, 'must be text such as "8/255" or a number such as 0.03'),
+        ([8, 255], 'must be text such as "8/255" or a number such as 0.03'),
+    ],
+)
+def test_other_numbers_are_refused(given: object, message: str) -> None:
+    with pytest.raises(ValueError) as refused:  # noqa: PT011 - the text is compared whole
+        exact(given)
+    assert str(refused.value) == message
+
+
+def test_what_is_written_leaves_out_what_has_no_effect() -> None:
+    clean = Finetune(head="finetune", objective="clean")
+    assert not {"eps", "step_size", "steps", "trades_beta"} & clean.model_dump().keys()
+    assert "trades_beta" not in Finetune(head="finetune").model_dump()
+    assert "trades_beta" in Finetune(head="finetune", objective="trades").model_dump()
+    converged = Linear(head="linear", protocol="converged")
+    assert not {"epochs", "batch_size", "lr"} & converged.model_dump().keys()
+    assert Linear.model_validate(converged.model_dump()) == converged
+
+
+def test_a_default_that_has_no_effect_is_still_refused_when_given() -> None:
+    with pytest.raises(ValidationError, match="epochs has no effect"):
+        Linear(head="linear", protocol="converged", epochs=20)
+    with pytest.raises(ValidationError, match="has no effect: every restart"):
+        PgdAttack(name="pgd", restarts=2)
+
+
+def test_models_are_frozen() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        recipe().seed = 3  # type: ignore[misc]
+
+
+def test_views_replays_and_batches() -> None:
+    shown = recipe(crops=[{"count": 4}, {"count": 3, "size": 24}], train={"epochs": 2.5, "batch_size": 100})
+    assert shown.views == 7
+    assert shown.replays == 3
+    assert recipe(adversary={"name": "pgd"}).replays == 1
+    assert shown.batches(1_050) == 25  # ten whole batches an epoch
+    assert recipe(train={"epochs": 0.001, "batch_size": 100}).batches(1_000) == 1
+
+
+def test_digest_is_stable_and_leaves_out_seed_name_paths_checkpoints_and_logs() -> None:
+    assert recipe().digest() == GOLDEN
+    for other in (
+        recipe(seed=7),
+        recipe(name="other"),
+        recipe(data={"dataset": "cifar10", "root": "/elsewhere"}),
+        recipe(train={"checkpoint_every": 5, "keep": 9, "evaluate_every": 1, "log_every": 3}),
+        recipe(probe={"head": "knn"}),
+        recipe(attack=[{"name": "autoattack"}]),
+        recipe(adversary={"name": "free", "eps": "8/255", "replays": 3}),
+    ):
+        assert other.digest() == GOLDEN
+    for changed in (
+        recipe(adversary={"name": "free", "replays": 4}),
+        recipe(crops=[{"count": 5}]),
+        recipe(train={"epochs": 11.0}),
+        recipe(data={"dataset": "cifar100"}),
+    ):
+        assert changed.digest() != GOLDEN
+
+
+def test_digest_does_not_depend_on_the_hash_seed() -> None:
+    code = f"from cfamc_cli.recipe import Recipe; print(Recipe.model_validate({RAW!r}).digest())"
+    for seed in ("0", "1"):
+        done = subprocess.run(
+            [sys.executable, "-c", code], env={"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.strip() == GOLDEN
+
+
+def test_adversaries_accept_an_eps_of_zero() -> None:
+    assert FreeAdversary(name="free", eps="0", replays=1).eps == "0"
