@@ -47,7 +47,8 @@ class Size:
 
 SIZES = {
     "laptop": Size(width=16, hidden=1024, embedding=256, crops=4, batch=100),
-    "full": Size(width=64, hidden=4096, embedding=1024, crops=16, batch=32),
+    # One replay a batch, so that a turn is one weight update; a batch's crops are a hundredth of it.
+    "full": Size(width=64, hidden=4096, embedding=1024, crops=16, batch=32, replays=1),
 }
 
 
@@ -84,6 +85,10 @@ class FolderImages(torch.utils.data.Dataset[tuple[Any, int]]):
         return (image if self.transform is None else self.transform(image)), self.targets[index]
 
 
+class EndOfTurnsError(Exception):
+    """Ends the script between two batches, when there are no more turns."""
+
+
 class PacedLoader(torch.utils.data.DataLoader[Any]):
     """A DataLoader with no more workers than cores, whose batches are handed out at the pace of `pace`.
 
@@ -98,7 +103,9 @@ class PacedLoader(torch.utils.data.DataLoader[Any]):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         batches = super().__iter__()
-        while self.pace.turn():
+        while True:
+            if not self.pace.turn():
+                raise EndOfTurnsError
             started = time.perf_counter()
             try:
                 batch = next(batches)
@@ -242,7 +249,7 @@ def train(
         narrow(size)
         script = load_script(checkout, FREE_EMP_SSL, arguments=free_arguments(size, epochs=epochs), data_set=data_set)
         set_up()
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(sys.stderr), contextlib.suppress(EndOfTurnsError):
             script["main"]()
     net = script["net"]
     assert isinstance(net, nn.Module)
