@@ -145,6 +145,7 @@ def climb(
         if values.requires_grad:
             (grad,) = torch.autograd.grad(values.sum(), points, allow_unused=True)
             if grad is not None:
+                grad = grad.contiguous()  # convolutions may return another layout, which slows whatever follows
                 grad_sum = grad if passes == 1 else grad_sum + grad
         values_sum = values_sum + values.detach()
         logits_sum = logits.detach() if logits_sum is None else logits_sum + logits.detach()

@@ -1,0 +1,324 @@
+"""Attacks against the closed form on a linear model, and the laws that every attack keeps."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cfamc_cli.engine.attacks import (
+    Apgd,
+    AutoAttack,
+    Embedding,
+    Fab,
+    Fgsm,
+    Pgd,
+    Square,
+    Stage,
+    autoattack,
+    fooled,
+    logits_at,
+    plan,
+    run_stage,
+    stage_name,
+)
+from cfamc_cli.engine.attacks.apgd import checkpoints
+from cfamc_cli.engine.attacks.fab import to_hyperplane
+from cfamc_cli.engine.attacks.objectives import dlr, label_margin, ranked_targets, targeted_dlr
+from cfamc_cli.engine.attacks.square import _bump, _pyramid, share_of_area
+from cfamc_cli.engine.attacks.verify import in_region
+from cfamc_cli.engine.ball import Norm, norms
+
+CLASSES, SHAPE = 5, (3, 8, 8)
+NORMS: tuple[Norm, Norm] = ("linf", "l2")
+
+
+def generator(seed: int = 1) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+class Linear:
+    """Linear logits, whose robustness is known in closed form as long as the box is out of reach."""
+
+    def __init__(self, classes: int = CLASSES, n: int = 100) -> None:
+        g = generator(0)
+        self.w = torch.randn(classes, math.prod(SHAPE), generator=g) / 10
+        self.x = torch.rand((n, *SHAPE), generator=g) * 0.4 + 0.3
+        self.y = self(self.x).argmax(1)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        logits: Tensor = x.flatten(1) @ self.w.T
+        return logits
+
+    def radius(self, norm: Norm) -> Tensor:
+        """min over j of (z_y - z_j) / ||w_y - w_j|| in the dual norm: the smallest eps that breaks each sample."""
+        z = self(self.x)
+        margins = z.gather(1, self.y[:, None]) - z
+        gaps = (self.w[self.y][:, None] - self.w).norm(p=1 if norm == "linf" else 2, dim=2)
+        return (margins / gaps.clamp_min(1e-12)).scatter(1, self.y[:, None], torch.inf).amin(1)
+
+    def broken(self, stage: Stage, seed: int = 1) -> Tensor:
+        points = run_stage(stage, self, self.x, self.y, embed=None, generator=generator(seed))
+        assert in_region(self.x, points, eps=stage.eps, norm=stage.norm).all()
+        return fooled(self(points), self.y)
+
+
+LINEAR = Linear()
+
+
+def stages(eps: float, norm: Norm) -> list[Stage]:
+    return [
+        Fgsm(eps, norm),
+        Pgd(eps, norm, step_size=eps / 4, steps=10),
+        Pgd(eps, norm, step_size=eps / 4, steps=10, restarts=2, start="zero"),
+        Apgd(eps, norm, steps=20),
+        Apgd(eps, norm, loss="dlr", steps=30, restarts=2),
+        Apgd(eps, norm, loss="targeted-dlr", steps=20, targets=4),
+        Fab(eps, norm, steps=20, targets=4),
+        Square(eps, norm, queries=100),
+    ]
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_linear_model_is_broken_exactly_beyond_its_radius(norm: Norm) -> None:
+    radius = LINEAR.radius(norm)
+    eps = float(radius.median()) * 1.01
+    clear = (radius / eps - 1).abs() > 0.02
+    should = radius < eps
+    for stage in stages(eps, norm):
+        broken = LINEAR.broken(stage)
+        assert not (broken & ~should & clear).any(), stage
+        if isinstance(stage, Fab) or (isinstance(stage, Apgd) and stage.loss == "targeted-dlr"):
+            assert (broken | ~should | ~clear).all(), stage  # each target is a convex problem: no sample is missed
+        elif not isinstance(stage, Square):
+            assert (broken & should).sum() >= 0.75 * should.sum(), stage
+    if norm == "linf":
+        assert (LINEAR.broken(Square(eps, norm, queries=800)) & should).sum() >= 0.8 * should.sum()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_two_classes_leave_nothing_to_choose(norm: Norm) -> None:
+    linear = Linear(classes=2)
+    radius = linear.radius(norm)
+    eps = float(radius.median()) * 1.01
+    clear = (radius / eps - 1).abs() > 0.01
+    for stage in (
+        Fgsm(eps, norm),
+        Pgd(eps, norm, step_size=eps / 2, steps=8),
+        *plan(AutoAttack(eps, norm, steps=20, queries=1), classes=2).stages[:3],
+    ):
+        assert torch.equal(linear.broken(stage)[clear], (radius < eps)[clear]), stage
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("index", range(8))
+def test_eps_zero_is_the_identity(norm: Norm, index: int) -> None:
+    stage = stages(1.0, norm)[index]
+    still = type(stage)(0.0, norm) if not isinstance(stage, Apgd) else Apgd(0.0, norm, stage.loss)
+    points = run_stage(still, LINEAR, LINEAR.x, LINEAR.y, embed=None, generator=generator())
+    assert torch.equal(points, LINEAR.x)
+
+
+def test_misclassified_samples_cost_nothing_and_stay() -> None:
+    wrong = (LINEAR.y + 1) % CLASSES
+    for stage in stages(0.05, "linf")[2:]:
+        points = run_stage(stage, LINEAR, LINEAR.x, wrong, embed=None, generator=generator())
+        assert torch.equal(points, LINEAR.x), stage
+
+
+def curved() -> tuple[nn.Module, Tensor, Tensor]:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        net = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.Tanh(), nn.Flatten(), nn.Linear(128, CLASSES)).eval()
+    x = torch.rand((24, *SHAPE), generator=generator(5))
+    return net, x, logits_at(net, x).argmax(1)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_more_steps_and_restarts_never_help_the_defender(norm: Norm) -> None:
+    net, x, y = curved()
+    eps = 0.02 if norm == "linf" else 0.15
+
+    def broken(steps: int, restarts: int) -> Tensor:
+        stage = Pgd(eps, norm, step_size=eps / 4, steps=steps, restarts=restarts)
+        return fooled(logits_at(net, run_stage(stage, net, x, y, embed=None, generator=generator())), y)
+
+    few, many, again = broken(3, 1), broken(9, 1), broken(3, 3)
+    assert not (few & ~many).any()
+    assert not (few & ~again).any()
+    assert 0 < few.sum() < len(x)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_larger_eps_breaks_more(norm: Norm) -> None:
+    net, x, y = curved()
+    counts = []
+    for eps in (0.0, 0.01, 0.03, 0.1, 1.0):
+        radius = eps if norm == "linf" else eps * math.sqrt(x[0].numel())
+        stage = Apgd(radius, norm, steps=20)
+        counts.append(
+            int(fooled(logits_at(net, run_stage(stage, net, x, y, embed=None, generator=generator())), y).sum())
+        )
+    assert counts == sorted(counts)
+    assert counts[0] == 0
+    assert counts[-1] == len(x)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_every_attack_leaves_no_trace_and_repeats(norm: Norm) -> None:
+    net, x, y = curved()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    caller = torch.get_rng_state()
+    x_before = x.clone()
+    for stage in [*stages(0.03 if norm == "linf" else 0.3, norm), Embedding(0.03, norm)]:
+        points = [run_stage(stage, net, x, y, embed=net, generator=generator()) for _ in range(2)]
+        assert torch.equal(*points), stage
+        assert not points[0].requires_grad
+        assert in_region(x, points[0], eps=stage.eps, norm=norm).all()
+    assert torch.equal(x, x_before)
+    assert torch.equal(torch.get_rng_state(), caller)
+    assert all(parameter.grad is None for parameter in net.parameters())
+    assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_embedding_attack_moves_the_embedding_and_needs_no_labels(norm: Norm) -> None:
+    net, x, y = curved()
+    eps = 0.03 if norm == "linf" else 0.3
+    clean = nn.functional.normalize(logits_at(net, x))
+
+    def moved(points: Tensor) -> float:
+        return float((nn.functional.normalize(logits_at(net, points)) - clean).norm(dim=1).mean())
+
+    results = []
+    for steps in (1, 20):
+        stage = Embedding(eps, norm, step_size=eps / 5, steps=steps)
+        points = run_stage(stage, net, x, y, embed=net, generator=generator())
+        assert torch.equal(points, run_stage(stage, net, x, y * 0, embed=net, generator=generator()))
+        results.append(moved(points))
+    assert results[1] > 1.5 * results[0] > 0
+    with pytest.raises(ValueError, match="no embedding"):
+        run_stage(Embedding(eps, norm), net, x, y, embed=None, generator=generator())
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_hyperplane_step_is_the_shortest_in_the_box(norm: Norm) -> None:
+    g = generator(2)
+    x = torch.rand((20, 1, 4, 5), generator=g)
+    x[:, :, 0] = 0  # pixels on the border of the box
+    w = torch.randn(x.shape, generator=g)
+    w[:, :, 1, 0] = 0
+    far = torch.where(w > 0, w * (1 - x), -w * x).flatten(1).sum(1)  # the most that the box allows
+    gap = -far * torch.rand(20, generator=g)
+    step = to_hyperplane(x, w, gap, norm=norm)
+    landed = gap + (w * step).flatten(1).sum(1)
+    assert landed.abs().max() < 1e-5
+    assert ((x + step) >= -1e-6).all()
+    assert ((x + step) <= 1 + 1e-6).all()
+    size = norms(step, norm=norm)
+    # bisection on the size: the most that a step of that size gains
+    low, high = torch.zeros(20), torch.full((20,), 20.0)
+    for _ in range(60):
+        t = (low + high) / 2
+        rate = torch.ones_like(w) if norm == "linf" else w.abs()
+        d = torch.minimum(t[:, None, None, None] * rate, torch.where(w > 0, 1 - x, x))
+        enough = (w.abs() * d).flatten(1).sum(1) >= -gap
+        low, high = torch.where(enough, low, t), torch.where(enough, t, high)
+    torch.testing.assert_close(size, norms(d, norm=norm), atol=1e-4, rtol=1e-4)
+    corner = to_hyperplane(x, w, -2 * far - 1, norm=norm)
+    torch.testing.assert_close((w * corner).flatten(1).sum(1), far)
+    back = to_hyperplane(x, w, far * 0.01, norm=norm)
+    assert ((w * back).flatten(1).sum(1) < 0).all()
+
+
+def test_losses_by_hand() -> None:
+    z = torch.tensor([[4.0, 1.0, 3.0, 0.0], [0.0, 2.0, 5.0, 1.0]])
+    y, target = torch.tensor([0, 1]), torch.tensor([1, 2])
+    assert label_margin(z, y).tolist() == [1.0, -3.0]
+    torch.testing.assert_close(dlr(z, y), torch.tensor([-1 / 3, 3 / 4]))
+    torch.testing.assert_close(targeted_dlr(z, y, target), torch.tensor([-3 / 3.5, 3 / 4.5]))
+    torch.testing.assert_close(targeted_dlr(7 * z + 2, y, target), targeted_dlr(z, y, target))
+    assert ranked_targets(z, y, count=9).tolist() == [[2, 1, 3], [2, 3, 0]]
+    two = z[:, :2]
+    assert dlr(two, y).tolist() == [-3.0, -2.0]
+    assert targeted_dlr(two, y, 1 - y).tolist() == [-3.0, -2.0]
+
+
+def test_checkpoints_and_squares_follow_the_papers() -> None:
+    assert checkpoints(100) == (22, 41, 57, 70, 80, 87, 93, 99)
+    assert [share_of_area(q) for q in (1, 10, 11, 51, 4999)] == [0.8, 0.8, 0.4, 0.2, 0.8 / 128]
+    assert torch.equal(
+        _pyramid(3, 3),
+        torch.tensor([[1, 1, 1], [1, 4, 1], [1, 1, 1]]) * 0.25 + torch.tensor([[0.0, 0, 0], [0, 0.25, 0], [0, 0, 0]]),
+    )
+    assert float(_bump(7).norm()) == pytest.approx(1)
+
+
+def test_plan_of_the_ensemble() -> None:
+    ten = plan(AutoAttack(0.03), classes=10)
+    assert ten.notes == ()
+    assert AutoAttack(0.03).is_published
+    assert [stage_name(s) for s in ten.stages] == ["apgd-ce", "apgd-t", "fab-t", "square"]
+    assert ten.stages[1:] == (
+        Apgd(0.03, loss="targeted-dlr", steps=100, targets=9),
+        Fab(0.03, steps=100, targets=9),
+        Square(0.03, queries=5000),
+    )
+    four = plan(AutoAttack(0.03), classes=4)
+    assert [s.targets for s in four.stages if isinstance(s, Apgd | Fab)] == [1, 3, 3]
+    assert all("3 targets instead of 9" in note for note in four.notes)
+    assert any("4 classes" in note for note in plan(AutoAttack(0.03), classes=3).notes)
+    assert any("at least 3 classes" in note for note in plan(AutoAttack(0.03, version="rand"), classes=2).notes)
+    assert {s.eot for s in plan(AutoAttack(0.03, version="rand"), classes=10).stages if isinstance(s, Apgd)} == {20}
+    with pytest.raises(ValueError, match="two classes"):
+        plan(AutoAttack(0.03), classes=1)
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (lambda: Pgd(-0.1), "eps"),
+        (lambda: Pgd(float("nan")), "eps"),
+        (lambda: Pgd(0.1, steps=0), "steps"),
+        (lambda: Pgd(0.1, step_size=0.0), "step_size"),
+        (lambda: Apgd(0.1, targets=3), "no effect"),
+        (lambda: Square(0.1, queries=0), "queries"),
+    ],
+)
+def test_settings_without_meaning_are_refused(build: object, words: str) -> None:
+    assert callable(build)
+    with pytest.raises(ValueError, match=words):
+        build()
+
+
+def test_gradients_of_a_randomised_predictor_are_averaged() -> None:
+    net, x, y = curved()
+    calls = []
+
+    def noisy(images: Tensor) -> Tensor:
+        calls.append(len(images))
+        return logits_plus_noise(net, images)
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        stage = Apgd(0.02, steps=3, eot=5)
+        points = run_stage(stage, noisy, x, y, embed=None, generator=generator())
+    assert in_region(x, points, eps=0.02, norm="linf").all()
+    assert len(calls) == 1 + 4 * 5
+
+
+def logits_plus_noise(net: nn.Module, images: Tensor) -> Tensor:
+    out: Tensor = net(images)
+    return out + 0.01 * torch.randn_like(out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", NORMS)
+def test_autoattack_on_a_linear_model_is_exact(norm: Norm) -> None:
+    radius = LINEAR.radius(norm)
+    eps = float(radius.median()) * 1.01
+    clear = (radius / eps - 1).abs() > 0.01
+    points = autoattack(LINEAR, LINEAR.x, LINEAR.y, eps=eps, norm=norm, classes=CLASSES, generator=generator())
+    assert torch.equal(fooled(LINEAR(points), LINEAR.y)[clear], (radius < eps)[clear])

@@ -1,0 +1,275 @@
+"""The ledger of an evaluation: resumed equals uncut, nothing is trusted, nothing is left behind."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cfamc_cli.engine import robust as module
+from cfamc_cli.engine.attacks import Apgd, Attack, AutoAttack, Embedding, Pgd, Stage
+from cfamc_cli.engine.attacks.verify import Meter, Predictor, in_region, look, undisturbed
+from cfamc_cli.engine.robust import Evaluation, Examples, Outcome, balanced_order, evaluate
+from cfamc_cli.engine.sink import NullSink
+
+CPU = torch.device("cpu")
+EPS = 0.02
+ENSEMBLE = AutoAttack(EPS, steps=4, targets=2, queries=6)
+
+
+def make() -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        encoder = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.Tanh(), nn.Flatten()).eval()
+        head = nn.Linear(128, 4).eval()
+        x = torch.rand(50, 3, 8, 8)
+    with torch.no_grad():
+        y = head(encoder(x)).argmax(1)
+    y[::7] = (y[::7] + 1) % 4  # some are wrong from the start
+    return encoder, head, x, y
+
+
+ENCODER, HEAD, X, Y = make()
+PREDICTOR = Predictor.of(ENCODER, HEAD)
+
+
+class CutError(Exception):
+    """The process was killed."""
+
+
+class Ledger:
+    """Keeps what is committed, and may be killed after a number of commits."""
+
+    def __init__(self, *, cut_after: int = 10_000) -> None:
+        self.outcomes: list[Outcome] = []
+        self.examples: list[Examples] = []
+        self.cut_after = cut_after
+
+    def commit(self, outcome: Outcome, examples: Examples) -> None:
+        self.outcomes.append(outcome)
+        self.examples.append(examples)
+        if len(self.outcomes) == self.cut_after:
+            raise CutError
+
+
+def run(
+    ledger: Ledger, *, n: int = 50, attack: Attack = ENSEMBLE, seed: int = 0, finished: list[Outcome] | None = None
+) -> Evaluation:
+    return evaluate(
+        PREDICTOR,
+        X[:n],
+        Y[:n],
+        attack=attack,
+        seed=seed,
+        block_size=20,
+        device=CPU,
+        finished=finished or [],
+        commit=ledger.commit,
+        audit=None,
+        sink=NullSink(),
+    )
+
+
+def timeless(outcomes: tuple[Outcome, ...]) -> list[Outcome]:
+    return [dataclasses.replace(outcome, seconds=0.0) for outcome in outcomes]
+
+
+def test_ledger_adds_up() -> None:
+    ledger = Ledger()
+    evaluation = run(ledger)
+    assert evaluation.stages == ("clean", "apgd-ce", "apgd-t", "fab-t", "square")
+    assert [(o.block, o.stage) for o in evaluation.outcomes] == [(b, s) for b in range(3) for s in range(5)]
+    assert timeless(evaluation.outcomes) == timeless(tuple(ledger.outcomes))
+    totals = evaluation.totals()
+    assert totals[0].attacked == 50
+    assert sum(t.broken for t in totals) == 50 - sum(evaluation.robust)
+    assert 0 < sum(evaluation.robust) < sum(evaluation.clean) < 50
+    assert evaluation.clean == tuple((HEAD(ENCODER(X)).argmax(1) == Y).tolist())
+    fates = evaluation.broken_by()
+    assert [fate == "" for fate in fates] == list(evaluation.robust)
+    assert [fate != "clean" for fate in fates] == list(evaluation.clean)
+    assert all(t.forward > 0 for t in totals if t.attacked)
+    assert totals[0].backward == totals[4].backward == 0 < totals[1].backward
+
+
+def test_examples_are_verified_and_complete() -> None:
+    ledger = Ledger()
+    evaluation = run(ledger)
+    seen = {}
+    for examples in ledger.examples:
+        for place, image, label in zip(examples.positions, examples.images, examples.labels, strict=True):
+            seen[place] = label
+            assert in_region(X[place][None], image[None], eps=EPS, norm="linf").all()
+            assert int(HEAD(ENCODER(image[None])).argmax()) == label != int(Y[place])
+    assert sorted(seen) == [
+        i for i, (c, r) in enumerate(zip(evaluation.clean, evaluation.robust, strict=True)) if c and not r
+    ]
+
+
+@pytest.mark.parametrize("cut", [1, 2, 5, 6, 9, 14])
+def test_resumed_equals_uncut(cut: int) -> None:
+    uncut = run(Ledger())
+    first = Ledger(cut_after=cut)
+    with pytest.raises(CutError):
+        run(first)
+    second = Ledger()
+    resumed = run(second, finished=first.outcomes)
+    assert timeless(resumed.outcomes) == timeless(uncut.outcomes)
+    assert resumed.checks == uncut.checks
+    assert len(first.outcomes) + len(second.outcomes) == len(uncut.outcomes)  # nothing is run twice
+
+
+def test_a_larger_limit_reuses_whole_blocks() -> None:
+    small = Ledger()
+    run(small, n=45)
+    grown = Ledger()
+    extended = run(grown, n=50, finished=small.outcomes)
+    assert {o.block for o in grown.outcomes} == {2}  # only the block that grew
+    assert timeless(extended.outcomes) == timeless(run(Ledger(), n=50).outcomes)
+
+
+def test_outcomes_of_another_attack_are_not_reused() -> None:
+    other = Ledger()
+    run(other, attack=Pgd(EPS, steps=2))
+    again = Ledger()
+    run(again, attack=Apgd(EPS, steps=2), finished=other.outcomes)
+    assert {o.stage for o in again.outcomes} == {1}  # the clean predictions stay
+
+
+def test_the_seed_decides_and_the_callers_random_state_does_not() -> None:
+    attack = Pgd(EPS, step_size=EPS / 8, steps=1)
+    results = []
+    for seed, caller in ((0, 1), (0, 2), (1, 1)):
+        torch.manual_seed(caller)
+        ledger = Ledger()
+        run(ledger, attack=attack, seed=seed)
+        results.append(torch.cat([e.images for e in ledger.examples]))
+        assert torch.equal(torch.get_rng_state(), torch.manual_seed(caller).get_state())
+    assert torch.equal(results[0], results[1])
+    assert results[0].shape != results[2].shape or not torch.equal(results[0], results[2])
+
+
+def test_an_evaluation_leaves_no_trace() -> None:
+    grad = torch.ones_like(HEAD.weight)  # type: ignore[arg-type]
+    HEAD.weight.grad = grad
+    ENCODER.train()
+    ENCODER[1].eval()  # type: ignore[index]
+    modes = [m.training for m in (*ENCODER.modules(), *HEAD.modules())]
+    state = {name: tensor.clone() for name, tensor in ENCODER.state_dict().items()}
+    try:
+        run(Ledger(), n=20, attack=Pgd(EPS, steps=3))
+        assert [m.training for m in (*ENCODER.modules(), *HEAD.modules())] == modes
+        assert HEAD.weight.grad is grad
+        assert torch.equal(grad, torch.ones_like(grad))
+        assert all(p.grad is None for p in ENCODER.parameters())
+        assert all(p.requires_grad for p in ENCODER.parameters())
+        assert all(torch.equal(state[name], tensor) for name, tensor in ENCODER.state_dict().items())
+    finally:
+        ENCODER.eval()
+        HEAD.weight.grad = None
+
+
+def test_a_trace_is_seen() -> None:
+    with undisturbed((ENCODER, HEAD), CPU) as traces:
+        assert traces().changed == 0
+        bias = HEAD.bias
+        assert isinstance(bias, Tensor)
+        with torch.no_grad():
+            bias += 1
+        assert traces().changed == 1
+        with torch.no_grad():
+            bias -= 1
+        bias.grad = torch.zeros_like(bias)
+        assert traces().changed >= 1
+        bias.grad = None
+
+
+@pytest.mark.parametrize("wrong", ["far", "box", "nan", "shape"])
+def test_invalid_examples_are_no_success(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+    def cheat(stage: Stage, predict: object, x: Tensor, y: Tensor, *, embed: object, generator: object) -> Tensor:
+        return {"far": 1 - x, "box": x - 2 * x, "nan": x * torch.nan, "shape": x[:, :, :4]}[wrong]
+
+    monkeypatch.setattr(module, "run_stage", cheat)
+    evaluation = run(Ledger(), attack=Pgd(EPS, steps=2))
+    assert evaluation.robust == evaluation.clean
+    figures = {check.name: check.figure for check in evaluation.checks}
+    assert figures["invalid-example"] == sum(evaluation.clean)
+    assert not evaluation.trusted
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_verification_in_float64(norm: str) -> None:
+    x = torch.full((4, 1, 2, 2), 0.5)
+    points = x.clone()
+    points[0] += 0.1
+    points[1] += 0.1001
+    points[2, 0, 0, 0] = torch.inf
+    points[3] += 0.0
+    eps = 0.1 if norm == "linf" else 0.2
+    assert in_region(x, points, eps=eps, norm="linf" if norm == "linf" else "l2").tolist() == [True, False, False, True]
+    assert in_region(x, points, eps=0.0, norm="linf").tolist() == [False, False, False, True]
+
+
+def test_representation_attack_is_evaluated_by_the_head() -> None:
+    evaluation = run(Ledger(), attack=Embedding(0.1, step_size=0.03, steps=10))
+    assert evaluation.stages == ("clean", "embedding")
+    assert sum(evaluation.clean) - sum(evaluation.robust) > 0
+
+
+def test_passes_are_counted_by_sample() -> None:
+    meter = Meter()
+    predict = meter.watch(lambda x: HEAD(ENCODER(x)))
+    x = X[:5].clone().requires_grad_()
+    torch.autograd.grad(predict(x).sum(), x)
+    look(predict, X[:10])
+    assert meter.read() == (5 + 4 * 10, 5)
+    assert meter.read() == (0, 0)
+
+
+def test_balanced_order_is_balanced_and_fixed_by_the_data() -> None:
+    labels = torch.tensor([0] * 50 + [1] * 30 + [2] * 5)[torch.randperm(85, generator=torch.Generator().manual_seed(0))]
+    order = balanced_order(labels, "fingerprint")
+    assert sorted(order.tolist()) == list(range(85))
+    for k in range(1, 16):
+        counts = labels[order[:k]].bincount(minlength=3)
+        assert int(counts.max() - counts.min()) <= 1
+    assert labels[order[15:65]].bincount(minlength=3).tolist() == [25, 25, 0]
+    assert torch.equal(order, balanced_order(labels, "fingerprint"))
+    assert not torch.equal(order, balanced_order(labels, "another"))
+
+
+@pytest.mark.parametrize("images", [X[:0], X[:2] * 3, X[:2].double(), X[:2, 0]])
+def test_what_cannot_be_evaluated_is_refused(images: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"samples|float32"):
+        evaluate(
+            PREDICTOR,
+            images,
+            Y[: len(images)],
+            attack=Pgd(EPS),
+            seed=0,
+            block_size=20,
+            device=CPU,
+            finished=(),
+            commit=Ledger().commit,
+            audit=None,
+            sink=NullSink(),
+        )
+
+
+def test_labels_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="4 logits"):
+        evaluate(
+            PREDICTOR,
+            X[:4],
+            torch.tensor([0, 1, 2, 4]),
+            attack=Pgd(EPS),
+            seed=0,
+            block_size=20,
+            device=CPU,
+            finished=(),
+            commit=Ledger().commit,
+            audit=None,
+            sink=NullSink(),
+        )
