@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from cfamc_cli.engine.attacks.autoattack import Apgd, Embedding, Fgsm, Pgd, Square, Stage, run_stage
 from cfamc_cli.engine.attacks.search import Predict, climb, fooled, logits_at
@@ -63,14 +63,14 @@ def trace_checks(traces: Traces) -> list[Check]:
     ]
 
 
-class _GradientWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _GradientWatch(TorchFunctionMode):
     """Sees whether any operation runs with gradients enabled although the caller disabled them."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.operations = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.operations += torch.is_grad_enabled()
         return func(*args, **(kwargs or {}))
 
