@@ -101,14 +101,15 @@ def read_bytes(path: Path, *, limit: int = MAX_READ) -> bytes:
     """
     with explained(path):
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        with os.fdopen(descriptor, "rb") as file:
-            status = os.fstat(file.fileno())
+        try:
+            status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
                 raise CfamcError(f"cannot use {path}: not a regular file", exit_code=ExitCode.BAD_DATA)
-            data = file.read(limit + 1)
-    if len(data) > limit:
-        raise CfamcError(f"cannot use {path}: larger than {limit:,} bytes", exit_code=ExitCode.BAD_DATA)
-    return data
+            if status.st_size > limit:
+                raise CfamcError(f"cannot use {path}: larger than {limit:,} bytes", exit_code=ExitCode.BAD_DATA)
+            return _read_all(descriptor, status.st_size)
+        finally:
+            os.close(descriptor)
 
 
 @contextmanager
@@ -349,6 +350,14 @@ def _write_all(descriptor: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]
+
+
+def _read_all(descriptor: int, size: int) -> bytes:
+    """Read at most `size` bytes: what a writer adds meanwhile is for the next reader."""
+    data = os.read(descriptor, size)
+    while len(data) < size and (more := os.read(descriptor, size - len(data))):
+        data += more
+    return data
 
 
 def _whole_lines(descriptor: int) -> int:

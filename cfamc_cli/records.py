@@ -8,6 +8,7 @@ spells.
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import math
 import os
 import platform
@@ -27,16 +28,10 @@ SCHEMA_VERSION: Literal[1] = 1
 _Z95 = 1.959963984540054  # the 97.5 % quantile of the normal distribution
 
 
-def _printable(value: object) -> object:
-    """File names may hold bytes that are no UTF-8; JSON may not."""
-    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
-
-
 def _finite_or_none(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-Text = Annotated[str, BeforeValidator(_printable)]
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Seconds = Annotated[float, Field(ge=0)]
@@ -112,10 +107,10 @@ class Environment(Part):
     python: str
     torch: str
     torchvision: str
-    platform: Text
-    cpu: Text
+    platform: str
+    cpu: str
     cores: Count
-    device: Text
+    device: str
     git_revision: Hex | None
     git_changed: bool  # whether the checkout differs from that revision
 
@@ -147,8 +142,8 @@ class Totals(Part):
 class DataUsed(Part):
     """The samples that something was made from: data set, split, how many, and the digest of their content."""
 
-    dataset: Text
-    split: Text
+    dataset: str
+    split: str
     n: Count
     fingerprint: str
 
@@ -176,7 +171,7 @@ class Evaluation(Part):
 class Failure(Part):
     """Why a run ended early; `loss` and `gradient_norm` are None where they were not finite."""
 
-    message: Text
+    message: str
     exit_code: int
     batch: Count | None = None
     step: Count | None = None
@@ -196,8 +191,8 @@ class RunRecord(Record):
         recipe_digest: Equal for the seeds of one recipe.
     """
 
-    id: Text
-    name: Text
+    id: str
+    name: str
     status: Status
     created: AwareDatetime
     updated: AwareDatetime
@@ -208,8 +203,8 @@ class RunRecord(Record):
     wall_seconds: Seconds
     totals: Totals
     data: DataUsed | None
-    init: Text | None = None
-    imported: Text | None = None
+    init: str | None = None
+    imported: str | None = None
     evaluation: Evaluation | None = None
     untrained: Evaluation | None = None
     failure: Failure | None = None
@@ -218,7 +213,7 @@ class RunRecord(Record):
 class ClassAccuracy(Part):
     """One class of a probe; without an accuracy where the split has none of it."""
 
-    name: Text
+    name: str
     accuracy: Accuracy | None
 
 
@@ -233,8 +228,8 @@ class ProbeRecord(Record):
         train_accuracy: On the samples the head was fitted to; None where that was not measured.
     """
 
-    id: Text
-    run: Text
+    id: str
+    run: str
     created: AwareDatetime
     recipe_digest: Hex
     seed: int
@@ -264,7 +259,7 @@ class ThreatModel(Part):
 class ClassRobustness(Part):
     """One class of an attack; without accuracies where the samples have none of it."""
 
-    name: Text
+    name: str
     clean: Accuracy | None
     robust: Accuracy | None
 
@@ -272,7 +267,7 @@ class ClassRobustness(Part):
 class Stage(Part):
     """One stage of an attack: its name, how many samples it was given, how many it broke, and its cost."""
 
-    name: Text
+    name: str
     attacked: Count
     broken: Count
     forward: Count
@@ -289,11 +284,11 @@ class Flag(Part):
         verdict: "skipped" says that the check was not made.
     """
 
-    name: Text
+    name: str
     figure: Measured
     limit: Measured
     verdict: Literal["passed", "failed", "skipped"]
-    text: Text
+    text: str
 
 
 class AttackRecord(Record):
@@ -309,19 +304,19 @@ class AttackRecord(Record):
         forward: Forward passes of single samples; `backward` likewise.
     """
 
-    id: Text
-    run: Text
-    probe: Text
+    id: str
+    run: str
+    probe: str
     created: AwareDatetime
     recipe_digest: Hex
     seed: int
     head: HeadKind
     features: Features
     threat: ThreatModel
-    attack: Text
+    attack: str
     settings: dict[str, JsonValue]
     data: DataUsed
-    subset: Text
+    subset: str
     order_digest: Hex
     encoder_digest: Hex
     head_digest: Hex | None
@@ -344,7 +339,7 @@ class StageOutcome(Part):
         robust: Bit mask of those classified right under this stage and all before it.
     """
 
-    name: Text
+    name: str
     done: Count
     robust: Hex
 
@@ -427,9 +422,23 @@ def save_record(path: Path, record: Record) -> None:
         ValueError: The record breaks its own schema, as a careless `model_copy` can.
         CfamcError: The file cannot be written.
     """
-    data = record.model_dump_json(indent=2, warnings="none").encode()  # the next line is the judge
+    value = _storable(record.model_dump(mode="json", warnings="none"))
+    data = json.dumps(value, indent=2, allow_nan=False).encode()
     type(record).model_validate_json(data)
     write_bytes(path, data + b"\n")
+
+
+def _storable(value: object) -> object:
+    """File names may hold bytes that are no UTF-8; JSON may not."""
+    match value:
+        case str():
+            return value.encode("utf-8", "backslashreplace").decode()
+        case dict():
+            return {_storable(key): _storable(item) for key, item in value.items()}
+        case list():
+            return [_storable(item) for item in value]
+        case _:
+            return value
 
 
 def capture_environment(device: str) -> Environment:

@@ -41,10 +41,10 @@ class Talk(Console):
         self.quiet = True
         _silence(self.file)
 
-    def say(self, text: Text) -> None:
-        """Print one text, never wrapped, never raising."""
+    def say(self, text: str | Text) -> None:
+        """Print one line, never wrapped, never raising; plain text is cleaned first."""
         try:
-            self.print(text, soft_wrap=True)
+            self.print(Text(clean(text)) if isinstance(text, str) else text, soft_wrap=True)
         except OSError:
             self.on_broken_pipe()
 
@@ -78,7 +78,7 @@ def error(failure: CfamcError, *, console: Talk | None = None) -> None:
     message, *rest = failure.message.split("\n")
     console.say(Text.assemble(("error: ", "bold red"), clean(message)))
     for line in rest:
-        console.say(Text(f"  {clean(line)}"))
+        console.say(f"  {line}")
     if failure.hint:
         console.say(Text.assemble(("hint: ", "bold cyan"), clean(failure.hint)))
 
@@ -220,7 +220,7 @@ class TerminalSink:
 
     def message(self, text: str) -> None:
         if not self._quiet:
-            self._console.say(Text(clean(text)))
+            self._console.say(text)
 
     def warning(self, text: str) -> None:
         self._console.say(Text.assemble(("warning: ", "bold yellow"), clean(text)))
@@ -236,7 +236,7 @@ class TerminalSink:
             self._show(task, state, done, total)
         if finished or (not self._live and now >= state.next_line):
             state.next_line = now + PLAIN_SECONDS
-            self._console.say(Text(clean(state.line(task, done, total, now))))
+            self._console.say(state.line(task, done, total, now))
         if finished:
             if self._bars is not None and state.bar is not None:
                 self._bars.remove_task(state.bar)
