@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cfamc_cli.engine import robust as module
 from cfamc_cli.engine.attacks import Apgd, Attack, AutoAttack, Embedding, Pgd, Stage
+from cfamc_cli.engine.attacks.fast import frozen_copy
 from cfamc_cli.engine.attacks.verify import Meter, Predictor, in_region, look, undisturbed
 from cfamc_cli.engine.robust import Evaluation, Examples, Outcome, balanced_order, evaluate
 from cfamc_cli.engine.sink import NullSink
@@ -32,7 +33,7 @@ def make() -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
 
 
 ENCODER, HEAD, X, Y = make()
-PREDICTOR = Predictor.of(ENCODER, HEAD)
+PREDICTOR = Predictor.of(ENCODER, HEAD, sample=X[:8])
 
 
 class CutError(Exception):
@@ -273,3 +274,32 @@ def test_labels_that_do_not_fit_are_refused() -> None:
             audit=None,
             sink=NullSink(),
         )
+
+
+def test_the_frozen_copy_says_the_same_and_the_original_is_kept() -> None:
+    before = {name: tensor.clone() for name, tensor in ENCODER.state_dict().items()}
+    norm = ENCODER[1]  # type: ignore[index]
+    assert isinstance(norm, nn.BatchNorm2d)
+    search = frozen_copy(nn.Sequential(ENCODER, HEAD), X[:8])
+    torch.testing.assert_close(search(X), HEAD(ENCODER(X)), atol=1e-5, rtol=1e-5)
+    assert not search(X).requires_grad
+    assert all(torch.equal(before[name], tensor) for name, tensor in ENCODER.state_dict().items())
+
+
+class TwoUses(nn.Module):
+    """The output of a layer that feeds a batch norm is used a second time, so the norm cannot be folded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.norm.running_mean = torch.ones(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.layer(x)
+        out: Tensor = (self.norm(h) + h).flatten(1)
+        return out
+
+
+def test_what_cannot_be_folded_is_not() -> None:
+    net = TwoUses().eval()
+    torch.testing.assert_close(frozen_copy(net, X[:8])(X), net(X).detach(), atol=1e-5, rtol=1e-5)

@@ -130,7 +130,7 @@ ZOO: list[tuple[Callable[[Tensor], Tensor], str]] = [
 
 def evaluated(predict: Predict, *, audit: AuditSettings | None) -> Evaluation:
     return evaluate(
-        Predictor(predict, (NET,)),
+        Predictor(predict, predict, (NET,)),
         X[:80],
         Y[:80],
         attack=Pgd(EPS, step_size=EPS / 2, steps=8),

@@ -184,7 +184,8 @@ def balanced_order(labels: Tensor, fingerprint: str) -> Tensor:
 class _Work:
     """What the blocks of one evaluation share."""
 
-    predict: Predict
+    predict: Predict  # what counts
+    search: Predict  # what attacks look through
     embed: Predict | None
     meter: Meter
     stages: tuple[Stage, ...]
@@ -234,6 +235,7 @@ def evaluate(
     meter = Meter()
     work = _Work(
         predict=meter.watch(predictor.logits),
+        search=meter.watch(predictor.search),
         embed=None if predictor.embed is None else meter.watch(predictor.embed),
         meter=meter,
         stages=(),
@@ -348,7 +350,7 @@ def _attacked(
     if len(alive):
         given, labels = x[alive], y[alive]
         generator = addressed_generator("attack", work.seed, block, number)
-        points = run_stage(stage, work.predict, given, labels, embed=work.embed, generator=generator)
+        points = run_stage(stage, work.search, given, labels, embed=work.embed, generator=generator)
         valid = in_region(given, points, eps=stage.eps, norm=stage.norm)
         points = torch.where(valid[:, None, None, None], points, given) if points.shape == given.shape else given
         logits = logits_at(work.predict, points)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from cfamc_cli.engine.attacks.fast import frozen_copy
 from cfamc_cli.engine.attacks.search import Predict, logits_at
 from cfamc_cli.engine.ball import Norm, norms
 
@@ -28,18 +29,27 @@ class Predictor:
 
     Attributes:
         logits: Logits (N, classes) from images in [0, 1], (N, C, H, W).
+        search: The same function up to rounding, that attacks look through: `logits` itself, or something cheaper.
         modules: Every module whose parameters, buffers and mode the predictor uses, such as encoder and head.
         embed: Embeddings (N, D) from images; None where there is no representation to attack.
     """
 
     logits: Predict
+    search: Predict
     modules: tuple[nn.Module, ...]
     embed: Predict | None = None
 
     @classmethod
-    def of(cls, encoder: nn.Module, head: nn.Module) -> Predictor:
-        """A head on the features of an encoder; the features are what an attack on the representation moves."""
-        return cls(lambda images: head(encoder(images)), (encoder, head), encoder)
+    def of(cls, encoder: nn.Module, head: nn.Module, *, sample: Tensor) -> Predictor:
+        """A head on the features of an encoder; the features are what an attack on the representation moves.
+
+        Args:
+            encoder: Features from images.
+            head: Logits from features.
+            sample: A few images on the device of both, (N, C, H, W), to make the copy with that attacks look through.
+        """
+        search = frozen_copy(nn.Sequential(encoder, head), sample)
+        return cls(lambda images: head(encoder(images)), search, (encoder, head), encoder)
 
 
 class Meter:
