@@ -303,11 +303,12 @@ class Linear(Table):
     epochs: Count = 20
     batch_size: Count = 256
     lr: Positive = 3e-4  # Adam
+    l2: NonNegative = 1e-4  # weight of the squared weights in the converged loss
     standardize: bool = False
 
     def idle(self) -> dict[str, str]:
         if self.protocol == "official":
-            return {}
+            return {"l2": 'it belongs to protocol "converged"'}
         return dict.fromkeys(("epochs", "batch_size", "lr"), 'protocol "converged" trains until the loss stands still')
 
 
@@ -372,7 +373,21 @@ class Finetune(Table):
                 return {}
 
 
-class PgdAttack(Table):
+class EpsAttack(Table):
+    """What all attacks share: in L2 a length means something else, so its defaults are others."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_norm(cls, raw: object) -> object:
+        if not isinstance(raw, dict) or raw.get("norm") != "l2":
+            return raw
+        return {key: value for key, value in _L2_DEFAULTS.items() if key in cls.model_fields} | raw
+
+
+_L2_DEFAULTS = {"eps": "128/255", "step_size": "0.1"}
+
+
+class PgdAttack(EpsAttack):
     """PGD on the cross-entropy of encoder + head."""
 
     name: Literal["pgd"]
@@ -390,7 +405,66 @@ class PgdAttack(Table):
         return self
 
 
-class AutoAttackAttack(Table):
+class FgsmAttack(EpsAttack):
+    """One step along the gradient of the cross-entropy, arXiv:1412.6572."""
+
+    name: Literal["fgsm"]
+    eps: Exact = "8/255"
+    norm: Literal["linf", "l2"] = "linf"
+
+
+class ApgdAttack(EpsAttack):
+    """Auto-PGD on the cross-entropy or the difference of logits ratio, arXiv:2003.01690."""
+
+    name: Literal["apgd-ce", "apgd-dlr"]
+    eps: Exact = "8/255"
+    norm: Literal["linf", "l2"] = "linf"
+    steps: Annotated[int, Field(ge=1, le=100_000)] = 100
+    restarts: Annotated[int, Field(ge=1, le=1000)] = 1
+
+
+class TargetedApgdAttack(EpsAttack):
+    """Auto-PGD on the targeted difference of logits ratio, one run per target class, arXiv:2003.01690."""
+
+    name: Literal["apgd-t"]
+    eps: Exact = "8/255"
+    norm: Literal["linf", "l2"] = "linf"
+    steps: Annotated[int, Field(ge=1, le=100_000)] = 100
+    restarts: Annotated[int, Field(ge=1, le=1000)] = 1
+    targets: Annotated[int, Field(ge=1, le=100_000)] = 9
+
+
+class FabAttack(EpsAttack):
+    """Targeted FAB, arXiv:1907.02044."""
+
+    name: Literal["fab"]
+    eps: Exact = "8/255"
+    norm: Literal["linf", "l2"] = "linf"
+    steps: Annotated[int, Field(ge=1, le=100_000)] = 100
+    targets: Annotated[int, Field(ge=1, le=100_000)] = 9
+
+
+class SquareAttack(EpsAttack):
+    """Square, a random search that sees logits only, arXiv:1912.00049."""
+
+    name: Literal["square"]
+    eps: Exact = "8/255"
+    norm: Literal["linf", "l2"] = "linf"
+    queries: Annotated[int, Field(ge=1, le=1_000_000)] = 5000
+
+
+class EmbeddingAttack(EpsAttack):
+    """PGD on the distance of the features from those of the clean image: it needs no labels."""
+
+    name: Literal["embedding"]
+    eps: Exact = "8/255"
+    norm: Literal["linf", "l2"] = "linf"
+    step_size: Exact = "0.01"
+    steps: Annotated[int, Field(ge=1, le=100_000)] = 20
+    restarts: Annotated[int, Field(ge=1, le=1000)] = 1
+
+
+class AutoAttackAttack(EpsAttack):
     """AutoAttack, arXiv:2003.01690."""
 
     name: Literal["autoattack"]
@@ -403,7 +477,17 @@ Objective = Annotated[EmpSsl | SimClr | SupCon, Field(discriminator="name")]
 Adversary = Annotated[NoAdversary | PgdAdversary | FreeAdversary, Field(discriminator="name")]
 Schedule = Annotated[Cosine | OfficialCosine, Field(discriminator="name")]
 Probe = Annotated[Linear | RobustLinear | AggregatedCrops | Knn | Finetune, Field(discriminator="head")]
-Attack = Annotated[PgdAttack | AutoAttackAttack, Field(discriminator="name")]
+Attack = Annotated[
+    PgdAttack
+    | FgsmAttack
+    | ApgdAttack
+    | TargetedApgdAttack
+    | FabAttack
+    | SquareAttack
+    | EmbeddingAttack
+    | AutoAttackAttack,
+    Field(discriminator="name"),
+]
 
 
 class Recipe(Table):

@@ -217,35 +217,66 @@ class ClassAccuracy(Part):
     accuracy: Accuracy | None
 
 
-class ProbeRecord(Record):
-    """probes/<id>/record.json: one head on one encoder.
+class ProbeResult(Record):
+    """What a comparison reads of a probe's record, and nothing else of it.
 
     Attributes:
         head: Kind of head.
         settings: Its resolved settings.
-        head_digest: Of the head's weights; None for knn, which has none.
-        classes: Per class of the test split, in label order; `confusion` has a row per true class.
-        train_accuracy: On the samples the head was fitted to; None where that was not measured.
     """
+
+    model_config = ConfigDict(extra="ignore")
 
     id: str
     run: str
     created: AwareDatetime
-    recipe_digest: Hex
-    seed: int
     head: HeadKind
     features: Features
     settings: dict[str, JsonValue]
+    test: DataUsed
+    test_accuracy: Accuracy
+
+
+class ProbeRecord(ProbeResult):
+    """probes/<id>/record.json: one head on one encoder.
+
+    Attributes:
+        head_digest: Of the head's weights; None for knn, which has none.
+        train_accuracy: On the samples the head was fitted to; None where that was not measured.
+        classes: Per class of the test split, in label order; `confusion` has a row per true class.
+        data: The [data] table that was read, the run's own or that of a transfer.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    recipe_digest: Hex
+    seed: int
     encoder_digest: Hex
     head_digest: Hex | None
+    data: dict[str, JsonValue] = Field(default_factory=dict)
     train: DataUsed
-    test: DataUsed
     train_accuracy: Accuracy | None
-    test_accuracy: Accuracy
     classes: tuple[ClassAccuracy, ...]
     confusion: tuple[tuple[Count, ...], ...]
     wall_seconds: Seconds
     environment: Environment
+
+
+class PendingProbe(Record):
+    """probes/<id>/pending.json: a head under way that can be resumed.
+
+    Attributes:
+        recipe: The resolved recipe with the probe's own settings.
+        transfer: Whether the data is another than the run's own.
+        limit: Training images it is fitted to; None for all.
+    """
+
+    recipe: dict[str, JsonValue]
+    transfer: bool
+    limit: int | None
+    encoder_digest: Hex
+    train: DataUsed
+    test: DataUsed
 
 
 class ThreatModel(Part):
@@ -291,43 +322,58 @@ class Flag(Part):
     text: str
 
 
-class AttackRecord(Record):
-    """attacks/<id>/record.json: one finished evaluation under attack.
+class AttackResult(Record):
+    """What a comparison reads of an attack's record, and nothing else of it.
 
     Attributes:
         probe: Head that was attacked; its kind is `head`.
         attack: Name of the attack; only equal names with equal settings are compared.
         settings: Its resolved settings.
-        data: The samples attacked: the first `data.n` of an order that the data fixes.
-        subset: How they were chosen, in words.
+        data: The samples attacked: the first `data.n` of an order that the data fixes; the fingerprint is that of the
+            whole split.
         order_digest: Of that whole order.
-        forward: Forward passes of single samples; `backward` likewise.
     """
+
+    model_config = ConfigDict(extra="ignore")
 
     id: str
     run: str
     probe: str
     created: AwareDatetime
-    recipe_digest: Hex
-    seed: int
     head: HeadKind
     features: Features
     threat: ThreatModel
     attack: str
     settings: dict[str, JsonValue]
     data: DataUsed
-    subset: str
     order_digest: Hex
-    encoder_digest: Hex
-    head_digest: Hex | None
     clean: Accuracy
     robust: Accuracy
+    flags: tuple[Flag, ...]
+
+
+class AttackRecord(AttackResult):
+    """attacks/<id>/record.json: one finished evaluation under attack.
+
+    Attributes:
+        subset: How the samples were chosen, in words.
+        notes: How the attack differs from the one published, and what else a reader must know.
+        forward: Forward passes of single samples; `backward` likewise.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    recipe_digest: Hex
+    seed: int
+    subset: str
+    notes: tuple[str, ...] = ()
+    encoder_digest: Hex
+    head_digest: Hex | None
     classes: tuple[ClassRobustness, ...]
     stages: tuple[Stage, ...]
     forward: Count
     backward: Count
     wall_seconds: Seconds
-    flags: tuple[Flag, ...]
     environment: Environment
 
 
@@ -337,11 +383,21 @@ class StageOutcome(Part):
     Attributes:
         done: Samples that the stage has finished with, from the first on; the bits of later ones are 0.
         robust: Bit mask of those classified right under this stage and all before it.
+        broken: Of those newly lost to a verified example; for the clean predictions those misclassified.
+        not_finite: Of those newly lost to a prediction that is not finite.
+        unsteady: Of those whose prediction changed with the batch it was made in.
+        invalid: Of those whose example was no image within the ball, and therefore no success.
+        passes: Forward and backward passes of single samples, for each block.
     """
 
     name: str
     done: Count
     robust: Hex
+    broken: Hex = ""
+    not_finite: Hex = ""
+    unsteady: Hex = ""
+    invalid: Hex = ""
+    passes: tuple[tuple[Count, Count], ...] = ()
 
 
 class Outcomes(Record):
@@ -352,6 +408,9 @@ class Outcomes(Record):
         block: Samples of one block; blocks are committed whole.
         done: Samples whose clean prediction is known.
         clean: Bit mask of those classified right without an attack.
+        key: Digest of what the outcomes depend on, the number of samples left out: what has the same key can be
+            taken up again.
+        predictions: The clean predictions in the form of a stage: those right, finite and steady stand.
     """
 
     n: Count
@@ -361,6 +420,8 @@ class Outcomes(Record):
     done: Count
     clean: Hex
     stages: tuple[StageOutcome, ...]
+    key: Hex = ""
+    predictions: StageOutcome | None = None
 
 
 class MetricRecord(BaseModel):
@@ -391,7 +452,7 @@ def now() -> datetime:
     return datetime.now(UTC).replace(microsecond=0)
 
 
-def load_record(path: Path, model: type[R]) -> R:
+def load_record(path: Path | str, model: type[R]) -> R:
     """Read a record.
 
     Raises:
