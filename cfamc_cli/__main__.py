@@ -8,9 +8,12 @@ import sys
 
 def main() -> None:
     """Run the command line and exit."""
-    from cfamc_cli.cli import run
+    try:
+        from cfamc_cli.cli import run
 
-    code = run(sys.argv[1:])
+        code = run(sys.argv[1:])
+    except KeyboardInterrupt:  # in the moment before there is a handler, or after
+        code = 130
     try:
         sys.stdout and sys.stdout.flush()
     except OSError:  # whoever read us left; there is nobody to tell

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -13,12 +14,12 @@ from cfamc_cli.errors import CfamcError, ExitCode
 app = typer.Typer(
     name="cfamc",
     help="Train vision encoders without labels that stay right under attack, and prove it.",
-    no_args_is_help=True,
+    invoke_without_command=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-recipes_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The recipes that ship with cfamc.")
+recipes_app = typer.Typer(invoke_without_command=True, rich_markup_mode=None, help="The recipes that ship with cfamc.")
 app.add_typer(recipes_app, name="recipes")
 
 RunsOption = Annotated[
@@ -39,11 +40,23 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[
+    context: typer.Context,
+    version: Annotated[  # noqa: ARG001  its callback acts
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    pass
+    _need_command(context)
+
+
+@recipes_app.callback()
+def _recipes(context: typer.Context) -> None:
+    _need_command(context)
+
+
+def _need_command(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help(), err=True)
+        raise typer.Exit(ExitCode.INVALID)
 
 
 @app.command()
@@ -77,6 +90,42 @@ def pretrain(
         dry_run=dry_run,
         options=Options(device=device, runs=runs, quiet=quiet, as_json=json),
     )
+
+
+@recipes_app.command("list")
+def list_recipes(json: JsonOption = False) -> None:
+    """List the recipes, the quickstart first."""
+    from cfamc_cli import render
+    from cfamc_cli.commands import recipes
+
+    listed = recipes.list_recipes()
+    if json:
+        render.print_json({"recipes": [{"name": recipe.name, "title": recipe.title} for recipe in listed]})
+    else:
+        width = max(len(recipe.name) for recipe in listed)
+        render.write_out("".join(f"{recipe.name:{width}}  {recipe.title}\n" for recipe in listed))
+
+
+@recipes_app.command("show")
+def show_recipe(name: Annotated[str, typer.Argument(metavar="NAME", help="A recipe's name, or a file.")]) -> None:
+    """Print a recipe, comments included."""
+    from cfamc_cli import render
+    from cfamc_cli.commands import recipes
+
+    render.write_out(recipes.show(name))
+
+
+@recipes_app.command("copy")
+def copy_recipe(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A recipe's name, or a file.")],
+    target: Annotated[Path | None, typer.Argument(metavar="[TARGET]", help="A file or folder; else here.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+) -> None:
+    """Copy a recipe, to change it; prints where it lies."""
+    from cfamc_cli import render
+    from cfamc_cli.commands import recipes
+
+    render.write_out(f"{recipes.copy(name, target, force=force)}\n")
 
 
 def _seeds(seed: int | None, seeds: str | None) -> list[int]:
@@ -121,8 +170,7 @@ def _explained(error: BaseException) -> CfamcError:
 
     if isinstance(error, Interrupted):
         code = ExitCode(128 + error.signal)
-        hint = "go on with: cfamc pretrain --resume latest"
-        return CfamcError("interrupted", hint=hint, exit_code=code)
+        return CfamcError("interrupted", hint=error.hint, exit_code=code, details=error.details)
     if isinstance(error, typer.Abort):
         return CfamcError("interrupted", exit_code=ExitCode.INTERRUPTED)
     describe = getattr(error, "format_message", None)  # how the parser of the command line words its complaints
@@ -140,10 +188,18 @@ def _report(error: CfamcError, *, as_json: bool) -> int:
     from cfamc_cli import render
 
     render.error(error)
-    if as_json:
+    if as_json and _leads():
         failure = {"message": error.message, "hint": error.hint, "exit_code": int(error.exit_code), **error.details}
-        render.print_json({"error": failure})
+        with suppress(CfamcError):  # a stdout that takes nothing takes no complaint either
+            render.print_json({"error": failure})
     return int(error.exit_code)
+
+
+def _leads() -> bool:
+    """Whether this process has stdout for itself: under torchrun, the first one."""
+    import os
+
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 def _open_standard_streams() -> None:

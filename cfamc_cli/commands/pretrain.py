@@ -104,7 +104,7 @@ def pretrain(
         if dry_run:
             _show_plan(recipes_to_train[0], options)
             return
-        results = [_start(recipe, options) for recipe in recipes_to_train]
+        results = _start(recipes_to_train, options)
     finished = [result for result in results if result is not None]  # other processes of torchrun say nothing
     if options.as_json and finished:
         render.print_json(finished[0] if len(finished) == 1 else {"runs": finished})
@@ -140,11 +140,22 @@ def _costs_in_words(costs: Plan) -> str:
     return "".join(f"# {line}\n" for line in lines)
 
 
-def _start(recipe: Recipe, options: Options) -> Mapping[str, object] | None:
+def _start(recipes: Sequence[Recipe], options: Options) -> list[Mapping[str, object] | None]:
+    """Train one run per recipe; what ends one of them ends the rest, and names those that were finished."""
     store = default_store(options.runs)
+    results: list[Mapping[str, object] | None] = []
     with _session(options) as (world, signals):
-        run = create_run(store, recipe.name, now=now()) if world.leads else None
-        return _train(recipe, run, options, world=world, signals=signals, fresh=True)
+        try:
+            for recipe in recipes:
+                if results and (signal := signals.pending()):  # it came too late to cut the run before
+                    raise Interrupted(signal)
+                run = create_run(store, recipe.name, now=now()) if world.leads else None
+                results.append(_train(recipe, run, options, world=world, signals=signals, fresh=True))
+        except (CfamcError, Interrupted) as end:
+            finished = [result["id"] for result in results if result is not None]
+            end.details |= {"finished": finished} if finished else {}
+            raise
+    return results
 
 
 def _resume(reference: str, wanted: Recipe | None, options: Options) -> Mapping[str, object] | None:
@@ -193,22 +204,26 @@ def _train(
     recipe: Recipe, run: RunFolder | None, options: Options, *, world: World, signals: Signals, fresh: bool
 ) -> Mapping[str, object] | None:
     """Train a run to its end; `run` is None in processes that do not lead."""
+    from cfamc_cli.engine import distributed
     from cfamc_cli.engine.data import load
     from cfamc_cli.engine.device import describe, out_of_memory, pick_device
     from cfamc_cli.engine.pretrain import Trainer
+    from cfamc_cli.engine.sink import NullSink
 
     device = pick_device(options.device)
-    speaks = world.leads and run is not None
+    kept = run if world.leads else None  # the others read checkpoints, and write and say nothing
     with ExitStack() as stack:
-        if speaks and run is not None:
-            stack.enter_context(lock(run))
-            sweep(run.path)
-            sweep(run.checkpoints)
-        keeper = _Keeper(recipe, run, describe(device), quiet=options.quiet or not speaks, fresh=fresh)
+        if kept is not None:
+            stack.enter_context(_naming(kept, options))
+            stack.enter_context(lock(kept))
+            sweep(kept.path)
+            sweep(kept.checkpoints)
+        keeper = _Keeper(recipe, kept, describe(device), quiet=options.quiet, fresh=fresh)
         stack.callback(keeper.close)
-        with keeper.failures(), out_of_memory():
-            data = load(recipe.data, "train", seed=recipe.seed, cache=_cache(), sink=keeper.sink)
-            trainer = Trainer(recipe, data, device=device, world=world, sink=keeper.sink)
+        sink = NullSink() if kept is None else keeper.sink
+        with keeper.failures(), distributed.peers(world), out_of_memory():
+            data = load(recipe.data, "train", seed=recipe.seed, cache=_cache(), sink=sink)
+            trainer = Trainer(recipe, data, device=device, world=world, sink=sink)
             _take_up(trainer, run, options, fresh=fresh, keeper=keeper)
             keeper.begin(trainer, data)
             folder = run.checkpoints if run is not None else Path()
@@ -217,7 +232,19 @@ def _train(
             keeper.end(trainer, outcome.status)
             if outcome.status == "interrupted":
                 raise Interrupted(outcome.signal)
-    return keeper.summary() if speaks else None
+    return keeper.summary() if kept is not None else None
+
+
+@contextmanager
+def _naming(run: RunFolder, options: Options) -> Iterator[None]:
+    """Within, whatever ends the work early says which run it was, and an interruption how to go on with it."""
+    try:
+        yield
+    except (CfamcError, Interrupted) as end:
+        end.details.setdefault("run", run.id)
+        if isinstance(end, Interrupted) and run.run_json.exists():  # else there is nothing yet to go on with
+            end.hint = f"go on with: cfamc pretrain --resume {run.id if options.runs is None else run.path}"
+        raise
 
 
 def _cache() -> Path:
@@ -376,7 +403,8 @@ class _Keeper:
 
     def summary(self) -> Mapping[str, object]:
         """Say how the run ended, and return run.json for stdout."""
-        assert self.record is not None and self.run is not None, "only a process that keeps a run speaks"
+        assert self.record is not None, "only a process that keeps a run speaks"
+        assert self.run is not None, "only a process that keeps a run speaks"
         record, say = self.record, self.sink.message
         say(f"trained {record.totals.steps} updates in {render.duration(record.wall_seconds)}: {self.run.path}")
         for label, evaluation in (("untrained", record.untrained), ("trained", record.evaluation)):

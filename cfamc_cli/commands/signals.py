@@ -13,11 +13,15 @@ class Interrupted(BaseException):
 
     Attributes:
         signal: Its number.
+        hint: One line with the way on; empty where nothing is left to go on with.
+        details: Plain JSON values for `--json`.
     """
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.signal = number
+        self.hint = ""
+        self.details: dict[str, object] = {}
 
 
 class Signals:
@@ -40,7 +44,7 @@ class Signals:
         """The signal that arrived, or 0."""
         return self.received
 
-    def _arrive(self, number: int, frame: FrameType | None) -> None:
+    def _arrive(self, number: int, _frame: FrameType | None) -> None:
         if self.received or not self._deferred:
             raise Interrupted(number)
         self.received = number

@@ -68,7 +68,8 @@ def prepare(device: torch.device, *, deterministic: bool) -> None:
         torch.set_float32_matmul_precision("highest" if deterministic else "high")
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(deterministic)
+    if deterministic != torch.are_deterministic_algorithms_enabled():  # the call loads the compiler: seconds of imports
+        torch.use_deterministic_algorithms(deterministic)
 
 
 def describe(device: torch.device) -> str:
@@ -102,9 +103,9 @@ def out_of_memory() -> Iterator[None]:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         text = " ".join(str(error).split())
-        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
-            if "allocate memory" not in text and "out of memory" not in text:
-                raise
+        named = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not named and "allocate memory" not in text and "out of memory" not in text:
+            raise
         raise CfamcError(
             f"out of memory: {text[:200] or type(error).__name__}",
             hint="lower train.batch_size, crops.0.count or model.width; cfamc pretrain --dry-run estimates the need",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -12,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cfamc_cli.errors import CfamcError, ExitCode
+
+_LOST = re.compile(r"gloo|nccl|connection (closed|reset)|broken pipe", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,26 @@ def leave(world: World) -> None:
     """Leave the process group."""
     if world.size > 1 and dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def peers(world: World) -> Iterator[None]:
+    """Within, another process's end is one line.
+
+    Raises:
+        CfamcError: In place of the communication library's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = " ".join(str(error).split())
+        if world.size == 1 or not (isinstance(error, dist.DistError) or _LOST.search(text)):
+            raise
+        raise CfamcError(
+            "another process of this run ended, or cannot be reached",
+            hint="see its own messages; then go on with --resume",
+            details={"cause": text[:200]},
+        ) from error
 
 
 class _Gather(torch.autograd.Function):
