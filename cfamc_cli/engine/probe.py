@@ -1,19 +1,31 @@
-"""Reading a frozen encoder: features, nearest neighbours and linear heads.
+"""Reading a frozen encoder: features, nearest neighbours and linear heads on features that are extracted once.
 
 Weighted kNN: Wu et al., arXiv:1805.01978. Symbols: N samples, F feature dimension, C classes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cfamc_cli.engine.heads import Classifier, CropSource, LinearHead, crop_features
 from cfamc_cli.engine.models import Encoder, Features
+from cfamc_cli.engine.randomness import addressed_generator, epoch_order
+from cfamc_cli.errors import CfamcError, ExitCode
+from cfamc_cli.recipe import AggregatedCrops, Linear
 
 _CHUNK = 512  # samples of a forward pass, and rows of a distance matrix
+_ROWS = 4096  # cached features of one product
+
+Each = Callable[[int, int], None]  # told how many of how many are done
+
+
+def _silent(_done: int, _total: int) -> None:
+    """Nobody listens."""
 
 
 @torch.no_grad()
@@ -23,15 +35,17 @@ def extract_features(
     *,
     device: torch.device,
     features: Features = "pre_feature",
-    each: Callable[[int, int], None] = lambda done, total: None,
+    crops: CropSource | None = None,
+    each: Each = _silent,
 ) -> Tensor:
-    """Features of whole images, in eval mode and float32; the encoder is left as it was.
+    """Features of images, in eval mode and float32; the encoder is left as it was.
 
     Args:
         encoder: On `device`.
-        images: (N, 3, S, S) uint8, anywhere.
+        images: (N, 3, S, S) uint8, anywhere: a whole split where `crops` are read, for these go by index.
         device: Where to compute.
         features: Which layer to read.
+        crops: Read the mean over these crops of each image; None reads the whole image.
         each: Told after each chunk how many of N samples are done.
 
     Returns:
@@ -39,18 +53,34 @@ def extract_features(
     """
     training = encoder.training
     encoder.eval()
-    parts = []
-    for first in range(0, len(images), _CHUNK):
-        chunk = images[first : first + _CHUNK].to(device, non_blocking=True).float() / 255
-        parts.append(encoder.features(chunk, features=features))
-        each(min(first + _CHUNK, len(images)), len(images))
+    size = _CHUNK if crops is None else max(1, _CHUNK // crops.group.count)
+    read: Tensor | None = None
+    for first in range(0, len(images), size):
+        chunk = images[first : first + size].to(device, non_blocking=True).float() / 255
+        if crops is None:
+            part = encoder.features(chunk, features=features)
+        else:
+            indices = torch.arange(first, first + len(chunk))
+            part = crop_features(encoder, chunk, indices, source=crops, features=features)
+        if read is None:  # filled in place: the features of a data set would not fit twice
+            read = torch.empty(len(images), part.shape[1], device=device)
+        read[first : first + len(part)] = part
+        each(min(first + size, len(images)), len(images))
     encoder.train(training)
-    return torch.cat(parts)
+    assert read is not None, "no images, no features"
+    return read
 
 
 @torch.no_grad()
 def weighted_knn(
-    bank: Tensor, bank_labels: Tensor, queries: Tensor, *, classes: int, k: int = 20, temperature: float = 0.07
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    *,
+    classes: int,
+    k: int = 20,
+    temperature: float = 0.07,
+    each: Each = _silent,
 ) -> Tensor:
     """Classify by the k nearest neighbours in cosine, each weighing exp(cosine / temperature).
 
@@ -61,6 +91,7 @@ def weighted_knn(
         classes: C.
         k: Neighbours; all of the bank where it has fewer.
         temperature: > 0.
+        each: Told after each chunk of queries.
 
     Returns:
         (M,) predicted labels. Memory stays bounded by chunks of queries.
@@ -68,18 +99,202 @@ def weighted_knn(
     bank = F.normalize(bank, dim=1)
     k = min(k, len(bank))
     predictions = []
-    for chunk in queries.split(_CHUNK):
+    for chunk in torch.split(queries, _CHUNK):
         cosine, nearest = (F.normalize(chunk, dim=1) @ bank.T).topk(k, dim=1)
         # the largest weight becomes 1, so that no temperature overflows
         weight = ((cosine - cosine[:, :1]) / temperature).exp()
         votes = torch.zeros(len(chunk), classes, device=bank.device)
         predictions.append(votes.scatter_add_(1, bank_labels[nearest], weight).argmax(1))
+        each(sum(map(len, predictions)), len(queries))
     return torch.cat(predictions)
 
 
-def fit_linear(
-    features: Tensor, labels: Tensor, *, classes: int, l2: float = 1e-4, iterations: int = 200
-) -> nn.Linear:
+@torch.no_grad()
+def classify(
+    classifier: Classifier,
+    images: Tensor,
+    *,
+    device: torch.device,
+    each: Each = _silent,
+) -> Tensor:
+    """Predicted labels (N,) of images (N, 3, S, S) uint8, in float32 and in the mode that the classifier is in."""
+    parts = []
+    for first in range(0, len(images), _CHUNK):
+        chunk = images[first : first + _CHUNK].to(device, non_blocking=True).float() / 255
+        parts.append(classifier(chunk, torch.arange(first, first + len(chunk))).argmax(1))
+        each(min(first + _CHUNK, len(images)), len(images))
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def predict(head: LinearHead, features: Tensor) -> Tensor:
+    """Predicted labels (N,) from features (N, F), in chunks."""
+    return torch.cat([head(chunk).argmax(1) for chunk in torch.split(features, _ROWS)])
+
+
+def new_head(
+    dim: int, classes: int, *, seed: int, device: torch.device, statistics: Tensor | None = None
+) -> LinearHead:
+    """A linear head as torch draws one, from the seed alone.
+
+    Args:
+        dim: F.
+        classes: C.
+        seed: The recipe's seed.
+        device: Where to put it.
+        statistics: Features (N, F) whose mean and deviation standardise what the head reads; None for raw features.
+    """
+    head = LinearHead(dim, classes, standardized=statistics is not None)
+    bound = dim**-0.5
+    generator = addressed_generator("head", seed)
+    with torch.no_grad():
+        head.weight.uniform_(-bound, bound, generator=generator)
+        head.bias.uniform_(-bound, bound, generator=generator)
+        if statistics is not None:
+            head.mean, head.std = standardization(statistics)
+    return head.to(device)
+
+
+def standardization(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (F,) of features (N, F); a feature that never changes keeps its scale."""
+    std, mean = torch.std_mean(features, 0, correction=0)
+    return mean, torch.where(std > 1e-6, std, 1.0)
+
+
+def fit_adam(
+    head: LinearHead,
+    features: Tensor,
+    labels: Tensor,
+    *,
+    settings: Linear,
+    seed: int,
+    each: Each = _silent,
+) -> None:
+    """Train a linear head on cached features with Adam; every sample once an epoch, the last batch as well.
+
+    Args:
+        head: From `new_head`, on the device of the features.
+        features: (N, F).
+        labels: (N,) int64.
+        settings: Epochs, batch size and learning rate.
+        seed: The recipe's seed, for the order of each epoch.
+        each: Told after each epoch.
+    """
+    fused = features.device.type in ("cpu", "cuda")
+    optimizer = torch.optim.Adam(head.parameters(), lr=settings.lr, fused=fused)
+    _fit(
+        head, optimizer, features, labels, epochs=settings.epochs, batch_size=settings.batch_size, seed=seed, each=each
+    )
+
+
+def fit_sgd(
+    head: LinearHead,
+    features: Tensor,
+    labels: Tensor,
+    *,
+    settings: AggregatedCrops,
+    seed: int,
+    each: Each = _silent,
+) -> None:
+    """Train a linear head on cached features with SGD and a cosine that falls each epoch; arguments as `fit_adam`."""
+    optimizer = torch.optim.SGD(
+        head.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay, foreach=True
+    )
+
+    def rate(epoch: int) -> float:
+        return settings.lr * (1 + math.cos(math.pi * epoch / settings.epochs)) / 2
+
+    epochs, batch_size = settings.epochs, settings.batch_size
+    _fit(head, optimizer, features, labels, epochs=epochs, batch_size=batch_size, seed=seed, each=each, rate=rate)
+
+
+def _fit(
+    head: LinearHead,
+    optimizer: torch.optim.Optimizer,
+    features: Tensor,
+    labels: Tensor,
+    *,
+    epochs: int,
+    batch_size: int,
+    seed: int,
+    each: Each,
+    rate: Callable[[int], float] | None = None,
+) -> None:
+    rows = torch.empty(min(batch_size, len(features)), features.shape[1], device=features.device)
+    for epoch in range(epochs):
+        if rate is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = rate(epoch)
+        order = epoch_order(seed, epoch, len(features)).to(features.device)
+        for chosen in torch.split(order, batch_size):
+            batch = torch.index_select(features, 0, chosen, out=rows[: len(chosen)])
+            loss = F.cross_entropy(head(batch), labels[chosen])
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        if not torch.isfinite(loss):
+            raise CfamcError(
+                f"the head diverged in epoch {epoch + 1}", hint="lower probe.lr", exit_code=ExitCode.DIVERGED
+            )
+        each(epoch + 1, epochs)
+
+
+def fit_converged(
+    head: LinearHead,
+    features: Tensor,
+    labels: Tensor,
+    *,
+    l2: float,
+    iterations: int = 500,
+    tolerance: float = 1e-6,
+    each: Each = _silent,
+) -> bool:
+    """Multinomial logistic regression to convergence, by full-batch L-BFGS from zero.
+
+    Args:
+        head: From `new_head`; its weights see the features scaled as it says.
+        features: (N, F), on the device of the head.
+        labels: (N,) int64.
+        l2: Weight of the squared weights, against the mean cross-entropy; biases are free.
+        iterations: At most so many.
+        tolerance: Stop where no entry of the gradient is larger.
+        each: Told after each look at the whole data.
+
+    Returns:
+        Whether the tolerance was reached.
+    """
+    with torch.no_grad():
+        head.weight.zero_()
+        head.bias.zero_()
+    scaled = head.scaled(features)
+    parameters = [head.weight, head.bias]
+    solver = torch.optim.LBFGS(
+        parameters,
+        max_iter=iterations,
+        max_eval=2 * iterations,
+        tolerance_grad=tolerance,
+        tolerance_change=1e-12,
+        history_size=20,
+        line_search_fn="strong_wolfe",
+    )
+    looks, largest = 0, math.inf
+
+    def closure() -> Tensor:
+        nonlocal looks, largest
+        with torch.enable_grad():
+            loss = F.cross_entropy(F.linear(scaled, head.weight, head.bias), labels) + l2 * head.weight.square().sum()
+        head.weight.grad, head.bias.grad = torch.autograd.grad(loss, parameters)
+        looks += 1
+        largest = max(float(part.grad.abs().max()) for part in parameters if part.grad is not None)
+        each(min(looks, 2 * iterations - 1), 2 * iterations)
+        return loss
+
+    solver.step(closure)  # type: ignore[no-untyped-call]
+    each(2 * iterations, 2 * iterations)
+    return largest <= 100 * tolerance  # float32 sums end near, not at, the tolerance
+
+
+def fit_linear(features: Tensor, labels: Tensor, *, classes: int, l2: float = 1e-4, iterations: int = 100) -> nn.Linear:
     """Multinomial logistic regression to convergence, by full-batch L-BFGS from zero.
 
     Features are standardised within, and the scaling is folded into the weights that are returned.
@@ -108,7 +323,7 @@ def fit_linear(
         weight.grad, bias.grad = torch.autograd.grad(loss, [weight, bias])
         return loss
 
-    solver.step(closure)
+    solver.step(closure)  # type: ignore[no-untyped-call]
     head = nn.Linear(features.shape[1], classes, device=features.device)
     with torch.no_grad():
         head.weight.copy_(weight / std)
