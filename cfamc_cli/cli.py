@@ -92,6 +92,57 @@ def pretrain(
     )
 
 
+@app.command()
+def probe(
+    run: Annotated[
+        str | None, typer.Argument(metavar="RUN", help="A run: its id, path or latest; else the newest finished one.")
+    ] = None,
+    head: Annotated[
+        str | None, typer.Option(metavar="KIND", help="linear, robust-linear, crops, knn or finetune.")
+    ] = None,
+    features: Annotated[str | None, typer.Option(metavar="LAYER", help="pre_feature or backbone.")] = None,
+    crops: Annotated[int | None, typer.Option(metavar="N", help="Crops of an image, for --head crops.")] = None,
+    epochs: Annotated[int | None, typer.Option(metavar="N", help="How long the head is trained.")] = None,
+    protocol: Annotated[
+        str | None, typer.Option(metavar="NAME", help="official or converged, for --head linear.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Such as probe.lr=0.001; repeatable.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="NAME|FOLDER", help="Another data set than the one trained on.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Fit to N images, evenly of all classes.")] = (
+        None
+    ),
+    foreign: Annotated[
+        Path | None, typer.Option("--import", metavar="FILE", help="Make a run of foreign weights: safetensors or .pt.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run's newest unfinished head.")] = False,
+    device: DeviceOption = "auto",
+    runs: RunsOption = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Fit a head to a frozen encoder and measure its clean accuracy; without options as the recipe's [probe] says."""
+    from cfamc_cli.commands.pretrain import Options
+    from cfamc_cli.commands.probe import Request
+    from cfamc_cli.commands.probe import probe as fit
+
+    request = Request(
+        head=head,
+        features=features,
+        crops=crops,
+        epochs=epochs,
+        protocol=protocol,
+        data=data,
+        limit=limit,
+        overrides=tuple(overrides or ()),
+    )
+    options = Options(device=device, runs=runs, quiet=quiet, as_json=json)
+    fit(run, request=request, foreign=foreign, resume=resume, options=options)
+
+
 @recipes_app.command("list")
 def list_recipes(json: JsonOption = False) -> None:
     """List the recipes, the quickstart first."""
