@@ -72,7 +72,7 @@ def process_start(pid: int) -> int | None:
 
 
 @contextmanager
-def explained(path: Path, *, needed: int | None = None) -> Iterator[None]:
+def explained(path: Path | str, *, needed: int | None = None) -> Iterator[None]:
     """Turn an OSError of the block into one line that names the file and the cause.
 
     Args:
@@ -93,7 +93,7 @@ def explained(path: Path, *, needed: int | None = None) -> Iterator[None]:
         raise CfamcError(f"cannot use {path}: {cause}", hint=hint) from error
 
 
-def read_bytes(path: Path, *, limit: int = MAX_READ) -> bytes:
+def read_bytes(path: Path | str, *, limit: int = MAX_READ) -> bytes:
     """Read a regular file; a device, a pipe and a file over `limit` bytes are refused and never waited for.
 
     Raises:
@@ -381,9 +381,9 @@ def _remove(path: Path) -> None:
             path.unlink()
 
 
-def _space(path: Path, needed: int | None) -> str:
+def _space(path: Path | str, needed: int | None) -> str:
     try:
-        free = f"{shutil.disk_usage(path.parent).free:,} bytes free"
+        free = f"{shutil.disk_usage(Path(path).parent).free:,} bytes free"
     except OSError:
         free = "free space unknown"
     return free if needed is None else f"{needed:,} bytes needed, {free}"

@@ -94,7 +94,7 @@ def write_out(text: str) -> None:
         return
     encoding = out.encoding or "utf-8"
     try:
-        out.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        out.write(text if text.isascii() else text.encode(encoding, "backslashreplace").decode(encoding))
         out.flush()
     except BrokenPipeError:
         _silence(out)
@@ -112,7 +112,11 @@ def print_json(value: object) -> None:
     Raises:
         CfamcError: As for `write_out`.
     """
-    write_out(json.dumps(_plain(value), indent=2) + "\n")
+    try:
+        text = json.dumps(value, indent=2, allow_nan=False)
+    except (TypeError, ValueError):  # something in it is no JSON; the copy is spared where nothing is
+        text = json.dumps(_plain(value), indent=2)
+    write_out(text + "\n")
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Iterable[int] = ()) -> Table:

@@ -1,0 +1,129 @@
+"""`cfamc compare`: which encoder is better, and whether the difference is real."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import assert_never
+
+from cfamc_cli import render, sheets
+from cfamc_cli.compare import ComparedTable, Entry, find_superseded, tabulate
+from cfamc_cli.errors import CfamcError, ExitCode
+from cfamc_cli.files import write_bytes, write_text
+from cfamc_cli.gather import Gathered, gather, outcomes_reader
+from cfamc_cli.selection import filtered, sort_key
+from cfamc_cli.sheets import Format, Sheet
+from cfamc_cli.store import default_store, find_run
+
+
+def compare(
+    references: Sequence[str],
+    *,
+    runs: Path | None,
+    where: Sequence[str],
+    sort: str,
+    baseline: str | None,
+    published: bool,
+    fold: bool,
+    limit: int,
+    output: Format,
+    plot: Path | None,
+    html: Path | None,
+) -> None:
+    """Compare runs, on stdout; what was left out is said on stderr.
+
+    Args:
+        references: Stores, runs, ids or beginnings of ids; the store where there is none.
+        runs: The store; CFAMC_RUNS or ./runs where it is None.
+        where: Filters, such as "adversary.name=free" or "robust>=30"; all must hold.
+        sort: "KEY", "KEY:asc" or "KEY:desc"; empty for the most robust first.
+        baseline: Run that the others are held against.
+        published: Whether to add the rows of the published table.
+        fold: Whether the seeds of one recipe become one row.
+        limit: Rows of a table that are shown on a terminal; 0 for all.
+        output: What is written to stdout.
+        plot: Picture to write: .png, .svg or .pdf.
+        html: Page to write.
+
+    Raises:
+        CfamcError: A reference, filter or sort key means nothing, or a file cannot be written.
+    """
+    store = default_store(runs)
+    found = gather(references, store)
+    entries = _single(filtered(found.entries, where), found, fold=fold)
+    tables = tabulate(
+        entries,
+        fold=fold,
+        baseline=_baseline_id(baseline, found, store),
+        outcomes_of=outcomes_reader(found),
+        order=sort_key(entries, sort) if sort else None,
+    )
+    console = render.talk()
+    for what, why in found.left_out:
+        console.say(f"left out: {what}: {why}")
+    if not entries:
+        console.say("nothing to compare: no finished run with a measured result")
+    _write(tables, found, output=output, published=published, limit=limit)
+    if plot is not None:
+        from cfamc_cli.plots import overview  # matplotlib takes a second to load
+
+        write_bytes(plot, overview(tables, found, suffix=plot.suffix))
+    if html is not None:
+        from cfamc_cli.page import page
+
+        write_text(html, page(tables, found, with_published=published))
+
+
+def _single(entries: Sequence[Entry], found: Gathered, *, fold: bool) -> list[Entry]:
+    """Drop results that count one thing twice, and name them."""
+    replaced = find_superseded(entries, fold=fold)
+    for index, other in replaced.items():
+        found.left_out.append((f"{entries[index].run.id} {entries[index].result}", f"{other} stands for it"))
+    return [entry for index, entry in enumerate(entries) if index not in replaced]
+
+
+def _baseline_id(reference: str | None, found: Gathered, store: Path) -> str | None:
+    if reference is None:
+        return None
+    matches = [run for run in found.folders if run == reference] or [
+        run for run in found.folders if reference and run.startswith(reference)
+    ]
+    if len(matches) != 1:
+        folder = find_run(store, reference).path
+        matches = [run for run, other in found.folders.items() if other.path.resolve() == folder.resolve()]
+    if not matches:
+        raise CfamcError(
+            f"the baseline {reference!r:.200} is not among the runs that are compared", exit_code=ExitCode.INVALID
+        )
+    return matches[0]
+
+
+def _write(tables: Sequence[ComparedTable], found: Gathered, *, output: Format, published: bool, limit: int) -> None:
+    match output:
+        case "rich":
+            for sheet in sheets.sheets(tables, with_published=published):
+                _print(sheet, limit)
+        case "json":
+            render.print_json(sheets.as_json(tables, found.left_out, with_published=published))
+        case "csv":
+            render.write_out(sheets.comma_separated(tables, with_published=published))
+        case "markdown":
+            _write_sheets(tables, sheets.markdown, published=published)
+        case "latex":
+            _write_sheets(tables, sheets.latex, published=published)
+        case _:
+            assert_never(output)
+
+
+def _write_sheets(tables: Sequence[ComparedTable], spell: Callable[[Sheet], str], *, published: bool) -> None:
+    render.write_out("".join(map(spell, sheets.sheets(tables, with_published=published))))
+
+
+def _print(sheet: Sheet, limit: int) -> None:
+    rows = sheet.rows[:limit] if limit else sheet.rows
+    render.print_table(render.table(sheet.title, sheet.columns, rows, right=sheet.right))
+    if len(rows) < len(sheet.rows):
+        render.write_out(f"{len(sheet.rows) - len(rows):,} more rows; --limit 0 shows all\n")
+    for note in sheet.notes:
+        render.write_out(f"{render.clean(note)}\n")
+    render.write_out("\n")

@@ -1,0 +1,473 @@
+"""Which numbers may be compared, and what their differences mean. Pure functions; nothing is read or printed here.
+
+Two results are comparable when they share the data, the head and the whole attack (`Condition`). Runs that were
+attacked on the same samples are compared sample by sample, by McNemar's exact test.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from datetime import datetime
+from fractions import Fraction
+from typing import Literal, TypeAlias
+
+from cfamc_cli.records import Accuracy, Outcomes
+
+Scalar: TypeAlias = str | float | bool | None
+Settings: TypeAlias = tuple[tuple[str, Scalar], ...]
+Which = Literal["clean", "robust"]
+USUAL_EPS = "8/255"
+CHANCE = 0.05  # a p-value above it is called chance
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """What two results must share to be compared.
+
+    Attributes:
+        fingerprint: Digest of the samples' whole split.
+        head: Kind of head, read from `features`.
+        space: Where the attack acts; empty, as all below, where nothing was attacked.
+        settings: All other settings of the attack, as "key value" pairs.
+    """
+
+    dataset: str
+    split: str
+    fingerprint: str
+    head: str
+    features: str
+    space: str = ""
+    norm: str = ""
+    eps: str = ""
+    attack: str = ""
+    settings: str = ""
+
+    def title(self) -> str:
+        """The condition in one line."""
+        data = f"{self.dataset} {self.split} ({self.fingerprint[:8]})"
+        head = f"{self.head} head on {self.features}"
+        if not self.attack:
+            return f"{data}, {head}, clean images"
+        attack = f"{self.attack} ({self.settings})" if self.settings else self.attack
+        return f"{data}, {head}, {attack}, {self.norm} {self.eps} in {self.space} space"
+
+    def rank(self) -> tuple[bool, bool, float, str]:
+        """Sort key: attacks before clean images, the field's usual size first, then by size."""
+        return (not self.attack, self.eps != USUAL_EPS, exact_number(self.eps) or 0.0, self.title())
+
+    def differences(self, other: Condition) -> list[str]:
+        """What keeps the two apart, such as "eps 4/255, not 8/255"."""
+        if bool(self.attack) != bool(other.attack):
+            return ["attacked, not clean" if self.attack else "clean images, not attacked"]
+        pairs = ((field.name, getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
+        return [
+            f"{name} {mine[:60] or 'none'}, not {theirs[:60] or 'none'}"
+            for name, mine, theirs in pairs
+            if mine != theirs
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What a comparison needs to know of a run.
+
+    Attributes:
+        family: Equal for the seeds of one recipe on the same training data from the same start.
+        recipe: Its resolved recipe, flat: "adversary.name", "crops.0.count".
+        seconds: Wall time of pretraining.
+    """
+
+    id: str
+    name: str
+    seed: int
+    family: str
+    recipe: Mapping[str, Scalar]
+    epochs: float
+    steps: int
+    view_passes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One measured result of a run.
+
+    Attributes:
+        result: Its name in the run, such as "attacks/pgd-001".
+        head: Settings of the head, as ("head.epochs", 20).
+        order: Digest of the order that the samples were taken from; empty where outcomes were not kept.
+        failed: Names of the checks that say the number cannot be trusted.
+    """
+
+    run: Run
+    result: str
+    condition: Condition
+    head: Settings
+    created: datetime
+    clean: Accuracy
+    robust: Accuracy | None = None
+    order: str = ""
+    failed: tuple[str, ...] = ()
+
+    def accuracy(self, which: Which) -> Accuracy | None:
+        return self.clean if which == "clean" else self.robust
+
+
+OutcomesOf: TypeAlias = Callable[[Entry], Outcomes | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A fraction of one run with its Wilson 95 % interval, or the mean of several seeds with their spread.
+
+    Attributes:
+        n: Samples of each run; of the smallest where they differ.
+        runs: How many runs the value is the mean of.
+        std: Sample standard deviation over runs; None for one run.
+        low: Lower end of the interval; None for several runs, as is `high`.
+    """
+
+    value: float
+    n: int
+    runs: int
+    std: float | None
+    low: float | None
+    high: float | None
+
+    @classmethod
+    def of(cls, accuracies: Sequence[Accuracy]) -> Figure:
+        """The figure of one run, or of several."""
+        values = [accuracy.value for accuracy in accuracies]
+        n = min(accuracy.n for accuracy in accuracies)
+        if len(values) == 1:
+            return cls(values[0], n, 1, None, accuracies[0].low, accuracies[0].high)
+        return cls(statistics.fmean(values), n, len(values), statistics.stdev(values), None, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How far a result lies from another, as a fraction.
+
+    Attributes:
+        value: Positive where the first is better.
+        shared: Samples that both were measured on; None where they could not be paired.
+        gained: Samples that only the first got right; `lost` those that only the other did.
+        p: Two-sided p-value of McNemar's exact test.
+    """
+
+    value: float
+    shared: int | None = None
+    gained: int | None = None
+    lost: int | None = None
+    p: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of a table: a run, or the seeds of one recipe.
+
+    Attributes:
+        entries: The results behind it, by seed.
+        label: How a person tells it from the others: the id of one run, the name of several.
+        front: Whether no other row of the table is at least as good in clean and robust accuracy and better in one.
+        against: Differences to the baseline, where the table has one.
+    """
+
+    entries: tuple[Entry, ...]
+    label: str
+    clean: Figure
+    robust: Figure | None
+    front: bool = False
+    baseline: bool = False
+    against: Mapping[Which, Difference] | None = None
+
+    @property
+    def run(self) -> Run:
+        """The run, or the first of the seeds."""
+        return self.entries[0].run
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        return tuple(sorted({name for entry in self.entries for name in entry.failed}))
+
+    def figure(self, which: Which) -> Figure | None:
+        return self.clean if which == "clean" else self.robust
+
+
+SortKey: TypeAlias = Callable[[Row], tuple[bool, float, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class ComparedTable:
+    """Rows that may be ranked.
+
+    Attributes:
+        keys: Recipe keys in which the rows differ.
+        verdict: Who leads and whether that is more than chance, in one sentence; empty for a single row.
+        apart: Why it may not be compared with the first table; empty for that one.
+    """
+
+    condition: Condition
+    rows: tuple[Row, ...]
+    keys: tuple[str, ...]
+    verdict: str
+    apart: str
+
+
+def tabulate(
+    entries: Iterable[Entry],
+    *,
+    fold: bool,
+    baseline: str | None,
+    outcomes_of: OutcomesOf,
+    order: SortKey | None = None,
+) -> list[ComparedTable]:
+    """Sort results into tables of what may be compared, the one with the most rows first.
+
+    Args:
+        entries: Results of any runs.
+        fold: Whether the seeds of one recipe become one row.
+        baseline: Id of the run that the others are held against.
+        outcomes_of: Reads the per-sample outcomes of a result; None where it has none.
+        order: Sort key of rows; the best robust, then clean accuracy first unless given.
+    """
+    groups: dict[Condition, list[Entry]] = defaultdict(list)
+    for entry in entries:
+        groups[entry.condition].append(entry)
+    lines = {condition: _rows(members, fold=fold) for condition, members in groups.items()}
+    leading = sorted(lines, key=lambda condition: (-len(lines[condition]), *condition.rank()))
+    return [
+        _table(condition, lines[condition], leading[0], baseline=baseline, outcomes_of=outcomes_of, order=order)
+        for condition in leading
+    ]
+
+
+def find_superseded(entries: Sequence[Entry], *, fold: bool) -> dict[int, str]:
+    """Find results that would count one thing twice.
+
+    Returns:
+        For the position of each such result, the name of the one that stands for it.
+    """
+    kept: dict[object, int] = {}
+    replaced: dict[int, str] = {}
+    for index, entry in enumerate(entries):
+        who = (entry.run.family, entry.run.seed) if fold else entry.run.id
+        key = (who, entry.condition, entry.head)
+        other = kept.setdefault(key, index)
+        if other != index:
+            size = [(entries[i].robust or entries[i].clean).n for i in (other, index)]
+            newer = (size[1], entry.created) >= (size[0], entries[other].created)
+            old, kept[key] = (other, index) if newer else (index, other)
+            replaced[old] = f"{entries[kept[key]].run.id} {entries[kept[key]].result}"
+    return replaced
+
+
+def _rows(entries: Sequence[Entry], *, fold: bool) -> list[Row]:
+    families: dict[object, list[Entry]] = defaultdict(list)
+    for entry in entries:
+        families[(entry.run.family if fold else entry.run.id, entry.head)].append(entry)
+    rows = []
+    for members in families.values():
+        members.sort(key=lambda entry: (entry.run.seed, entry.run.id))
+        robust = [entry.robust for entry in members if entry.robust is not None]
+        clean = Figure.of([entry.clean for entry in members])
+        label = members[0].run.id if len(members) == 1 else f"{members[0].run.name} ({len(members)} seeds)"
+        rows.append(Row(tuple(members), label, clean, Figure.of(robust) if robust else None))
+    taken = Counter(row.label for row in rows)
+    return [replace(row, label=f"{row.label} {row.entries[0].result}") if taken[row.label] > 1 else row for row in rows]
+
+
+def _table(
+    condition: Condition,
+    rows: list[Row],
+    first: Condition,
+    *,
+    baseline: str | None,
+    outcomes_of: OutcomesOf,
+    order: SortKey | None,
+) -> ComparedTable:
+    ranked = sorted(rows, key=_best_first)
+    trusted = [row for row in ranked if not row.failed]
+    verdict = _verdict(trusted, outcomes_of) if len(trusted) > 1 else ""
+    if len(trusted) > 1 and condition.attack:
+        points = [(row.clean.value, row.robust.value if row.robust else 0.0) for row in trusted]
+        front = {row.label for row, on_front in zip(trusted, pareto_front(points), strict=True) if on_front}
+        ranked = [replace(row, front=row.label in front) for row in ranked]
+    held = [row for row in ranked if baseline is not None and any(entry.run.id == baseline for entry in row.entries)]
+    if held:
+        ranked = [_against(row, held[0], outcomes_of) for row in ranked]
+    if order is not None:
+        ranked.sort(key=order)
+    apart = "" if condition == first else "; ".join(condition.differences(first))
+    return ComparedTable(
+        condition, tuple(ranked), differing_keys([entry for row in ranked for entry in row.entries[:1]]), verdict, apart
+    )
+
+
+def _best_first(row: Row) -> tuple[float, float, str]:
+    return (-row.robust.value if row.robust else 0.0, -row.clean.value, row.run.id)
+
+
+def _against(row: Row, baseline: Row, outcomes_of: OutcomesOf) -> Row:
+    if row == baseline:
+        return replace(row, baseline=True)
+    parts: dict[Which, Difference] = {"clean": difference(row, baseline, which="clean", outcomes_of=outcomes_of)}
+    if row.robust is not None:
+        parts["robust"] = difference(row, baseline, which="robust", outcomes_of=outcomes_of)
+    return replace(row, against=parts)
+
+
+def difference(row: Row, other: Row, *, which: Which, outcomes_of: OutcomesOf) -> Difference:
+    """Hold one row against another, sample by sample where each is one run whose outcomes were kept."""
+    mine, theirs = row.figure(which), other.figure(which)
+    assert mine is not None, "rows of a table are all attacked, or none is"
+    assert theirs is not None, "rows of a table are all attacked, or none is"
+    plain = Difference(mine.value - theirs.value)
+    first, second = row.entries[0], other.entries[0]
+    if len(row.entries) > 1 or len(other.entries) > 1 or not first.order or first.order != second.order:
+        return plain
+    outcomes = outcomes_of(first), outcomes_of(second)
+    if outcomes[0] is None or outcomes[1] is None:
+        return plain
+    return paired(_right(outcomes[0], which), _right(outcomes[1], which), n=min(mine.n, theirs.n))
+
+
+def paired(first: int, second: int, *, n: int) -> Difference:
+    """Compare two bit masks of right answers on their first `n` samples."""
+    mask = (1 << n) - 1
+    gained, lost = (first & ~second & mask).bit_count(), (second & ~first & mask).bit_count()
+    return Difference((gained - lost) / n, n, gained, lost, mcnemar(gained, lost))
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """Return the two-sided p-value of the exact test that both predictors are equally often right.
+
+    Args:
+        gained: Samples that only the first got right.
+        lost: Samples that only the second got right.
+
+    Source:
+        McNemar 1947, Note on the sampling error of the difference between correlated proportions; in its exact form
+        the smaller count is Binomial(gained + lost, 1/2), and both tails are added.
+    """
+    total, least = gained + lost, min(gained, lost)
+    if 2 * least >= total:
+        return 1.0
+    log_term = math.lgamma(total + 1) - math.lgamma(least + 1) - math.lgamma(total - least + 1) - total * math.log(2)
+    tail, ratio = 0.0, 1.0  # terms fall from the largest, so the sum ends when they no longer count
+    for k in range(least, -1, -1):
+        tail += ratio
+        ratio *= k / (total - k + 1)
+        if ratio < 1e-17 * tail:
+            break
+    return min(1.0, 2 * math.exp(log_term) * tail)
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
+    """Tell for each point whether no other is at least as large in both and larger in one."""
+    on_front = [False] * len(points)
+    highest, at = -math.inf, math.inf
+    for index in sorted(range(len(points)), key=lambda i: points[i], reverse=True):
+        x, y = points[index]
+        on_front[index] = y > highest or (y == highest and x == at)
+        if y > highest:
+            highest, at = y, x
+    return on_front
+
+
+def differing_keys(entries: Sequence[Entry]) -> tuple[str, ...]:
+    """Return the keys of recipe and head in which results differ, in the order of the recipe."""
+    recipes = list({id(entry.run.recipe): entry.run.recipe for entry in entries}.values())
+    heads = [dict(head) for head in {entry.head for entry in entries}]
+    return (*_differing(recipes), *_differing(heads))
+
+
+def _differing(settings: Sequence[Mapping[str, Scalar]]) -> list[str]:
+    values: dict[str, set[tuple[type, Scalar]]] = {}
+    times: Counter[str] = Counter()
+    for setting in settings:
+        times.update(list(setting))
+        for key, value in setting.items():
+            values.setdefault(key, set()).add((type(value), value))
+    return [key for key in values if len(values[key]) > 1 or times[key] < len(settings)]
+
+
+def _right(outcomes: Outcomes, which: Which) -> int:
+    """The bit mask of right answers, after all stages for "robust"."""
+    mask = outcomes.clean if which == "clean" or not outcomes.stages else outcomes.stages[-1].robust
+    return int(mask or "0", 16)
+
+
+def _verdict(ranked: Sequence[Row], outcomes_of: OutcomesOf) -> str:
+    best, second = ranked[0], ranked[1]
+    which: Which = "robust" if best.robust is not None else "clean"
+    found = difference(best, second, which=which, outcomes_of=outcomes_of)
+    lead = f"{best.label} leads {second.label} by {100 * found.value:.1f} points of {which} accuracy"
+    if found.value == 0:
+        lead = f"{best.label} and {second.label} have equal {which} accuracy"
+    if found.p is not None:
+        chance = "chance alone explains that" if found.p > CHANCE else "more than chance"
+        return f"{lead} on {found.shared:,} shared samples: {chance} (McNemar p {probability(found.p)})"
+    mine, theirs = best.figure(which), second.figure(which)
+    assert mine is not None, "ranked by it"
+    assert theirs is not None, "ranked by it"
+    if mine.low is not None and theirs.high is not None:
+        overlap = "their intervals are apart" if mine.low > theirs.high else "their intervals overlap"
+        return f"{lead}: {overlap}; samples could not be paired"
+    spread = " and ".join(
+        f"{100 * figure.std:.1f}" if figure.std is not None else "one run" for figure in (mine, theirs)
+    )
+    return f"{lead} (means over seeds; std {spread})"
+
+
+def probability(p: float) -> str:
+    """Such as "= 0.031" or "< 0.0001"."""
+    return f"= {p:.2g}" if p >= 1e-4 else "< 0.0001"
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A row of the published table, in percent; nothing of it was measured here."""
+
+    system: str
+    epochs: int
+    minutes: int
+    clean: float
+    robust: float
+
+
+_PUBLISHED = {  # arXiv:2501.03507, ResNet-18, linear head: epochs, minutes, then clean, PGD 4/255, PGD 8/255 a data set
+    "Patch-based EMP-SSL, 16 patches, PGD-5": (30, 530, (61.0, 37.65, 16.95), (39.26, 14.38, 4.22)),
+    "Crop-based EMP-SSL, 16 crops, PGD-5": (30, 530, (76.55, 53.3, 28.49), (51.71, 33.88, 19.35)),
+    "Crop-based SimCLR, 2 crops, PGD-5": (500, 934, (72.86, 47.98, 16.81), (44.57, 19.84, 5.68)),
+    "Patch-based SimCLR, 2 patches, PGD-5": (500, 934, (65.44, 41.85, 17.19), (43.71, 21.87, 8.33)),
+    "Patch-based EMP-FreeAdv, 16 patches, m = 3": (10, 97, (61.83, 42.28, 21.53), (40.31, 23.78, 12.13)),
+    "Crop-based SimCLR-FreeAdv, 2 crops, m = 3": (167, 157, (70.25, 48.34, 24.5), (47.64, 26.53, 11.7)),
+    "CF-AMC-SSL, 16 crops, m = 3": (10, 97, (75.88, 55.97, 33.34), (50.74, 31.73, 17.19)),
+}
+
+
+def published(dataset: Literal["cifar10", "cifar100"], eps: Literal["4/255", "8/255"]) -> list[Published]:
+    """Return the published table of one data set and one size of attack, PGD in image space under a linear head.
+
+    Source:
+        Ghofrani and Jamshidi, Cost-Free Adversarial Multi-Crop Self-Supervised Learning, arXiv:2501.03507.
+    """
+    rows = []
+    for system, (epochs, minutes, *accuracies) in _PUBLISHED.items():
+        clean, four, eight = accuracies[0 if dataset == "cifar10" else 1]
+        rows.append(Published(system, epochs, minutes, clean, four if eps == "4/255" else eight))
+    return rows
+
+
+def exact_number(text: str) -> float | None:
+    """Read "8/255", "0.03" or "1e-3"; None where it is no finite number."""
+    try:
+        value = float(Fraction(text.strip()))
+    except (ValueError, ZeroDivisionError, OverflowError):
+        return None
+    return value if math.isfinite(value) else None

@@ -1,0 +1,323 @@
+"""Reading runs for a comparison: what is damaged, unfinished or foreign is named in one line and left out."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import lru_cache
+from pathlib import Path
+from typing import TypeVar
+
+from cfamc_cli.compare import Condition, Entry, OutcomesOf, Run, Scalar, Settings
+from cfamc_cli.errors import CfamcError, ExitCode
+from cfamc_cli.files import explained, read_bytes
+from cfamc_cli.records import AttackResult, Outcomes, ProbeResult, RunRecord, load_record
+from cfamc_cli.store import RunFolder, find_run, list_runs
+
+_SCALAR = (str, int, float, type(None))
+Result = TypeVar("Result", ProbeResult, AttackResult)
+
+ONLINE = "online linear"  # the head that monitors training
+_NOT_THE_ENCODER = (  # recipe keys that never tell encoders apart
+    *("schema", "name", "seed", "probe", "attack", "data.root"),
+    *("train.checkpoint_every", "train.keep", "train.evaluate_every", "train.log_every"),
+)
+_NOT_THE_ATTACK = ("seed", "name", "eps", "norm", "space")  # they have a field of their own, or make no other attack
+
+
+@dataclass
+class Gathered:
+    """What was found.
+
+    Attributes:
+        entries: Every result of every run that can be read.
+        left_out: What could not be used, and why.
+        folders: Folder of each run, by id.
+    """
+
+    entries: list[Entry] = field(default_factory=list)
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+    folders: dict[str, RunFolder] = field(default_factory=dict)
+
+
+def gather(references: Sequence[str], store: Path) -> Gathered:
+    """Read the runs that are asked for.
+
+    Args:
+        references: Stores, paths of runs, ids or beginnings of ids; the store itself where there is none.
+        store: Where ids are looked up.
+
+    Raises:
+        CfamcError: A reference means nothing; exit code 2.
+    """
+    reader = _Reader()
+    with _uncollected():
+        for reference in references or [str(store)]:
+            for run in _runs(reference, store):
+                reader.read(run)
+    return reader.found
+
+
+def outcomes_reader(found: Gathered) -> OutcomesOf:
+    """Return a function that reads the outcomes behind a result, and notes those that cannot be used."""
+
+    @lru_cache(maxsize=4)
+    def read(run: str, result: str, order: str, clean: int, robust: int, n: int) -> Outcomes | None:
+        path = found.folders[run].path / result / "outcomes.json"
+        try:
+            outcomes = load_record(path, Outcomes)
+        except CfamcError as error:
+            found.left_out.append((f"{run} {result}", f"compared without pairs: {error.message}"))
+            return None
+        last = outcomes.stages[-1].robust if outcomes.stages else outcomes.clean
+        counts = (int(outcomes.clean or "0", 16).bit_count(), int(last or "0", 16).bit_count())
+        if (outcomes.n, outcomes.order_digest, *counts) != (n, order, clean, robust):
+            found.left_out.append((f"{run} {result}", "compared without pairs: outcomes.json is not of this record"))
+            return None
+        return outcomes
+
+    def outcomes_of(entry: Entry) -> Outcomes | None:
+        if entry.robust is None:
+            return None
+        counts = (entry.clean.correct, entry.robust.correct, entry.robust.n)
+        return read(entry.run.id, entry.result, entry.order, *counts)
+
+    return outcomes_of
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Records hold no cycles; looking for some again and again takes a third of the time, then and later."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if enabled:
+            gc.enable()
+
+
+def _runs(reference: str, store: Path) -> list[RunFolder]:
+    folder = Path(reference)
+    with explained(folder):
+        if folder.is_dir() and not RunFolder(folder).run_json.exists():
+            return list_runs(folder)
+    if reference == str(store) and not folder.exists():
+        raise CfamcError(
+            f"no runs: {store} does not exist",
+            hint="start one with: cfamc pretrain recipes/quickstart.toml",
+            exit_code=ExitCode.INVALID,
+        )
+    return [find_run(store, reference)]
+
+
+class _Reader:
+    """Collects results; equal settings are kept once, for ten thousand runs share most of theirs."""
+
+    def __init__(self) -> None:
+        self.found = Gathered()
+        self._recipes: dict[str, Mapping[str, Scalar]] = {}
+        self._scalars: dict[tuple[type, Scalar], Scalar] = {}
+        self._texts: dict[str, str] = {}
+        self._flattened: dict[tuple[str, str], Settings] = {}
+
+    def read(self, folder: RunFolder) -> None:
+        """Read one run with all its results."""
+        try:
+            record = load_record(f"{folder.path}/run.json", RunRecord)
+            if record.id in self.found.folders:
+                if not folder.path.samefile(self.found.folders[record.id].path):
+                    self._leave_out(folder.id, f"the same run as {self.found.folders[record.id].path}")
+                return
+            if record.status != "finished":
+                step, total = record.progress.step, record.progress.total
+                self._leave_out(folder.id, f"{record.status} after {step:,} of {total:,} weight updates")
+                return
+            run = self._run(folder, record)
+        except CfamcError as error:
+            missing = not folder.run_json.exists()
+            self._leave_out(folder.id, "no run.json: not a run, or not yet one" if missing else error.message)
+            return
+        except OSError as error:
+            self._leave_out(folder.id, str(error))
+            return
+        self.found.folders[run.id] = folder
+        before = len(self.found.entries)
+        heads = self._probes(folder, run)
+        self._attacks(folder, run, heads)
+        if len(self.found.entries) == before:
+            self._online(record, run)
+
+    def _run(self, folder: RunFolder, record: RunRecord) -> Run:
+        recipe = self._recipes.get(record.recipe_digest)
+        if recipe is None:
+            recipe = {} if record.imported is not None else self._recipe(folder.resolved_json)
+            self._recipes[record.recipe_digest] = recipe
+        origin = [record.recipe_digest, record.data.fingerprint if record.data else "", record.init or ""]
+        return Run(
+            id=record.id,
+            name=record.name,
+            seed=record.seed,
+            family=record.id if record.imported is not None else "\n".join(origin),
+            recipe=recipe,
+            epochs=record.progress.epoch,
+            steps=record.totals.steps,
+            view_passes=record.totals.view_passes,
+            seconds=record.wall_seconds,
+        )
+
+    def _recipe(self, path: Path) -> dict[str, Scalar]:
+        try:
+            resolved = json.loads(read_bytes(path))
+        except (ValueError, RecursionError) as error:
+            raise CfamcError(f"{path}: not JSON", exit_code=ExitCode.BAD_DATA) from error
+        if not isinstance(resolved, dict):
+            raise CfamcError(f"{path}: not a recipe", exit_code=ExitCode.BAD_DATA)
+        kept = {key: value for key, value in resolved.items() if key not in _NOT_THE_ENCODER}
+        return {key: value for key, value in self._flat(kept).items() if key not in _NOT_THE_ENCODER}
+
+    def _probes(self, folder: RunFolder, run: Run) -> dict[str, Settings]:
+        """Add the results of all heads, and return the settings of each."""
+        heads = {}
+        for name, record in self._records(folder, "probes", ProbeResult):
+            heads[name] = self._settings(record.settings, "head", ("head", "features"))
+            self.found.entries.append(
+                Entry(
+                    run=run,
+                    result=f"probes/{name}",
+                    condition=Condition(
+                        dataset=self._text(record.test.dataset),
+                        split=self._text(record.test.split),
+                        fingerprint=self._text(record.test.fingerprint),
+                        head=record.head,
+                        features=record.features,
+                    ),
+                    head=heads[name],
+                    created=record.created,
+                    clean=record.test_accuracy,
+                )
+            )
+        return heads
+
+    def _attacks(self, folder: RunFolder, run: Run, heads: Mapping[str, Settings]) -> None:
+        for name, record in self._records(folder, "attacks", AttackResult):
+            settings = self._settings(record.settings, "", _NOT_THE_ATTACK)
+            self.found.entries.append(
+                Entry(
+                    run=run,
+                    result=f"attacks/{name}",
+                    condition=Condition(
+                        dataset=self._text(record.data.dataset),
+                        split=self._text(record.data.split),
+                        fingerprint=self._text(record.data.fingerprint),
+                        head=record.head,
+                        features=record.features,
+                        space=record.threat.space,
+                        norm=record.threat.norm,
+                        eps=self._text(_plain_eps(record.threat.eps)),
+                        attack=self._text(record.attack),
+                        settings=self._text(", ".join(f"{key} {value}" for key, value in settings)),
+                    ),
+                    head=heads.get(record.probe, ()),
+                    created=record.created,
+                    clean=record.clean,
+                    robust=record.robust,
+                    order=self._text(record.order_digest),
+                    failed=tuple(flag.name for flag in record.flags if flag.verdict == "failed"),
+                )
+            )
+
+    def _online(self, record: RunRecord, run: Run) -> None:
+        """The figures that monitored the training, where nothing better was measured."""
+        evaluation = record.evaluation
+        if evaluation is None or evaluation.clean is None or record.data is None:
+            self._leave_out(run.id, "nothing was measured on it yet: cfamc attack")
+            return
+        attacked = evaluation.robust is not None
+        self.found.entries.append(
+            Entry(
+                run=run,
+                result="run.json",
+                condition=Condition(
+                    dataset=self._text(record.data.dataset),
+                    split="held-out part of train",
+                    fingerprint=self._text(record.data.fingerprint),
+                    head=ONLINE,
+                    features="pre_feature",
+                    space="image" if attacked else "",
+                    norm="linf" if attacked else "",
+                    eps=self._text(_plain_eps(evaluation.eps)) if attacked else "",
+                    attack=self._text(evaluation.attack) if attacked else "",
+                ),
+                head=(),
+                created=record.updated,
+                clean=evaluation.clean,
+                robust=evaluation.robust,
+            )
+        )
+
+    def _records(self, run: RunFolder, kind: str, model: type[Result]) -> Iterator[tuple[str, Result]]:
+        """Read the finished items of a run, and name the others; plain strings, for Path objects take longer."""
+        folder = f"{run.path}/{kind}"
+        try:
+            with os.scandir(folder) as entries:
+                names = sorted(entry.name for entry in entries if not entry.name.startswith("."))
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            self._leave_out(f"{run.id} {kind}", str(error))
+            return
+        for name in names:
+            path = f"{folder}/{name}/record.json"
+            try:
+                yield name, load_record(path, model)
+            except CfamcError as error:
+                self._leave_out(f"{run.id} {kind}/{name}", error.message if Path(path).exists() else "unfinished")
+
+    def _leave_out(self, what: str, why: str) -> None:
+        self.found.left_out.append((what, why))
+
+    def _text(self, text: str) -> str:
+        return self._texts.setdefault(text, text)
+
+    def _settings(self, settings: Mapping[str, object], prefix: str, without: tuple[str, ...]) -> Settings:
+        """Flat settings in the order of their names; worked out once for equal ones."""
+        key = (repr(settings), prefix)
+        if key not in self._flattened:
+            kept = {name: settings[name] for name in sorted(settings) if name not in without}
+            self._flattened[key] = tuple(self._flat(kept, prefix).items())
+        return self._flattened[key]
+
+    def _flat(self, value: object, prefix: str = "") -> dict[str, Scalar]:
+        """Spell nested settings as dotted keys and plain values."""
+        found: dict[str, Scalar] = {}
+        self._flatten(value, prefix, found)
+        return found
+
+    def _flatten(self, value: object, prefix: str, found: dict[str, Scalar]) -> None:
+        if isinstance(value, dict):
+            items: Iterable[tuple[object, object]] = value.items()
+        elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+            items = enumerate(value)
+        else:
+            scalar = value if isinstance(value, _SCALAR) else json.dumps(value)
+            found[self._text(prefix)] = self._scalars.setdefault((type(scalar), scalar), scalar)
+            return
+        for key, item in items:
+            self._flatten(item, f"{prefix}.{key}" if prefix else str(key), found)
+
+
+@lru_cache(maxsize=1000)
+def _plain_eps(text: str) -> str:
+    """One spelling for equal sizes: in 255ths where that is whole."""
+    try:
+        value = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        return text
+    return f"{value * 255}/255" if (value * 255).denominator == 1 else f"{float(value):g}"

@@ -1,0 +1,244 @@
+"""Pictures of a comparison, by matplotlib (the `plots` extra): no window, no state, no text taken for mathematics."""
+
+from __future__ import annotations
+
+import io
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from cfamc_cli.compare import ComparedTable, Figure, Row, exact_number
+from cfamc_cli.errors import CfamcError, ExitCode
+from cfamc_cli.files import read_jsonl
+from cfamc_cli.gather import Gathered
+from cfamc_cli.render import clean
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Canvas
+
+_COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#000000",
+    "#8C6D31",
+    "#7B4173",
+    "#31A354",
+)
+MOST_LINES = len(_COLOURS)  # rows that a picture shows as lines or names
+_NUMBER = (int, float)
+_FORMATS = (".png", ".svg", ".pdf")
+_STYLE: dict[Any, Any] = {
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "font.size": 9,
+    "grid.alpha": 0.3,
+    "legend.fontsize": 7,
+    "legend.framealpha": 0.6,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "cfamc",
+    "text.parse_math": False,
+}
+Panel: TypeAlias = "Callable[[Axes], None]"
+Look: TypeAlias = tuple[str, str]  # name in the legend, colour
+Lines: TypeAlias = Mapping[str, Sequence[tuple[float, float]]]  # points by row
+
+
+def overview(tables: Sequence[ComparedTable], found: Gathered, *, suffix: str) -> bytes:
+    """Draw all panels of a comparison on one sheet.
+
+    Args:
+        tables: The comparison.
+        found: Where the runs lie.
+        suffix: ".png", ".svg" or ".pdf".
+
+    Raises:
+        CfamcError: There is nothing to draw, the format is another, or matplotlib is missing.
+    """
+    if suffix not in _FORMATS:
+        raise CfamcError(f"cannot draw {suffix!r:.20}", hint="use .png, .svg or .pdf", exit_code=ExitCode.INVALID)
+    drawn = list(panels(tables, found).values())
+    if not drawn:
+        raise CfamcError("there is nothing to draw", exit_code=ExitCode.INVALID)
+    return _render(drawn, suffix)
+
+
+def pictures(tables: Sequence[ComparedTable], found: Gathered) -> dict[str, bytes]:
+    """Draw each panel of a comparison as an SVG of its own, by title.
+
+    Raises:
+        CfamcError: matplotlib is missing.
+    """
+    return {title: _render([panel], ".svg") for title, panel in panels(tables, found).items()}
+
+
+def panels(tables: Sequence[ComparedTable], found: Gathered) -> dict[str, Panel]:
+    """Return the panels that there are numbers for, by title."""
+    if not tables:
+        return {}
+    made: dict[str, Panel] = {}
+    attacked = next((table for table in tables if table.condition.attack), None)
+    leading = attacked or tables[0]
+    looks = _looks(leading.rows)
+    if attacked is not None:
+        made["Clean against robust accuracy"] = partial(_scatter, table=attacked, looks=looks)
+    curves = _eps_curves(tables, leading)
+    if curves:
+        made["Accuracy against eps"] = partial(_eps, lines=curves, looks=looks)
+    for title, unit, kind, quantity in (
+        ("Training loss", "loss", "train", "loss"),
+        ("Online accuracy while training", "clean accuracy (%)", "evaluation", "clean"),
+    ):
+        lines = {row.label: _metric(row, found, kind, quantity) for row in leading.rows[:MOST_LINES]}
+        lines = {label: points for label, points in lines.items() if len(points) > 1}
+        if lines:
+            made[title] = partial(_learning, lines=lines, looks=looks, title=title, unit=unit)
+    if attacked is not None:
+        made["Robust accuracy against training time"] = partial(_time, table=attacked, looks=looks)
+    return made
+
+
+def _looks(rows: Sequence[Row]) -> dict[str, Look]:
+    """A name and a colour for each of the first rows, the same in all panels; a name that is not unique is an id."""
+    rows = rows[:MOST_LINES]
+    names = [row.run.name if len(row.entries) == 1 else row.label for row in rows]
+    return {
+        row.label: (_label(name if names.count(name) == 1 else row.label), _COLOURS[index % len(_COLOURS)])
+        for index, (row, name) in enumerate(zip(rows, names, strict=True))
+    }
+
+
+def _render(drawn: Sequence[Panel], suffix: str) -> bytes:
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure as Canvas
+    except ImportError as error:
+        raise CfamcError(
+            "pictures need matplotlib", hint="pip install 'cfamc[plots]'", exit_code=ExitCode.INVALID
+        ) from error
+    columns = min(2, len(drawn))
+    lines = -(-len(drawn) // columns)
+    with matplotlib.rc_context(_STYLE):
+        canvas: Canvas = Canvas(figsize=(6.2 * columns, 4.2 * lines + 0.4), layout="constrained")
+        known: dict[str, Any] = {}
+        for index, panel in enumerate(drawn, start=1):
+            axes = canvas.add_subplot(lines, columns, index)
+            panel(axes)
+            handles, labels = axes.get_legend_handles_labels()
+            known = {**dict(zip(labels, handles, strict=True)), **known}
+        if known:
+            canvas.legend(known.values(), known.keys(), loc="outside lower center", ncols=2 * columns)
+        out = io.BytesIO()
+        metadata = {} if suffix == ".png" else {"Date" if suffix == ".svg" else "CreationDate": None}
+        canvas.savefig(out, format=suffix[1:], dpi=150, metadata=metadata)
+    return out.getvalue()
+
+
+def _scatter(axes: Axes, *, table: ComparedTable, looks: Mapping[str, Look]) -> None:
+    _points(axes, table, looks, lambda row: row.clean)
+    front = sorted((100 * row.clean.value, 100 * row.robust.value) for row in table.rows if row.front and row.robust)
+    if len(front) > 1:  # to the left of each point nothing better is known
+        axes.plot(*zip(*front, strict=True), "--", drawstyle="steps-pre", color="0.6", linewidth=1, zorder=0)
+    axes.set(xlabel="clean accuracy (%)", ylabel=_robust_label(table), title="Clean against robust accuracy")
+
+
+def _time(axes: Axes, *, table: ComparedTable, looks: Mapping[str, Look]) -> None:
+    _points(axes, table, looks, None)
+    axes.set(xlabel="training time (min)", ylabel=_robust_label(table), title="Robust accuracy against training time")
+    axes.set_xlim(left=0)
+
+
+def _points(
+    axes: Axes, table: ComparedTable, looks: Mapping[str, Look], horizontal: Callable[[Row], Figure] | None
+) -> None:
+    """One point a row with its 95 % interval, or the standard deviation over seeds; the first rows have names."""
+    for row in table.rows:
+        if row.robust is None:
+            continue
+        if horizontal is None:
+            x, x_bars = sum(entry.run.seconds for entry in row.entries) / len(row.entries) / 60, None
+        else:
+            x, x_bars = 100 * horizontal(row).value, _bars(horizontal(row))
+        name, colour = looks.get(row.label, (None, "0.75"))
+        axes.errorbar(
+            x,
+            100 * row.robust.value,
+            xerr=x_bars,
+            yerr=_bars(row.robust),
+            fmt="o",
+            markersize=5 if name else 2,
+            elinewidth=1 if name else 0.3,
+            capsize=2 if name else 0,
+            label=name,
+            color=colour,
+            zorder=2 if name else 1,
+        )
+
+
+def _bars(figure: Figure) -> list[list[float]]:
+    if figure.low is None or figure.high is None:
+        return [[100 * (figure.std or 0)]] * 2
+    return [[100 * max(0.0, figure.value - figure.low)], [100 * max(0.0, figure.high - figure.value)]]
+
+
+def _eps_curves(tables: Sequence[ComparedTable], leading: ComparedTable) -> dict[str, list[tuple[float, float]]]:
+    """Accuracy by eps in 255ths, for rows that the leading table's attack met at two sizes or more; clean at 0."""
+    curves: dict[str, dict[float, float]] = defaultdict(dict)
+    for table in tables:
+        eps = exact_number(table.condition.eps)
+        if eps is None or replace(table.condition, eps="") != replace(leading.condition, eps=""):
+            continue
+        for row in table.rows:
+            if row.robust is not None:
+                curves[row.label] |= {0.0: 100 * row.clean.value, 255 * eps: 100 * row.robust.value}
+    return {label: sorted(curve.items()) for label, curve in curves.items() if len(curve) > 2}
+
+
+def _eps(axes: Axes, *, lines: Lines, looks: Mapping[str, Look]) -> None:
+    _lines(axes, lines, looks, marker="o")
+    axes.set(xlabel="eps (255ths)", ylabel="accuracy (%)", title="Accuracy against eps")
+    axes.set_ylim(bottom=0)
+
+
+def _metric(row: Row, found: Gathered, kind: str, quantity: str) -> list[tuple[float, float]]:
+    """One quantity of the run's metrics by epoch; nothing where they cannot be read. Counts become percent."""
+    try:
+        records = read_jsonl(found.folders[row.run.id].metrics).records
+    except CfamcError:
+        return []
+    points = []
+    for record in records:
+        epoch, value, n = record.get("epoch"), record.get(quantity), record.get("n", 100)
+        if record.get("kind") == kind and isinstance(epoch, _NUMBER) and isinstance(value, _NUMBER):
+            points.append((float(epoch), 100 * value / n if isinstance(n, int) and n > 0 else value))
+    return points
+
+
+def _learning(axes: Axes, *, lines: Lines, looks: Mapping[str, Look], title: str, unit: str) -> None:
+    _lines(axes, lines, looks, marker="")
+    axes.set(xlabel="epoch", ylabel=unit, title=title)
+
+
+def _lines(axes: Axes, lines: Lines, looks: Mapping[str, Look], *, marker: str) -> None:
+    for label, points in lines.items():
+        if label in looks:
+            name, colour = looks[label]
+            axes.plot(*zip(*points, strict=True), marker=marker, markersize=4, linewidth=1.4, label=name, color=colour)
+
+
+def _robust_label(table: ComparedTable) -> str:
+    condition = table.condition
+    return f"robust accuracy (%), {clean(condition.attack)[:20]} {condition.norm} {clean(condition.eps)[:12]}"
+
+
+def _label(text: str) -> str:
+    """A legend hides labels that begin with an underscore."""
+    short = clean(text)
+    return f" {short[:60]}"

@@ -1,0 +1,301 @@
+from __future__ import annotations
+
+import math
+import random
+from datetime import UTC, datetime
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cfamc_cli.compare import (
+    Condition,
+    Entry,
+    Run,
+    difference,
+    find_superseded,
+    mcnemar,
+    paired,
+    pareto_front,
+    published,
+    tabulate,
+)
+from cfamc_cli.errors import CfamcError, ExitCode
+from cfamc_cli.records import Accuracy, Outcomes, StageOutcome, pack_bits
+from cfamc_cli.selection import filtered, sort_key
+
+PGD = Condition(
+    dataset="cifar10",
+    split="test",
+    fingerprint="ab" * 32,
+    head="linear",
+    features="pre_feature",
+    space="image",
+    norm="linf",
+    eps="8/255",
+    attack="pgd",
+    settings="steps 20",
+)
+CLEAN = Condition(dataset="cifar10", split="test", fingerprint="ab" * 32, head="linear", features="pre_feature")
+
+
+def entry(
+    run: str,
+    clean: float,
+    robust: float | None = None,
+    *,
+    condition: Condition = PGD,
+    seed: int = 0,
+    family: str = "",
+    n: int = 1000,
+    recipe: dict[str, str | float | bool | None] | None = None,
+    day: int = 1,
+    order: str = "",
+    failed: tuple[str, ...] = (),
+) -> Entry:
+    return Entry(
+        run=Run(
+            id=run,
+            name=run[0],
+            seed=seed,
+            family=family or run,
+            recipe=recipe or {},
+            epochs=1.0,
+            steps=10,
+            view_passes=100,
+            seconds=60.0 + seed,
+        ),
+        result="attacks/pgd-001",
+        condition=condition,
+        head=(),
+        created=datetime(2026, 1, day, tzinfo=UTC),
+        clean=Accuracy.of(round(clean * n), n),
+        robust=None if robust is None else Accuracy.of(round(robust * n), n),
+        order=order,
+        failed=failed,
+    )
+
+
+def no_outcomes(_: Entry) -> Outcomes | None:
+    return None
+
+
+@given(st.integers(0, 60), st.integers(0, 60))
+def test_mcnemar_is_the_exact_binomial_test(gained: int, lost: int) -> None:
+    total = gained + lost
+    tail = sum(math.comb(total, k) for k in range(min(gained, lost) + 1))
+    exact = min(Fraction(1), Fraction(2 * tail, 2**total))
+    assert mcnemar(gained, lost) == pytest.approx(float(exact), rel=1e-12)
+    assert mcnemar(gained, lost) == mcnemar(lost, gained)
+
+
+def test_mcnemar_on_large_counts_agrees_with_whole_numbers() -> None:
+    tail = sum(math.comb(2000, k) for k in range(961))
+    assert mcnemar(960, 1040) == pytest.approx(float(Fraction(2 * tail, 2**2000)), rel=1e-9)
+    assert mcnemar(0, 10_000) < 1e-300
+    assert mcnemar(0, 0) == 1.0
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=200), st.data())
+def test_pairs_are_counted_on_the_shared_samples_only(pairs: list[tuple[bool, bool]], data: st.DataObject) -> None:
+    n = data.draw(st.integers(1, len(pairs)))
+    first, second = (int(pack_bits([pair[i] for pair in pairs]), 16) for i in range(2))
+    found = paired(first, second, n=n)
+    assert found.shared == n
+    assert found.gained == sum(a and not b for a, b in pairs[:n])
+    assert found.lost == sum(b and not a for a, b in pairs[:n])
+    assert found.value == pytest.approx(sum(a - b for a, b in pairs[:n]) / n)
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=30))
+def test_the_front_is_what_nothing_dominates(points: list[tuple[int, int]]) -> None:
+    def dominated(x: int, y: int) -> bool:
+        return any(u >= x and v >= y and (u, v) != (x, y) for u, v in points)
+
+    assert pareto_front(points) == [not dominated(x, y) for x, y in points]
+
+
+def test_results_under_different_conditions_never_share_a_table() -> None:
+    others = [
+        Condition(**{**_fields(PGD), key: value})
+        for key, value in [
+            ("dataset", "cifar100"),
+            ("fingerprint", "cd" * 32),
+            ("head", "crops"),
+            ("features", "backbone"),
+            ("space", "crops"),
+            ("norm", "l2"),
+            ("eps", "4/255"),
+            ("attack", "autoattack"),
+            ("settings", "steps 50"),
+        ]
+    ]
+    entries = [entry("a", 0.8, 0.3), entry("b", 0.7, 0.4)]
+    entries += [entry(f"x{k}", 0.9, 0.9, condition=condition) for k, condition in enumerate([*others, CLEAN])]
+    tables = tabulate(entries, fold=True, baseline=None, outcomes_of=no_outcomes)
+    assert [len(table.rows) for table in tables] == [2] + [1] * 10
+    assert tables[0].apart == ""
+    reasons = {table.condition: table.apart for table in tables[1:]}
+    assert reasons[others[4]] == "space crops, not image"
+    assert reasons[others[6]] == "eps 4/255, not 8/255"
+    assert reasons[others[7]] == "attack autoattack, not pgd"
+    assert reasons[CLEAN] == "clean images, not attacked"
+    assert all(not table.verdict for table in tables[1:])
+
+
+def _fields(condition: Condition) -> dict[str, str]:
+    return {name: getattr(condition, name) for name in Condition.__dataclass_fields__}
+
+
+def test_seeds_fold_into_mean_and_spread() -> None:
+    entries = [entry(f"a{seed}", 0.7 + seed / 100, 0.3, seed=seed, family="f") for seed in range(3)]
+    entries.append(entry("b", 0.6, 0.2))
+    (table,) = tabulate(entries, fold=True, baseline="a1", outcomes_of=no_outcomes)
+    folded, single = table.rows
+    assert folded.label == "a (3 seeds)"
+    assert folded.clean.value == pytest.approx(0.71)
+    assert folded.clean.std == pytest.approx(0.01)
+    assert (folded.clean.n, folded.clean.runs, folded.clean.low) == (1000, 3, None)
+    assert folded.baseline
+    assert single.clean.low is not None
+    assert single.against is not None
+    assert single.against["robust"].value == pytest.approx(-0.1)
+    assert single.against["robust"].p is None
+    assert (
+        table.verdict == "a (3 seeds) leads b by 10.0 points of robust accuracy (means over seeds; std 0.0 and one run)"
+    )
+    (table,) = tabulate(entries, fold=False, baseline=None, outcomes_of=no_outcomes)
+    assert [row.label for row in table.rows] == ["a2", "a1", "a0", "b"]
+
+
+def test_one_run_counts_once() -> None:
+    small, large = entry("a", 0.7, 0.3, n=100, day=2), entry("a", 0.7, 0.3, n=1000)
+    again = entry("c", 0.7, 0.3, family="a", day=3)
+    assert find_superseded([small, large], fold=True) == {0: "a attacks/pgd-001"}
+    assert find_superseded([large, small], fold=True) == {1: "a attacks/pgd-001"}
+    assert find_superseded([large, again], fold=True) == {0: "c attacks/pgd-001"}
+    assert find_superseded([large, again], fold=False) == {}
+    assert find_superseded([large, entry("b", 0.7, condition=CLEAN)], fold=True) == {}
+
+
+def outcomes_of_seed(seed: int, n: int, right: float) -> tuple[Outcomes, Accuracy]:
+    bits = [random.Random(seed * 10_000 + i).random() < right for i in range(n)]
+    stage = StageOutcome(name="pgd", done=n, robust=pack_bits(bits))
+    clean = pack_bits([True] * n)
+    outcomes = Outcomes(n=n, block=1, order_digest="0f", data_fingerprint="", done=n, clean=clean, stages=(stage,))
+    return outcomes, Accuracy.of(sum(bits), n)
+
+
+def test_runs_with_different_n_are_compared_on_the_samples_they_share() -> None:
+    known = {"a": outcomes_of_seed(1, 500, 0.6)[0], "b": outcomes_of_seed(2, 200, 0.4)[0]}
+    first = entry("a", 1.0, 0.6, n=500, order="0f")
+    second = entry("b", 1.0, 0.4, n=200, order="0f")
+    (table,) = tabulate([first, second], fold=True, baseline="b", outcomes_of=lambda entry: known[entry.run.id])
+    against = table.rows[0].against
+    assert against is not None
+    expected = [outcomes_of_seed(seed, 200, right)[1].correct for seed, right in ((1, 0.6), (2, 0.4))]
+    assert against["robust"].shared == 200
+    assert against["robust"].value == pytest.approx((expected[0] - expected[1]) / 200)
+    assert against["clean"].value == 0
+    assert "on 200 shared samples: more than chance (McNemar p < 0.0001)" in table.verdict
+    row, other = table.rows
+    assert difference(row, other, which="robust", outcomes_of=no_outcomes).shared is None
+    elsewhere = [first, entry("b", 1.0, 0.4, n=200, order="aa")]
+    unordered = tabulate(elsewhere, fold=True, baseline="b", outcomes_of=lambda entry: known[entry.run.id])
+    assert unordered[0].rows[0].against is not None
+    assert unordered[0].rows[0].against["robust"].shared is None
+
+
+def test_what_is_not_trusted_is_shown_but_never_wins() -> None:
+    entries = [entry("a", 0.9, 0.9, failed=("masking",)), entry("b", 0.8, 0.3), entry("c", 0.7, 0.2)]
+    (table,) = tabulate(entries, fold=True, baseline=None, outcomes_of=no_outcomes)
+    assert [row.front for row in table.rows] == [False, True, False]
+    assert table.verdict.startswith("b leads c by 10.0 points")
+    assert "their intervals are apart" in table.verdict
+
+
+def test_only_the_keys_that_differ_are_shown() -> None:
+    recipes = [{"a": 1, "b": True, "c": "x"}, {"a": 1, "b": 1, "c": "x", "d": None}]
+    entries = [entry(str(k), 0.5, recipe=recipe, condition=CLEAN) for k, recipe in enumerate(recipes)]  # type: ignore[arg-type]
+    (table,) = tabulate(entries, fold=True, baseline=None, outcomes_of=no_outcomes)
+    assert table.keys == ("b", "d")
+
+
+def test_published_rows() -> None:
+    rows = {row.system: row for row in published("cifar10", "8/255")}
+    assert len(rows) == 7
+    ours = rows["CF-AMC-SSL, 16 crops, m = 3"]
+    assert (ours.clean, ours.robust, ours.minutes, ours.epochs) == (75.88, 33.34, 97, 10)
+    assert published("cifar100", "4/255")[0].robust == 14.38
+
+
+ENTRIES = [
+    entry("a", 0.9, 0.2, recipe={"adversary.name": "free", "lr": 0.3, "init": None, "fast": True}),
+    entry("b", 0.8, 0.3, recipe={"adversary.name": "pgd", "lr": 0.1, "adversary.eps": "8/255", "fast": False}),
+    entry("c", 0.7, 0.4, recipe={"adversary.name": "none", "lr": 1.0, "fast": False}),
+]
+
+
+@pytest.mark.parametrize(
+    ("filters", "left"),
+    [
+        ([], "abc"),
+        (["adversary.name=free"], "a"),
+        (["adversary.name!=free"], "bc"),
+        (["robust>=30"], "bc"),
+        (["robust > 30"], "c"),
+        (["clean<85", "lr<1"], "b"),
+        (["lr=3e-1"], "a"),
+        (["adversary.eps=8/255"], "b"),
+        (["adversary.eps!=8/255"], ""),
+        (["fast=true"], "a"),
+        (["fast!=True"], "bc"),
+        (["run=b"], "b"),
+        (["name=zzz"], ""),
+    ],
+)
+def test_filters(filters: list[str], left: str) -> None:
+    assert "".join(entry.run.id for entry in filtered(ENTRIES, filters)) == left
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "hint"),
+    [
+        ("robust", "cannot read the filter 'robust'", "write KEY=VALUE"),
+        ("robus>3", "no result has a key 'robus'", "did you mean robust?"),
+        ("name<b", "cannot compare 'a' with 'b'", "use = or !="),
+        ("__import__('os')=1", "no result has a key", ""),
+    ],
+)
+def test_filters_that_mean_nothing(text: str, message: str, hint: str) -> None:
+    with pytest.raises(CfamcError) as caught:
+        filtered(ENTRIES, [text])
+    assert message in caught.value.message
+    assert caught.value.hint.startswith(hint)
+    assert caught.value.exit_code == ExitCode.INVALID
+
+
+@pytest.mark.parametrize(
+    ("key", "order"),
+    [
+        ("robust", "cba"),
+        ("robust:asc", "abc"),
+        ("clean", "abc"),
+        ("lr", "bac"),
+        ("lr:desc", "cab"),
+        ("adversary.name", "acb"),
+        ("adversary.name:desc", "bca"),
+        ("adversary.eps", "bca"),
+    ],
+)
+def test_sorting(key: str, order: str) -> None:
+    (table,) = tabulate(ENTRIES, fold=True, baseline=None, outcomes_of=no_outcomes, order=sort_key(ENTRIES, key))
+    found = "".join(row.run.id for row in table.rows)
+    assert found == order
+
+
+def test_sort_keys_that_mean_nothing() -> None:
+    for text in ("nothing", "robust:up"):
+        with pytest.raises(CfamcError):
+            sort_key(ENTRIES, text)

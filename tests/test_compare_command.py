@@ -1,0 +1,588 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import textwrap
+from datetime import UTC, datetime
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cfamc_cli.commands.compare import compare
+from cfamc_cli.errors import CfamcError, ExitCode
+from cfamc_cli.records import (
+    Accuracy,
+    AttackRecord,
+    ClassAccuracy,
+    ClassRobustness,
+    DataUsed,
+    Environment,
+    Evaluation,
+    Flag,
+    Outcomes,
+    ProbeRecord,
+    Progress,
+    Record,
+    RunRecord,
+    Stage,
+    StageOutcome,
+    ThreatModel,
+    Totals,
+    pack_bits,
+)
+from cfamc_cli.store import RunFolder, list_runs
+
+NOON = datetime(2026, 11, 22, 12, 0, 0, tzinfo=UTC)
+ENVIRONMENT = Environment(
+    cfamc="0.1.0",
+    python="3.11.7",
+    torch="2.9.0",
+    torchvision="0.24.0",
+    platform="Linux-6.1-x86_64",
+    cpu="Some CPU",
+    cores=2,
+    device="cpu",
+    git_revision="0" * 40,
+    git_changed=False,
+)
+
+
+def data(split: str, n: int, dataset: str = "cifar10") -> DataUsed:
+    return DataUsed(dataset=dataset, split=split, n=n, fingerprint=f"{dataset}-{split}".encode().hex())
+
+
+def write(path: Path, record: Record) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(record.model_dump_json(indent=2))
+
+
+def make_run(
+    store: Path,
+    run: str,
+    *,
+    name: str = "a",
+    seed: int = 0,
+    digest: str = "aa",
+    recipe: dict[str, Any] | None = None,
+    **changes: Any,
+) -> Path:
+    """A finished run without results; `changes` go to its record."""
+    record = RunRecord(
+        id=run,
+        name=name,
+        status="finished",
+        created=NOON,
+        updated=NOON,
+        recipe_digest=digest,
+        seed=seed,
+        progress=Progress(batch=500, step=1500, epoch=1.0, total=1500),
+        environment=ENVIRONMENT,
+        wall_seconds=700.0 + seed,
+        totals=Totals(steps=1500, view_passes=600_000, parameters=2_000_000),
+        data=data("train", 50_000),
+    ).model_copy(update=changes)
+    write(store / run / "run.json", record)
+    resolved = {"schema": 1, "name": name, "seed": seed, "adversary": {"name": "free", "replays": 3}, **(recipe or {})}
+    (store / run / "resolved.json").write_text(json.dumps(resolved))
+    return store / run
+
+
+def add_probe(run: Path, item: str = "linear-001", **changes: Any) -> None:
+    record = ProbeRecord(
+        id=item,
+        run=run.name,
+        created=NOON,
+        recipe_digest="aa",
+        seed=0,
+        head="linear",
+        features="pre_feature",
+        settings={"head": "linear", "protocol": "official", "epochs": 20},
+        encoder_digest="ee",
+        head_digest="dd",
+        train=data("train", 50_000),
+        test=data("test", 1000),
+        train_accuracy=None,
+        test_accuracy=Accuracy.of(700, 1000),
+        classes=tuple(ClassAccuracy(name=str(k), accuracy=Accuracy.of(70, 100)) for k in range(10)),
+        confusion=tuple(tuple(10 for _ in range(10)) for _ in range(10)),
+        wall_seconds=30.0,
+        environment=ENVIRONMENT,
+    )
+    write(run / "probes" / item / "record.json", record.model_copy(update=changes))
+
+
+def add_attack(
+    run: Path,
+    item: str = "pgd-001",
+    *,
+    clean: list[bool] | None = None,
+    robust: list[bool] | None = None,
+    eps: str = "8/255",
+    space: Any = "image",
+    outcomes: bool = True,
+    **changes: Any,
+) -> None:
+    clean = [i % 10 < 7 for i in range(1000)] if clean is None else clean
+    robust = [right and i % 3 == 0 for i, right in enumerate(clean)] if robust is None else robust
+    n = len(clean)
+    record = AttackRecord(
+        id=item,
+        run=run.name,
+        probe="linear-001",
+        created=NOON,
+        recipe_digest="aa",
+        seed=0,
+        head="linear",
+        features="pre_feature",
+        threat=ThreatModel(space=space, norm="linf", eps=eps),
+        attack="pgd",
+        settings={"name": "pgd", "eps": eps, "steps": 20, "step_size": "0.01", "restarts": 1, "seed": 3},
+        data=data("test", n),
+        subset=f"the first {n} of a balanced order",
+        order_digest="0b",
+        encoder_digest="ee",
+        head_digest="dd",
+        clean=Accuracy.of(sum(clean), n),
+        robust=Accuracy.of(sum(robust), n),
+        classes=tuple(
+            ClassRobustness(name=str(k), clean=Accuracy.of(70, 100), robust=Accuracy.of(30, 100)) for k in range(10)
+        ),
+        stages=(Stage(name="pgd", attacked=700, broken=400, forward=1, backward=1, wall_seconds=1.0),),
+        forward=1,
+        backward=1,
+        wall_seconds=1.0,
+        flags=(Flag(name="ball", figure=0.0, limit=0.0, verdict="passed", text="inside"),),
+        environment=ENVIRONMENT,
+    ).model_copy(update=changes)
+    write(run / "attacks" / item / "record.json", record)
+    if outcomes:
+        stage = StageOutcome(name="pgd", done=n, robust=pack_bits(robust))
+        kept = Outcomes(
+            n=n,
+            block=64,
+            order_digest="0b",
+            data_fingerprint=record.data.fingerprint,
+            done=n,
+            clean=pack_bits(clean),
+            stages=(stage,),
+        )
+        write(run / "attacks" / item / "outcomes.json", kept)
+
+
+def run(references: list[str], store: Path, **changes: Any) -> None:
+    options: dict[str, Any] = {
+        "runs": store,
+        "where": [],
+        "sort": "",
+        "baseline": None,
+        "published": False,
+        "fold": True,
+        "limit": 50,
+        "output": "json",
+        "plot": None,
+        "html": None,
+    }
+    compare(references, **(options | changes))
+
+
+def result(capsys: pytest.CaptureFixture[str], references: list[str], store: Path, **changes: Any) -> dict[str, Any]:
+    capsys.readouterr()
+    run(references, store, **changes)
+    found = json.loads(capsys.readouterr().out)
+    assert isinstance(found, dict)
+    return found
+
+
+def names(found: dict[str, Any]) -> list[list[str]]:
+    return [[row["label"] for row in table["rows"]] for table in found["tables"]]
+
+
+A, B, C, D = (f"20261122-12000{k}-{name}-00000{k}" for k, name in enumerate("abcd"))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    """Two comparable runs, of which the second is better, in a store."""
+    runs = tmp_path / "runs"
+    add_attack(make_run(runs, A, name="a"))
+    clean = [i % 10 < 8 for i in range(1000)]
+    better = make_run(runs, B, name="b", digest="bb", recipe={"adversary": {"name": "pgd", "steps": 5}})
+    add_attack(better, clean=clean, robust=[right and i % 2 == 0 for i, right in enumerate(clean)])
+    return runs
+
+
+def test_the_better_run_leads(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = result(capsys, [], store, baseline=A)
+    (table,) = found["tables"]
+    assert names(found) == [[B, A]]
+    best, base = table["rows"]
+    assert best["recipe"] == {"adversary.name": "pgd", "adversary.steps": 5}
+    assert base["recipe"] == {"adversary.name": "free", "adversary.replays": 3}
+    assert (best["clean"]["value"], best["robust"]["value"]) == (0.8, 0.4)
+    assert best["against"]["robust"]["shared"] == 1000
+    assert best["against"]["robust"]["value"] == pytest.approx(0.4 - base["robust"]["value"])
+    assert best["against"]["robust"]["p"] < 1e-4
+    assert base["baseline"]
+    assert best["front"]
+    assert table["verdict"].startswith(f"{B} leads {A} by ")
+    assert found["left_out"] == []
+
+
+def test_runs_are_named_in_many_ways(
+    store: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for references in ([str(store)], [A, B], [A[:-2], str(store / B)], [str(store), B], [A, A, B]):
+        assert names(result(capsys, references, store)) == [[B, A]]
+    assert names(result(capsys, [B], store)) == [[B]]
+    monkeypatch.setenv("CFAMC_RUNS", str(store))
+    assert names(result(capsys, [], store, runs=None)) == [[B, A]]
+    other = store.parent / "other"
+    add_attack(make_run(other, C, digest="cc"))
+    assert names(result(capsys, [str(store), str(other)], store)) == [[B, A, C]]
+    with pytest.raises(CfamcError, match="no run 'zzz'"):
+        run(["zzz"], store)
+    with pytest.raises(CfamcError, match="does not exist"):
+        run([], store.parent / "missing")
+    with pytest.raises(CfamcError, match="is not among the runs"):
+        run([A], store, baseline=B)
+
+
+@pytest.mark.parametrize("output", ["rich", "json", "csv", "markdown", "latex"])
+def test_an_empty_folder_is_no_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str], output: str) -> None:
+    run([], tmp_path, output=output)
+    captured = capsys.readouterr()
+    assert "nothing to compare" in captured.err
+    if output == "json":
+        assert json.loads(captured.out)["tables"] == []
+
+
+def test_other_eps_spaces_and_attacks_stand_apart(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    add_attack(store / A, "pgd-002", eps="4/255")
+    add_attack(store / A, "pgd-003", space="crops")
+    add_attack(store / A, "autoattack-001", attack="autoattack", settings={"version": "standard"})
+    add_attack(store / A, "pgd-004", data=data("test", 1000, "cifar100"))
+    add_attack(store / A, "pgd-005", eps="16/510")  # the same size in another spelling, and the newer number
+    add_probe(store / A)
+    found = result(capsys, [], store)
+    assert sorted(map(len, names(found)), reverse=True) == [2, 1, 1, 1, 1, 1]
+    reasons = {table["not_comparable_with_the_first"] for table in found["tables"]}
+    assert "eps 4/255, not 8/255" in reasons
+    assert "space crops, not image" in reasons
+    assert any("attack autoattack, not pgd" in reason for reason in reasons)
+    assert any("dataset cifar100, not cifar10" in reason for reason in reasons)
+    assert "clean images, not attacked" in reasons
+    assert found["left_out"] == [{"what": f"{A} attacks/pgd-001", "why": f"{A} attacks/pgd-005 stands for it"}]
+    run([], store, output="rich")
+    out = capsys.readouterr().out
+    assert "Apart: not comparable" in out
+
+
+def test_seeds_fold(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed, other in ((1, C), (2, D)):
+        add_attack(make_run(store, other, name="a", seed=seed))
+    assert names(result(capsys, [], store)) == [[B, "a (3 seeds)"]]
+    assert names(result(capsys, [], store, fold=False)) == [[B, A, C, D]]
+    make_run(
+        store, D, name="a", seed=2, data=data("train", 50_000, "other")
+    )  # not the same images: not the same recipe
+    assert names(result(capsys, [], store)) == [[B, "a (2 seeds)", D]]
+
+
+def test_what_was_never_attacked_shows_its_online_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    online = Evaluation(
+        epoch=1.0, knn=None, clean=Accuracy.of(500, 1000), robust=Accuracy.of(200, 1000), eps="8/255", attack="pgd-10"
+    )
+    make_run(tmp_path, A, evaluation=online)
+    make_run(tmp_path, B)
+    found = result(capsys, [], tmp_path)
+    assert found["tables"][0]["condition"]["head"] == "online linear"
+    assert found["left_out"] == [{"what": B, "why": "nothing was measured on it yet: cfamc attack"}]
+
+
+def test_damage_is_named_and_left_out(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (store / "a-file").write_text("x")
+    (store / "foreign").mkdir()
+    (store / "loop").symlink_to("loop")
+    for name, content in {
+        "torn": (store / A / "run.json").read_text()[:-40],
+        "newer": (store / A / "run.json").read_text().replace('"schema_version": 1', '"schema_version": 9'),
+        "nan": (store / A / "run.json").read_text().replace("700.0", "NaN"),
+        "html": "<html>",
+        "empty": "",
+    }.items():
+        (store / name).mkdir()
+        (store / name / "run.json").write_text(content)
+    (store / "pipe").mkdir()
+    os.mkfifo(store / "pipe" / "run.json")
+    (store / "copy").symlink_to(store / A)
+    make_run(store, C, status="interrupted", progress=Progress(batch=4, step=12, epoch=0.1, total=1500))
+    make_run(store, D, status="diverged")
+    (store / A / "attacks" / "pgd-002").mkdir()
+    (store / A / "attacks" / "pgd-003").mkdir()
+    (store / A / "attacks" / "pgd-003" / "record.json").write_text("{}")
+    (store / B / "attacks" / "pgd-001" / "outcomes.json").write_text("{")
+    found = result(capsys, [], store, baseline=A)
+    assert names(found) == [[B, A]]
+    assert found["tables"][0]["rows"][0]["against"]["robust"]["p"] is None
+    why = {item["what"]: item["why"] for item in found["left_out"]}
+    assert why["foreign"] == "no run.json: not a run, or not yet one"
+    assert "Invalid JSON" in why["torn"]
+    assert "schema version 9, where 1 is known" in why["newer"]
+    assert "Invalid JSON" in why["nan"] or "finite number" in why["nan"]
+    assert "Invalid JSON" in why["html"]
+    assert "Invalid JSON" in why["empty"]
+    assert "not a regular file" in why["pipe"]
+    assert why[C] == "interrupted after 12 of 1,500 weight updates"
+    assert why[D].startswith("diverged after")
+    assert why[f"{A} attacks/pgd-002"] == "unfinished"
+    assert "Field required" in why[f"{A} attacks/pgd-003"]
+    assert why[f"{B} attacks/pgd-001"].startswith("compared without pairs: ")
+    assert "copy" not in why  # the same folder under another name
+    run([], store, output="rich")
+    captured = capsys.readouterr()
+    assert f"left out: {C}: interrupted after 12 of 1,500 weight updates\n" in captured.err
+    assert "left out" not in captured.out
+
+
+def test_outcomes_of_another_record_are_not_paired(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = store / B / "attacks" / "pgd-001" / "outcomes.json"
+    path.write_bytes((store / A / "attacks" / "pgd-001" / "outcomes.json").read_bytes())
+    found = result(capsys, [], store, baseline=A)
+    assert found["tables"][0]["rows"][0]["against"]["robust"]["p"] is None
+    assert "outcomes.json is not of this record" in found["left_out"][0]["why"]
+
+
+def test_runs_that_vanish_while_they_are_read(
+    store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def vanish(folder: Path) -> list[RunFolder]:
+        runs = list_runs(folder)
+        (store / A).rename(store.parent / "gone")
+        return runs
+
+    monkeypatch.setattr("cfamc_cli.gather.list_runs", vanish)
+    found = result(capsys, [], store)
+    assert names(found) == [[B]]
+    assert found["left_out"][0]["what"] == A
+
+
+def test_published_rows_are_marked(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run([], store, output="markdown", published=True)
+    out = capsys.readouterr().out
+    assert out.count("published, not measured here") == 7
+    assert "| CF-AMC-SSL, 16 crops, m = 3 |" in out
+    run([], store, output="csv", published=True)
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [row["origin"] for row in rows].count("measured") == 2
+    assert not any(row["front"] == "True" for row in rows if row["origin"] != "measured")
+    add_attack(store / A, data=data("test", 1000, "folder"))
+    run([A], store, output="markdown", published=True)
+    assert capsys.readouterr().out.count("published, not measured here") == 28  # tables of their own
+
+
+HOSTILE = {
+    "markup": "[bold red]x[/] [link=http://a]b",
+    "ansi": "\x1b[31mred\x1b]8;;http://a\x07",
+    "path": "../../../x",
+    "formula": "=HYPERLINK(1)",
+    "script": "<script>alert(1)</script><img src=x onerror=alert(1)>",
+    "latex": r"\input{/etc/passwd} $x_1^2$ 100% a&b #1 ~",
+    "markdown": "| a | `b` [c](http://d) **e**",
+    "newline": "a\nb\r\n| c |",
+    "mathtext": "$\\frac{$",
+    "bidi": "\u202ea",
+    "large": "x" * 10**6,
+}
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_names_are_never_interpreted(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
+    store = tmp_path / "runs"
+    for number, (name, digest) in enumerate(((text, "aa"), (f"_{text}", "bb"))):
+        made = make_run(
+            store, f"r{number}", name=name, digest=digest, recipe={"note": text + str(number), "=k": number}
+        )
+        record = json.loads((made / "run.json").read_text()) | {"id": f"{number}{text}"}
+        (made / "run.json").write_text(json.dumps(record))
+        add_attack(made, flags=(Flag(name=text, figure=1.0, limit=0.0, verdict="failed", text=text),), subset=text)
+        add_attack(made, "pgd-002", eps="4/255")
+        add_attack(made, "pgd-003", attack=text)
+    for output in ("rich", "json", "csv", "markdown", "latex"):
+        run([], store, output=output, published=True)
+        out = capsys.readouterr().out
+        assert out.replace("\n", "").isprintable()
+        if output == "csv":
+            cells = [cell for row in csv.reader(io.StringIO(out)) for cell in row]
+            assert not [cell for cell in cells if cell.startswith(("=", "@", "+"))]
+        if output == "latex":
+            typeset = "".join(line for line in out.splitlines() if not line.startswith("%"))
+            assert r"\input" not in typeset
+            assert r"\frac" not in typeset
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]
+    assert sorted(path.name for path in store.iterdir()) == ["r0", "r1"]
+    if text not in DRAWN:  # a second each
+        return
+    page = tmp_path / "page.html"
+    run([], store, output="json", html=page, plot=tmp_path / "p.svg")
+    parser = Tags()
+    parser.feed(page.read_text())
+    assert parser.bad == []
+    assert "<script" not in (tmp_path / "p.svg").read_text()
+
+
+DRAWN = {HOSTILE[name] for name in ("script", "mathtext")}
+
+
+class Tags(HTMLParser):
+    """Collects what a page must not hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bad: list[str] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag in ("script", "link", "iframe", "object", "base", "form", "a"):
+            self.bad.append(tag)
+        for name, value in attrs:
+            if name.startswith("on") or (name in ("src", "href") and not (value or "").startswith("data:")):
+                self.bad.append(f"{tag} {name}={value}")
+
+
+def add_metrics(run: Path) -> None:
+    lines: list[dict[str, Any]] = []
+    for step in range(0, 1501, 50):
+        where = {"step": step, "batch": step // 3, "epoch": step / 1500}
+        lines.append({"kind": "train", **where, "loss": -200 + 30 * 0.998**step, "lr": 0.3})
+        if step % 500 == 0:
+            lines.append(
+                {"kind": "evaluation", **where, "n": 1000, "knn": 300, "clean": 200 + step // 5, "robust": 100}
+            )
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"torn')
+
+
+def test_the_page_holds_everything_and_nothing_from_outside(store: Path, tmp_path: Path) -> None:
+    for item in (A, B):
+        add_metrics(store / item)
+        add_attack(store / item, "pgd-002", eps="4/255", robust=[i % 5 < 2 for i in range(1000)])
+    page = tmp_path / "page.html"
+    run([], store, html=page, published=True, baseline=A)
+    text = page.read_text()
+    parser = Tags()
+    parser.feed(text)
+    assert parser.bad == []
+    assert parser.tags.count("img") == 5
+    for part in (A, B, "Some CPU", "&quot;replays&quot;: 3", "leads", "published, not measured here", "default-src"):
+        assert part in text
+    assert not re.search(r"https?://", text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("suffix", "magic"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF")])
+def test_pictures(store: Path, tmp_path: Path, suffix: str, magic: bytes) -> None:
+    add_metrics(store / A)
+    for name in ("one", "two"):
+        run([], store, plot=tmp_path / f"{name}{suffix}")
+    data = (tmp_path / f"one{suffix}").read_bytes()
+    assert data.startswith(magic)
+    assert data == (tmp_path / f"two{suffix}").read_bytes()
+
+
+def test_pictures_that_cannot_be(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CfamcError, match=r"cannot draw '\.gif'") as caught:
+        run([], store, plot=tmp_path / "a.gif")
+    assert caught.value.exit_code == ExitCode.INVALID
+    (tmp_path / "none").mkdir()
+    with pytest.raises(CfamcError, match="nothing to draw"):
+        run([], tmp_path / "none", plot=tmp_path / "a.png")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(CfamcError, match="pictures need matplotlib") as caught:
+        run([], store, plot=tmp_path / "a.png")
+    assert "cfamc[plots]" in caught.value.hint
+    run([], store, html=tmp_path / "page.html")
+    assert "No pictures: pictures need matplotlib" in (tmp_path / "page.html").read_text()
+
+
+def test_markdown_and_latex_and_csv_have_a_cell_for_each_column(
+    store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run([], store, output="markdown", baseline=A)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {15}
+    run([], store, output="latex", baseline=A)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith(r"\\")]
+    assert {len(re.findall(r"(?<!\\)&", line)) for line in lines} == {13}
+    run([], store, output="csv", baseline=A)
+    rows = list(csv.reader(io.StringIO(capsys.readouterr().out)))
+    assert len({len(row) for row in rows}) == 1
+
+
+MEASURE = """
+    import json, sys, time
+    start = time.process_time()
+    for _ in range(3_000_000):
+        pass
+    loop = time.process_time() - start
+    from pathlib import Path
+    from cfamc_cli.commands.compare import compare
+    compare(
+        [], runs=Path(sys.argv[1]), where=[], sort="", baseline=None, published=False, fold=sys.argv[2] == "fold",
+        limit=50, output="rich", plot=None, html=None,
+    )
+    status = Path("/proc/self/status").read_text()  # ru_maxrss would tell of the parent too
+    peak = int(status.partition("VmHWM:")[2].split()[0]) / 1024
+    seconds = time.process_time() - start - loop
+    print(json.dumps([loop, seconds, peak, "torch" in sys.modules]), file=sys.stderr)
+"""
+
+
+def measure(store: Path, fold: str) -> tuple[float, float]:
+    """Seconds and MiB that a comparison takes; seconds of a quiet machine, by the time of an empty loop."""
+    command = [sys.executable, "-c", textwrap.dedent(MEASURE), str(store), fold]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    loop, seconds, peak, torch = json.loads(done.stderr.splitlines()[-1])
+    assert not torch
+    return seconds / max(1.0, loop / 0.09), peak
+
+
+def test_a_comparison_takes_less_than_a_second_and_no_torch(store: Path) -> None:
+    seconds, peak = measure(store, "fold")
+    assert seconds < 1
+    assert peak < 250
+
+
+@pytest.mark.slow
+def test_ten_thousand_runs_in_five_seconds_and_250_megabytes(tmp_path: Path) -> None:
+    made = make_run(tmp_path / "one", A, recipe={"model": {f"key{k}": k for k in range(50)}, "lr": "LEARNING"})
+    add_probe(made)
+    add_attack(made)
+    files = {path.relative_to(made): path.read_text() for path in made.rglob("*.json")}
+    rng = random.Random(0)
+    for number in range(10_000):
+        folder = tmp_path / "runs" / f"20261122-120000-a-{number:06x}"
+        correct = rng.randrange(200, 300)
+        changes = {
+            A: folder.name,
+            '"seed": 0': f'"seed": {number % 3}',
+            '"recipe_digest": "aa"': f'"recipe_digest": "{number // 3:064x}"',
+            "LEARNING": f"{number // 3}",
+            '"correct": 234': f'"correct": {correct}',
+        }
+        for path, text in files.items():
+            for old, new in changes.items():
+                text = text.replace(old, new)
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_text(text)
+    for fold in ("fold", "single"):
+        seconds, peak = measure(tmp_path / "runs", fold)
+        assert seconds < 5
+        assert peak < 250
