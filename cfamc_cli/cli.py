@@ -143,6 +143,69 @@ def probe(
     fit(run, request=request, foreign=foreign, resume=resume, options=options)
 
 
+@app.command()
+def attack(
+    run: Annotated[
+        str | None, typer.Argument(metavar="RUN", help="A run: its id, path or latest; else the newest one.")
+    ] = None,
+    eps: Annotated[
+        list[str] | None, typer.Option(metavar="LENGTH", help="Such as 8/255; repeat it for a curve.")
+    ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(
+            "--attack",
+            metavar="NAME",
+            help="pgd, fgsm, apgd-ce, apgd-dlr, apgd-t, fab, square, autoattack, autoattack-rand or embedding.",
+        ),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(metavar="N", help="Steps of the attack.")] = None,
+    step_size: Annotated[str | None, typer.Option(metavar="LENGTH", help="Length of a step, such as 0.01.")] = None,
+    restarts: Annotated[int | None, typer.Option(metavar="N", help="Restarts of the attack.")] = None,
+    norm: Annotated[str | None, typer.Option(metavar="NAME", help="linf or l2, which has defaults of its own.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Attack the first N test images of a balanced order.")
+    ] = None,
+    head: Annotated[
+        str | None, typer.Option(metavar="PROBE", help="Head to attack: a probe's id, or a kind of head.")
+    ] = None,
+    space: Annotated[
+        str, typer.Option(metavar="NAME", help="image, or crops: each crop of the aggregated head by itself.")
+    ] = "image",
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 5 if a check says not to trust it.")] = False,
+    audit: Annotated[bool, typer.Option("--audit", help="Make the full audit, which attacks again.")] = False,
+    save_examples: Annotated[
+        int | None, typer.Option(min=1, max=300, metavar="N", help="Draw N adversarial examples as a PNG.")
+    ] = None,
+    plot: Annotated[bool, typer.Option("--plot", help="Draw loss against steps and accuracy against eps.")] = False,
+    device: DeviceOption = "auto",
+    runs: RunsOption = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Measure accuracy under attack; without eps or attack options as the recipe says. Cut, it goes on where it was."""
+    from cfamc_cli.commands.attack import attack as evaluate
+    from cfamc_cli.commands.attack_settings import Flags
+    from cfamc_cli.commands.pretrain import Options
+
+    flags = Flags(
+        eps=tuple(eps or ()),
+        attack=name,
+        steps=steps,
+        step_size=step_size,
+        restarts=restarts,
+        norm=norm,
+        limit=limit,
+        head=head,
+        space=space,
+        strict=strict,
+        audit=audit,
+        save_examples=save_examples,
+        plot=plot,
+    )
+    evaluate(run, flags=flags, options=Options(device=device, runs=runs, quiet=quiet, as_json=json))
+
+
 @recipes_app.command("list")
 def list_recipes(json: JsonOption = False) -> None:
     """List the recipes, the quickstart first."""
