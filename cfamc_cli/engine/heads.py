@@ -237,6 +237,13 @@ def load_encoder(folder: Path, model: Model, *, device: torch.device) -> LoadedE
     )
 
 
+def feature_dim(encoder: Encoder, features: Features) -> int:
+    """F, the length of what a head reads."""
+    if features == "backbone":
+        return encoder.backbone.feature_dim
+    return len(encoder.pre_feature.state_dict()["0.bias"])
+
+
 def load_recipe(run: RunPaths) -> Recipe:
     """The recipe of a run, as it was resolved when the run began.
 
@@ -295,8 +302,9 @@ def load_classifier(run: RunPaths, probe_folder: Path, *, device: torch.device) 
     if loaded.digest != record.encoder_digest:
         raise _changed(f"the encoder of {loaded.path} is not the one that {probe_folder.name} was fitted to")
     tensors = read_head(probe_folder / HEAD, digest=record.head_digest)
-    dim = loaded.encoder.backbone.feature_dim if record.features == "backbone" else recipe.model.hidden_dim
-    head = LinearHead(dim, len(record.classes), standardized="head.mean" in tensors)
+    head = LinearHead(
+        feature_dim(loaded.encoder, record.features), len(record.classes), standardized="head.mean" in tensors
+    )
     crops = crop_source(recipe, settings, split="test") if isinstance(settings, AggregatedCrops) else None
     classifier = Classifier(loaded.encoder, head.to(device), features=record.features, crops=crops)
     whole = classifier if record.head == "finetune" else nn.ModuleDict({"head": classifier.head})

@@ -1,0 +1,211 @@
+"""Encoders that others trained: their tensors, whatever they are called, as an encoder of ours.
+
+Known are torchvision's ResNets and the layout of CF-AMC-SSL's own code (backbone, pre_feature, projection), each under
+any prefix. Architecture and sizes are read off the shapes. A .pt file is read as weights only, never unpickled freely.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cfamc_cli.engine import checkpoint
+from cfamc_cli.engine.models import DEPTHS, Encoder, build_encoder
+from cfamc_cli.engine.randomness import addressed_generator
+from cfamc_cli.errors import CfamcError, ExitCode
+from cfamc_cli.recipe import Model
+
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "encoder", "backbone")
+_STAGE = re.compile(r"layer([1-4])\.(\d+)\.conv1\.weight")
+_LISTED = 8  # keys that one line names
+_NONE = 2  # the smallest size of a layer that the weights lack
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """An encoder that was read from a file.
+
+    Attributes:
+        model: Its architecture.
+        encoder: On the CPU; where there was no `pre_feature` or projector, those hold initial weights.
+        backbone_only: Whether there was no `pre_feature`.
+        notes: What a person should know: what did not fit, what is missing.
+    """
+
+    model: Model
+    encoder: Encoder
+    backbone_only: bool
+    notes: tuple[str, ...]
+
+
+def read_foreign(path: Path) -> Foreign:
+    """Read a ResNet that somebody else trained.
+
+    Args:
+        path: A safetensors file, or a .pt, .pth, .bin or .tar file of plain tensors.
+
+    Raises:
+        CfamcError: Exit 4; it cannot be read, holds more than weights, or is no such network.
+    """
+    tensors = _read(path)
+    root = _root(path, tensors)
+    backbone = {key[len(root) :]: value for key, value in tensors.items() if key.startswith(root)}
+    above = root.removesuffix("backbone.") if root.endswith("backbone.") else root
+    name, stem, width = _architecture(path, backbone)
+    heads: dict[str, Tensor] = {}
+    for ours, theirs in (
+        ("pre_feature", ("pre_feature",)),
+        ("projector", ("projector", "projection")),
+    ):
+        for label in theirs:
+            prefix = f"{above}{label}."
+            heads |= {f"{ours}.{key[len(prefix) :]}": tensors[key] for key in tensors if key.startswith(prefix)}
+
+    hidden = _rows(heads.get("pre_feature.0.weight"))
+    backbone_only = hidden == 0
+    embedding = 0 if backbone_only else _rows(heads.get("projector.3.weight"))
+    model = Model(
+        backbone=name,
+        stem=stem,
+        width=width,
+        hidden_dim=hidden or _NONE,
+        embedding_dim=embedding or _NONE,
+    )
+    encoder = build_encoder(model, generator=addressed_generator("init", 0))
+    given = {f"backbone.{key}": value for key, value in backbone.items()} | heads
+    state, fitting = _fitted(encoder, given, parts=_parts(hidden, embedding))
+    checkpoint.load_state(encoder, state, path=path)
+
+    used = {_original(key, root, above, tensors) for key in fitting}
+    unused = sorted(key for key in tensors if key not in used)
+    notes = []
+    if unused:
+        more = f" and {len(unused) - _LISTED} more" if len(unused) > _LISTED else ""
+        notes.append(f"left out, for they are no part of the encoder: {', '.join(unused[:_LISTED])}{more}")
+    if backbone_only:
+        notes.append('there is no pre_feature layer: heads read the backbone (features "backbone")')
+    elif not embedding:
+        notes.append("there is no projector; heads do not read it")
+    notes.append("images are given as values in [0, 1]; a network trained on normalised images needs that folded in")
+    return Foreign(model=model, encoder=encoder, backbone_only=backbone_only, notes=tuple(notes))
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file by name, without wrappers."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(8)
+    except OSError as error:
+        raise _bad(path, f"cannot be read: {(error.strerror or str(error)).lower()}") from error
+    if head[:2] == b"PK" or head[:1] == b"\x80":
+        return _tensors(path, _unpickled(path))
+    return checkpoint.read_tensors(path)
+
+
+def _unpickled(path: Path) -> object:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about formats of old, which are read all the same
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise _bad(
+            path,
+            "holds more than weights, and would run code to be read",
+            hint="save its state dict alone, as safetensors or by torch.save(model.state_dict(), ...)",
+        ) from error
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, AttributeError, TypeError) as error:
+        raise _bad(path, f"not a readable file of weights ({' '.join(str(error).split())[:120]})") from error
+
+
+def _tensors(path: Path, content: object) -> dict[str, Tensor]:
+    while isinstance(content, Mapping):
+        tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+        if any(key.endswith("conv1.weight") for key in tensors):
+            return tensors
+        inner = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
+        if inner is None:
+            return tensors
+        content = inner
+    raise _bad(path, f"holds a {type(content).__name__}, not tensors by name")
+
+
+def _root(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """What stands before the names of the backbone, such as "module.backbone."."""
+    stems = [key.removesuffix("conv1.weight") for key in tensors if key.endswith("conv1.weight")]
+    roots = [root for root in stems if f"{root}layer1.0.conv1.weight" in tensors]
+    if not roots:
+        shown = ", ".join(sorted(tensors)[:_LISTED]) or "nothing"
+        raise _bad(path, f"no ResNet: it holds {shown}", hint="known are torchvision's names and backbone.*")
+    return min(roots, key=lambda root: ("momentum" in root or "_k." in root, len(root), root))
+
+
+def _architecture(
+    path: Path, backbone: Mapping[str, Tensor]
+) -> tuple[Literal["resnet18", "resnet34", "resnet50"], Literal["cifar", "imagenet"], int]:
+    depth = [0, 0, 0, 0]
+    for key in backbone:
+        if found := _STAGE.fullmatch(key):
+            depth[int(found[1]) - 1] += 1
+    block = "bottleneck" if "layer1.0.conv3.weight" in backbone else "basic"
+    first = backbone["conv1.weight"]
+    if first.dim() != 4 or first.shape[1] != 3 or first.shape[2] not in (3, 7):
+        raise _bad(path, f"its first convolution is {tuple(first.shape)}; known are 3x3 and 7x7 on 3 channels")
+    stem: Literal["cifar", "imagenet"] = "cifar" if first.shape[2] == 3 else "imagenet"
+    width = first.shape[0]
+    match (tuple(depth), block):
+        case ((2, 2, 2, 2), "basic"):
+            return "resnet18", stem, width
+        case ((3, 4, 6, 3), "basic"):
+            return "resnet34", stem, width
+        case ((3, 4, 6, 3), "bottleneck"):
+            return "resnet50", stem, width
+    known = ", ".join(DEPTHS)
+    raise _bad(path, f"{block} blocks {'-'.join(map(str, depth))} are no network that is known: {known}")
+
+
+def _parts(hidden: int, embedding: int) -> tuple[str, ...]:
+    return ("backbone.", *(["pre_feature."] if hidden else []), *(["projector."] if embedding else []))
+
+
+def _fitted(
+    encoder: Encoder, given: Mapping[str, Tensor], *, parts: tuple[str, ...]
+) -> tuple[dict[str, Tensor], set[str]]:
+    """A whole state dict: given tensors of `parts`, as float32, beside the encoder's own; and which were taken."""
+    expected = encoder.state_dict()
+    state: dict[str, Tensor] = {}
+    taken = set()
+    for key, own in expected.items():
+        if not key.startswith(parts):
+            state[key] = own
+        elif key in given:
+            state[key] = given[key].to(own.dtype)
+            taken.add(key)
+        elif key.endswith("num_batches_tracked"):  # older files lack it, and it is not used
+            state[key] = own
+    return state, taken
+
+
+def _original(key: str, root: str, above: str, tensors: Mapping[str, Tensor]) -> str:
+    """The name in the file of one of our keys."""
+    part, _, rest = key.partition(".")
+    if part == "backbone":
+        return root + rest
+    if part == "projector" and f"{above}projection.{rest}" in tensors:
+        return f"{above}projection.{rest}"
+    return f"{above}{part}.{rest}"
+
+
+def _rows(weight: Tensor | None) -> int:
+    return 0 if weight is None or weight.dim() != 2 else len(weight)
+
+
+def _bad(path: Path, cause: str, *, hint: str = "") -> CfamcError:
+    return CfamcError(f"{path}: {cause}", hint=hint, exit_code=ExitCode.BAD_DATA)
