@@ -1,0 +1,331 @@
+"""Weights that load elsewhere: written, read back from the file, and held against the live model.
+
+A part is the backbone (torchvision's names), backbone and `pre_feature`, or those with a linear head. Formats are
+safetensors, torch.export's archive (.pt2) and ONNX, the last two for any batch size and one image size. Symbols: N
+images, F features, C classes, S pixels of a side. Images are float32 in [0, 1], and so is all arithmetic.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal, assert_never
+
+import torch
+from torch import Tensor, nn
+
+from cfamc_cli.engine import checkpoint
+from cfamc_cli.engine.heads import Classifier, LinearHead
+from cfamc_cli.engine.models import Encoder, Features, ResNet
+from cfamc_cli.errors import CfamcError, ExitCode
+from cfamc_cli.recipe import Model
+
+Format = Literal["safetensors", "pt2", "onnx"]
+Forward = Callable[[Tensor], Tensor]
+
+RTOL, ATOL = 1e-3, 1e-5
+BATCHES = (1, 2, 7)
+IMAGES = sum(BATCHES)  # that a check looks at
+INPUT = "images"
+OUTPUTS: dict[str, str] = {"backbone": "features", "encoder": "features", "classifier": "logits"}
+_LIBRARY_WIDTH = 64  # the one width that torchvision's ResNets have
+_ONNX_LIMIT = 3 * 2**29  # bytes of weights; a protocol buffer ends at 2 GiB, so larger weights lie in a second file
+
+
+class Stack(nn.Module):
+    """Backbone, `pre_feature` and head, as far as there are any, under those names: (N, 3, S, S) to (N, F) or (N, C).
+
+    Attributes:
+        backbone: From images to features.
+        pre_feature: What heads read; None where they read the backbone.
+        head: A plain linear layer; None where features are handed over.
+    """
+
+    def __init__(self, backbone: nn.Module, pre_feature: nn.Module | None, head: nn.Module | None) -> None:
+        super().__init__()
+        self.backbone, self.pre_feature, self.head = backbone, pre_feature, head
+
+    def forward(self, images: Tensor) -> Tensor:
+        x: Tensor = self.backbone(images)
+        if self.pre_feature is not None:
+            x = self.pre_feature(x)
+        return x if self.head is None else self.head(x)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is handed over.
+
+    Attributes:
+        model: The recipe's [model].
+        module: The weights under the names that they get, on the CPU, in eval mode.
+        live: What the files are held against: the part of the encoder or classifier itself.
+        device: Where `live` computes.
+        output: "features" or "logits".
+        output_dim: F or C.
+    """
+
+    model: Model
+    module: nn.Module
+    live: Forward
+    device: torch.device
+    output: str
+    output_dim: int
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How a file that was read back compares with the live model.
+
+    Attributes:
+        reader: Library that read it, with its version.
+        batches: Sizes of the batches compared.
+        largest_difference: Of any output, absolute.
+    """
+
+    reader: str
+    batches: tuple[int, ...]
+    largest_difference: float
+
+
+def backbone_of(encoder: Encoder, model: Model, *, device: torch.device) -> Subject:
+    """The backbone, from images to (N, F), under torchvision's names."""
+    return Subject(model, _portable(encoder.backbone), encoder.backbone, device, "features", _dim(encoder, "backbone"))
+
+
+def encoder_of(encoder: Encoder, model: Model, *, device: torch.device) -> Subject:
+    """Backbone and `pre_feature`, from images to what heads read; the projector served the objective alone."""
+    module = _portable(Stack(encoder.backbone, encoder.pre_feature, None))
+    return Subject(model, module, encoder.features, device, "features", _dim(encoder, "pre_feature"))
+
+
+def classifier_of(classifier: Classifier, model: Model, *, device: torch.device) -> Subject:
+    """Encoder and head, from images to logits; a head that standardises its features becomes a plain linear layer.
+
+    Raises:
+        CfamcError: Exit 2; the head reads random crops of an image, which no file of weights can hold.
+    """
+    if classifier.crops is not None:
+        raise CfamcError(
+            "a head on aggregated crops reads random crops, which are no part of a network's weights",
+            hint="export --part encoder, or name a linear, robust-linear or finetune head with --head",
+            exit_code=ExitCode.INVALID,
+        )
+    encoder = classifier.encoder
+    pre_feature = encoder.pre_feature if classifier.features == "pre_feature" else None
+    head = _plain_linear(classifier.head)
+    module = _portable(Stack(encoder.backbone, pre_feature, head))
+    return Subject(model, module, classifier, device, "logits", head.out_features)
+
+
+def require(wanted: Format) -> None:
+    """Refuse a format whose libraries are missing, before any work is done.
+
+    Raises:
+        CfamcError: Exit 2, with how to install them.
+    """
+    needed = ("onnx", "onnxscript", "onnxruntime") if wanted == "onnx" else ()
+    missing = [name for name in needed if find_spec(name) is None]
+    if missing:
+        raise CfamcError(
+            f"--format {wanted} needs {', '.join(missing)}",
+            hint=f"pip install 'cfamc[{wanted}]'",
+            exit_code=ExitCode.INVALID,
+        )
+
+
+def write(subject: Subject, path: Path, images: Tensor, *, wanted: Format) -> Agreement:
+    """Write a file, read it back and compare; the caller removes what does not agree.
+
+    Args:
+        subject: What to write.
+        path: The file, in a folder where nothing else needs it yet.
+        images: uint8, (IMAGES, 3, S, S), real ones; their size is the size that .pt2 and ONNX files take.
+        wanted: How to write it.
+
+    Raises:
+        CfamcError: Exit 1; the file cannot be read back, or what was read computes something else.
+    """
+    _save(subject, path, images, wanted=wanted)
+    try:
+        reader, forward = _read_back(subject, path, wanted=wanted)
+    except Exception as error:  # whatever a library raises at a file that it cannot read
+        cause = " ".join(str(error).split())[:200] or type(error).__name__
+        raise CfamcError(f"{path.name} cannot be read back: {cause}") from error
+    return compare(subject, forward, images, reader=reader, name=path.name)
+
+
+@torch.no_grad()
+def compare(subject: Subject, forward: Forward, images: Tensor, *, reader: str, name: str) -> Agreement:
+    """Hold what was read back against the live model on batches of 1, 2 and 7 different images.
+
+    Args:
+        subject: The live model.
+        forward: What was read back: (n, 3, S, S) in [0, 1] on the CPU to (n, F) or (n, C).
+        images: uint8, (IMAGES, 3, S, S).
+        reader: Who read it.
+        name: What messages call the file.
+
+    Raises:
+        CfamcError: Exit 1; some output is further off than RTOL and ATOL allow, or another class has the highest
+            logit.
+    """
+    largest = 0.0
+    for chunk in torch.split(images, list(BATCHES)):
+        x = chunk.float() / 255
+        with _full_precision():
+            wanted = subject.live(x.to(subject.device)).float().cpu()
+        found = forward(x)
+        where = f"{name}, read back by {reader}, differs from the live model at batch {len(x)}"
+        if found.shape != wanted.shape:
+            raise CfamcError(f"{where}: shape {tuple(found.shape)} where {tuple(wanted.shape)} is right")
+        difference = float((found - wanted).abs().max())
+        if not torch.allclose(found, wanted, rtol=RTOL, atol=ATOL):
+            raise CfamcError(
+                f"{where} by up to {difference:.3g}, more than {RTOL:g} relative and {ATOL:g} absolute",
+                hint="nothing was handed over; other versions of the libraries may do better",
+            )
+        if subject.output == "logits" and not torch.equal(found.argmax(1), wanted.argmax(1)):
+            raise CfamcError(f"{where}: another class", hint="nothing was handed over")
+        largest = max(largest, difference)
+    return Agreement(reader, BATCHES, largest)
+
+
+def some_images(images: Tensor) -> Tensor:
+    """The first images of a set, uint8, (IMAGES, 3, S, S); a smaller set is gone through again."""
+    return images[torch.arange(IMAGES) % len(images)]
+
+
+def _save(subject: Subject, path: Path, images: Tensor, *, wanted: Format) -> None:
+    match wanted:
+        case "safetensors":
+            checkpoint.write_tensors(path, subject.module.state_dict())
+        case "pt2":
+            torch.export.save(_traced(subject.module, images), path)
+        case "onnx":
+            program = torch.onnx.export(
+                _traced(subject.module, images),
+                dynamo=True,
+                input_names=[INPUT],
+                output_names=[subject.output],
+                verbose=False,
+            )
+            assert program is not None, "dynamo returns a program"
+            weights = sum(tensor.nbytes for tensor in subject.module.state_dict().values())
+            program.save(path, external_data=weights > _ONNX_LIMIT)
+        case _:
+            assert_never(wanted)
+
+
+def _traced(module: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
+    """The module as a graph for any batch size, without the paths of this machine's source files."""
+    example = images[:2].float() / 255  # a batch of 1 would be taken for a constant
+    dynamic = ({0: torch.export.Dim("batch", min=1)},)
+    program = torch.export.export(module, (example,), dynamic_shapes=dynamic)
+    for graph in program.graph_module.modules():
+        if isinstance(graph, torch.fx.GraphModule):
+            for node in graph.graph.nodes:
+                node.meta.pop("stack_trace", None)
+    return program
+
+
+def _read_back(subject: Subject, path: Path, *, wanted: Format) -> tuple[str, Forward]:
+    """Who reads the file, and what it computes; no tensor of the live model is part of that."""
+    match wanted:
+        case "safetensors":
+            reader, twin = _twin(subject)
+            twin.load_state_dict(checkpoint.read_tensors(path))
+            return reader, twin.eval()
+        case "pt2":
+            return _version("torch"), torch.export.load(path).module()
+        case "onnx":
+            return _version("onnxruntime"), _onnx_session(path)
+        case _:
+            assert_never(wanted)
+
+
+def _onnx_session(path: Path) -> Forward:
+    import onnx
+    import onnxruntime
+
+    onnx.checker.check_model(path)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors; what a reader sees comes from here
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda x: torch.from_numpy(session.run(None, {INPUT: x.numpy()})[0])
+
+
+def _twin(subject: Subject) -> tuple[str, nn.Module]:
+    """Other modules of the same names: torchvision's backbone where it has the width, else one of our own."""
+    model = subject.model
+    with torch.random.fork_rng(devices=[]):  # the initial weights are drawn, and overwritten
+        if model.width == _LIBRARY_WIDTH:
+            reader, backbone = _version("torchvision"), torchvision_backbone(model)
+        else:
+            reader, backbone = _version("cfamc"), ResNet(model.backbone, stem=model.stem, width=model.width)
+        if not isinstance(subject.module, Stack):
+            return reader, backbone
+        pre_feature, head = subject.module.pre_feature, subject.module.head
+        if pre_feature is not None:
+            dim = subject.module.backbone.feature_dim
+            assert isinstance(dim, int), "a width is a number"
+            hidden = model.hidden_dim
+            pre_feature = nn.Sequential(nn.Linear(dim, hidden), nn.BatchNorm1d(hidden), nn.ReLU())
+        if isinstance(head, nn.Linear):
+            head = nn.Linear(head.in_features, head.out_features)
+        return reader, Stack(backbone, pre_feature, head)
+
+
+def torchvision_backbone(model: Model) -> nn.Module:
+    """Torchvision's own ResNet with the recipe's stem and without a classifier; width 64 alone."""
+    import torchvision
+
+    net: nn.Module = getattr(torchvision.models, model.backbone)(weights=None)
+    if model.stem == "cifar":
+        net.conv1, net.maxpool = nn.Conv2d(3, _LIBRARY_WIDTH, 3, 1, 1, bias=False), nn.Identity()
+    net.fc = nn.Identity()
+    return net
+
+
+def _portable(module: nn.Module) -> nn.Module:
+    """A copy on the CPU, in eval mode, without gradients, in the memory layout that every library expects."""
+    moved = copy.deepcopy(module).to("cpu", torch.float32).to(memory_format=torch.contiguous_format)
+    return moved.eval().requires_grad_(False)
+
+
+def _plain_linear(head: LinearHead) -> nn.Linear:
+    """The head with its standardisation folded into the weights, in float64."""
+    weight, bias = head.weight.detach().double().cpu(), head.bias.detach().double().cpu()
+    if head.mean is not None and head.std is not None:
+        weight = weight / head.std.double().cpu()
+        bias = bias - weight @ head.mean.double().cpu()
+    with torch.random.fork_rng(devices=[]):  # the initial weights are drawn, and overwritten
+        plain = nn.Linear(weight.shape[1], weight.shape[0])
+    plain.load_state_dict({"weight": weight.float(), "bias": bias.float()})
+    return plain
+
+
+def _dim(encoder: Encoder, features: Features) -> int:
+    if features == "backbone":
+        return encoder.backbone.feature_dim
+    return int(encoder.state_dict()["pre_feature.0.weight"].shape[0])
+
+
+def _version(package: str) -> str:
+    return f"{package} {importlib.metadata.version(package)}"
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Within, CUDA's convolutions do not shorten float32 either."""
+    short = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = short

@@ -1,0 +1,668 @@
+"""Exports load without cfamc, agree with the live model, exist whole or not at all, and say what was not measured."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import re
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cfamc_cli.cli import run as command_line
+from cfamc_cli.commands.export import ExportRecord, comma_separated
+from cfamc_cli.engine import checkpoint, export
+from cfamc_cli.engine.data import load as load_data
+from cfamc_cli.engine.heads import Classifier, LinearHead, write_head
+from cfamc_cli.engine.models import Encoder, Features, build_encoder
+from cfamc_cli.engine.sink import NullSink
+from cfamc_cli.errors import CfamcError, ExitCode
+from cfamc_cli.recipe import Recipe
+from cfamc_cli.recipe_file import to_toml
+from cfamc_cli.records import (
+    Accuracy,
+    AttackRecord,
+    ClassAccuracy,
+    DataUsed,
+    Environment,
+    Flag,
+    ProbeRecord,
+    Progress,
+    Record,
+    RunRecord,
+    ThreatModel,
+    Totals,
+    load_record,
+)
+
+NOON = datetime(2026, 11, 22, 12, 0, 0, tzinfo=UTC)
+RUN = "20261122-120000-tiny-000000"
+CPU = torch.device("cpu")
+ENVIRONMENT = Environment(
+    cfamc="0.1.0",
+    python="3.11.7",
+    torch="2.9.0",
+    torchvision="0.24.0",
+    platform="Linux",
+    cpu="Some CPU",
+    cores=2,
+    device="cpu",
+    git_revision=None,
+    git_changed=False,
+)
+TEST = load_data(Recipe.model_validate({
+    "schema": 1, "name": "t", "data": {"dataset": "fashion-mini"}, "crops": [{"count": 2}],
+    "objective": {"name": "emp-ssl"}, "adversary": {"name": "none"},
+}).data, "test", seed=0, cache=Path(), sink=NullSink())  # fmt: skip
+CLASSES = TEST.classes
+USED = DataUsed(dataset="fashion-mini", split="test", n=len(TEST), fingerprint=TEST.fingerprint)
+IMAGES = TEST.images[:10].float() / 255
+
+
+def write(path: Path, record: Record) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(record.model_dump_json(indent=2))
+
+
+class Made:
+    """A finished run whose weights were drawn, with running statistics that are not their initial ones."""
+
+    def __init__(self, store: Path, *, name: str = "tiny", progress: dict[str, object] | None = None, **model: Any):
+        table = {"width": 8, "hidden_dim": 16, "embedding_dim": 8} | model
+        self.recipe = Recipe.model_validate(
+            {
+                "schema": 1,
+                "name": name,
+                "data": {"dataset": "fashion-mini", "limit": 64},
+                "crops": [{"count": 4, "size": 16}],
+                "model": table,
+                "objective": {"name": "emp-ssl"},
+                "adversary": {"name": "free"},
+                "train": {"batch_size": 8},
+            }
+        )
+        self.store, self.path = store, store / RUN
+        self.path.mkdir(parents=True)
+        generator = torch.Generator().manual_seed(5)
+        self.encoder: Encoder = build_encoder(self.recipe.model, generator=generator).eval()
+        for module in self.encoder.modules():
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+                module.running_mean = torch.randn(module.num_features, generator=generator) / 10
+                module.running_var = torch.rand(module.num_features, generator=generator) + 0.5
+        (self.path / "recipe.toml").write_text(to_toml(self.recipe))
+        (self.path / "resolved.json").write_text(json.dumps(self.recipe.resolved()))
+        self.digest = checkpoint.digest_of(self.encoder)
+        saved = checkpoint.Checkpoint(self.encoder.state_dict(), {}, progress or {})
+        checkpoint.save(self.path / "checkpoints", 24, saved)
+        self.record()
+
+    def record(self, **changes: Any) -> None:
+        record = RunRecord(
+            id=RUN,
+            name=self.recipe.name,
+            status="finished",
+            created=NOON,
+            updated=NOON,
+            recipe_digest=self.recipe.digest(),
+            seed=0,
+            progress=Progress(batch=8, step=24, epoch=1.0, total=24),
+            environment=ENVIRONMENT,
+            wall_seconds=12.0,
+            totals=Totals(steps=24, view_passes=768, parameters=1000),
+            data=DataUsed(dataset="fashion-mini", split="train", n=64, fingerprint="ab"),
+        )
+        write(self.path / "run.json", record.model_copy(update=changes))
+
+    def add_probe(
+        self, item: str = "linear-001", *, features: Features = "pre_feature", standardize: bool = False, **changes: Any
+    ) -> Classifier:
+        """A linear head fitted to 500 test images: good enough for attacks to have something to break."""
+        from cfamc_cli.engine.probe import extract_features
+
+        inputs = extract_features(self.encoder, TEST.images[:500], device=CPU, features=features)
+        head = LinearHead(inputs.shape[1], len(CLASSES), standardized=standardize)
+        labels = TEST.require_labels()[:500]
+        mean, std = inputs.mean(0), inputs.std(0) + 1e-3
+        targets = nn.functional.one_hot(labels, len(CLASSES)).float() - 0.1
+        weight = torch.linalg.lstsq((inputs - mean) / std, targets).solution.T
+        with torch.no_grad():
+            if standardize:
+                assert head.mean is not None
+                assert head.std is not None
+                head.mean.copy_(mean)
+                head.std.copy_(std)
+                head.weight.copy_(weight)
+            else:
+                head.weight.copy_(weight / std)
+                head.bias.copy_(-(weight / std) @ mean)
+        classifier = Classifier(self.encoder, head, features=features).eval().requires_grad_(False)
+        folder = self.path / "probes" / item
+        folder.mkdir(parents=True)
+        record = ProbeRecord(
+            id=item,
+            run=RUN,
+            created=NOON,
+            recipe_digest=self.recipe.digest(),
+            seed=0,
+            head="linear",
+            features=features,
+            settings={"head": "linear", "features": features, "standardize": standardize},
+            encoder_digest=self.digest,
+            head_digest=write_head(folder, classifier, finetuned=False),
+            train=USED,
+            test=USED,
+            train_accuracy=None,
+            test_accuracy=Accuracy.of(700, 1000),
+            classes=tuple(ClassAccuracy(name=name, accuracy=None) for name in CLASSES),
+            confusion=(),
+            wall_seconds=1.0,
+            environment=ENVIRONMENT,
+        )
+        self.probe = record.model_copy(update=changes)
+        write(folder / "record.json", self.probe)
+        return classifier
+
+    def add_attack(self, item: str = "pgd-001", **changes: Any) -> None:
+        record = AttackRecord(
+            id=item,
+            run=RUN,
+            probe=self.probe.id,
+            created=NOON,
+            recipe_digest=self.recipe.digest(),
+            seed=0,
+            head="linear",
+            features=self.probe.features,
+            threat=ThreatModel(space="image", norm="linf", eps="8/255"),
+            attack="pgd",
+            settings={"name": "pgd", "eps": "8/255", "steps": 20, "step_size": "0.01"},
+            data=USED,
+            subset="all",
+            order_digest="0b",
+            encoder_digest=self.digest,
+            head_digest=self.probe.head_digest,
+            clean=Accuracy.of(700, 1000),
+            robust=Accuracy.of(334, 1000),
+            classes=(),
+            stages=(),
+            forward=1,
+            backward=1,
+            wall_seconds=1.0,
+            flags=(Flag(name="ball", figure=0.0, limit=0.0, verdict="passed", text="inside"),),
+            environment=ENVIRONMENT,
+        )
+        write(self.path / "attacks" / item / "record.json", record.model_copy(update=changes))
+
+    def export(self, out: Path, *arguments: str) -> int:
+        return command_line(
+            ["export", RUN, "--runs", str(self.store), "--out", str(out), "--device", "cpu", *arguments]
+        )
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Made:
+    return Made(tmp_path / "runs")
+
+
+def fenced_python(card: Path) -> str:
+    found = re.search(r"```python\n(.*?)\n```", card.read_text(), re.DOTALL)
+    assert found is not None
+    return found[1]
+
+
+def run_card(folder: Path, monkeypatch: pytest.MonkeyPatch, images: Any = IMAGES) -> dict[str, Any]:
+    """Run the card's own lines, in the folder of the export."""
+    monkeypatch.chdir(folder)
+    names: dict[str, Any] = {"images": images}
+    with torch.no_grad():
+        exec(compile(fenced_python(folder / "README.md"), "README.md", "exec"), names)
+    return names
+
+
+# Weights that load elsewhere
+
+
+def test_a_width_64_backbone_loads_into_torchvision_by_the_lines_of_its_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = Made(tmp_path / "runs", width=64)
+    assert wide.export(tmp_path / "out") == 0
+    names = run_card(tmp_path / "out", monkeypatch)
+    assert type(names["net"]).__module__.startswith("torchvision.")
+    torch.testing.assert_close(names["features"], wide.encoder.backbone(IMAGES).detach(), rtol=1e-4, atol=1e-5)
+    assert load_record(tmp_path / "out/export.json", ExportRecord).check.reader.startswith("torchvision")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stem", ["cifar", "imagenet"])
+def test_a_width_64_backbone_loads_into_timm(tmp_path: Path, stem: str) -> None:
+    import timm
+    from safetensors.torch import load_file
+
+    wide = Made(tmp_path / "runs", width=64, stem=stem)
+    assert wide.export(tmp_path / "out") == 0
+    net = timm.create_model("resnet18", num_classes=0)
+    if stem == "cifar":
+        net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
+    net.load_state_dict(load_file(tmp_path / "out/backbone.safetensors"))
+    with torch.no_grad():
+        found = net.eval()(IMAGES)
+    torch.testing.assert_close(found, wide.encoder.backbone(IMAGES).detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", ["resnet34", "resnet50"])
+def test_the_other_backbones_load_into_torchvision(tmp_path: Path, backbone: str) -> None:
+    wide = Made(tmp_path / "runs", width=64, backbone=backbone, stem="imagenet")
+    assert wide.export(tmp_path / "out", "--part", "encoder") == 0
+    assert load_record(tmp_path / "out/export.json", ExportRecord).check.reader.startswith("torchvision")
+
+
+def test_an_encoder_of_another_width_loads_by_the_lines_of_its_card(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert made.export(tmp_path / "out", "--part", "encoder") == 0
+    found = run_card(tmp_path / "out", monkeypatch)["features"]
+    torch.testing.assert_close(found, made.encoder.features(IMAGES).detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("features", ["pre_feature", "backbone"])
+@pytest.mark.parametrize("standardize", [False, True])
+def test_a_classifier_loads_by_the_lines_of_its_card_as_plain_layers(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, features: Features, standardize: bool
+) -> None:
+    live = made.add_probe(features=features, standardize=standardize)
+    assert made.export(tmp_path / "out", "--part", "classifier", "--head", "linear-001") == 0
+    found = run_card(tmp_path / "out", monkeypatch)["logits"]
+    torch.testing.assert_close(found, live(IMAGES), rtol=1e-3, atol=1e-4)
+    assert torch.equal(found.argmax(1), live(IMAGES).argmax(1))
+    keys = checkpoint.read_tensors(tmp_path / "out/classifier.safetensors").keys()
+    assert {key.partition(".")[0] for key in keys} == {"backbone", "head"} | (
+        {"pre_feature"} if features == "pre_feature" else set()
+    )
+    assert load_record(tmp_path / "out/export.json", ExportRecord).classes == CLASSES
+
+
+def adversarial(classifier: Classifier, images: Tensor, labels: Tensor) -> Tensor:
+    """PGD of 5 steps at 8/255, on batches of 100."""
+    parts = []
+    for x, y in zip(images.split(100), labels.split(100), strict=True):
+        delta = torch.zeros_like(x)
+        for _ in range(5):
+            delta.requires_grad_(True)
+            loss = nn.functional.cross_entropy(classifier((x + delta).clamp(0, 1)), y)
+            (grad,) = torch.autograd.grad(loss, delta)
+            delta = (delta.detach() + 0.01 * grad.sign()).clamp(-8 / 255, 8 / 255)
+        parts.append((x + delta).clamp(0, 1))
+    return torch.cat(parts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["pt2", "onnx"])
+def test_a_classifier_predicts_the_same_through_other_runtimes(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    live = made.add_probe(standardize=True)
+    assert made.export(tmp_path / "out", "--part", "classifier", "--format", form) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "README.md",
+        f"classifier.{form}",
+        "export.json",
+    ]
+    real = TEST.images.float() / 255
+    attacked = adversarial(live, real, TEST.require_labels())
+    broken = live(attacked).argmax(1) != live(real).argmax(1)
+    assert broken.float().mean() > 0.2  # else the attack would show nothing
+    for images in (real, attacked):
+        found = run_card(tmp_path / "out", monkeypatch, images.numpy() if form == "onnx" else images)["logits"]
+        found = torch.as_tensor(found)
+        torch.testing.assert_close(found, live(images), rtol=1e-3, atol=1e-4)
+        assert torch.equal(found.argmax(1), live(images).argmax(1))
+    data = (tmp_path / f"out/classifier.{form}").read_bytes()
+    assert str(Path(export.__file__).parent).encode() not in data  # where it was made is nobody's business
+
+
+# Nothing unchecked is handed over
+
+
+def left(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_that_computes_something_else_is_removed(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = export._read_back
+
+    def slightly_wrong(*arguments: Any, **named: Any) -> tuple[str, export.Forward]:
+        reader, forward = right(*arguments, **named)
+        return reader, lambda x: forward(x) * (1.01 if len(x) == 7 else 1)
+
+    monkeypatch.setattr(export, "_read_back", slightly_wrong)
+    assert made.export(tmp_path / "exports/out") == ExitCode.FAILED
+    assert left(tmp_path / "exports") == []
+    message = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(
+        r"error: backbone\.safetensors, read back by cfamc \S+, differs from the live model at batch 7 by up to \S+, "
+        r"more than 0\.001 relative and 1e-05 absolute",
+        message[-2],
+    )
+    assert message[-1].startswith("hint: ")
+
+
+def test_a_file_that_cannot_be_read_back_is_removed(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def torn(path: Path, tensors: Any) -> str:
+        path.write_bytes(checkpoint.encode(tensors)[:-1])
+        return ""
+
+    monkeypatch.setattr(checkpoint, "write_tensors", torn)
+    assert made.export(tmp_path / "exports/out") == ExitCode.FAILED
+    assert left(tmp_path / "exports") == []
+    assert "error: backbone.safetensors cannot be read back: " in capsys.readouterr().err
+
+
+def constant(logits: Tensor, output: str = "logits") -> export.Subject:
+    model = Recipe.model_construct().model
+    return export.Subject(model, nn.Identity(), lambda x: logits.expand(len(x), -1), CPU, output, logits.shape[-1])
+
+
+@pytest.mark.parametrize(
+    ("found", "text"),
+    [
+        (torch.tensor([1.0, 1.0 + 1e-6]), "another class"),
+        (torch.tensor([float("nan"), 1.0]), "by up to nan"),
+        (torch.ones(3), "shape"),
+    ],
+)
+def test_another_class_nan_and_another_shape_are_differences(found: Tensor, text: str) -> None:
+    images = export.some_images(TEST.images)
+    with pytest.raises(CfamcError, match=text):
+        export.compare(
+            constant(torch.tensor([1.0 + 1e-6, 1.0])),
+            lambda x: found.expand(len(x), -1),
+            images,
+            reader="a reader",
+            name="x",
+        )
+
+
+def test_the_check_uses_different_images_in_batches_of_1_2_and_7() -> None:
+    assert export.some_images(TEST.images).shape == (10, 3, 28, 28)
+    assert torch.equal(export.some_images(TEST.images[:3])[3], TEST.images[0])
+    seen: list[Tensor] = []
+
+    def forward(x: Tensor) -> Tensor:
+        seen.append(x)
+        return torch.ones(len(x), 2)
+
+    export.compare(constant(torch.ones(2), "features"), forward, TEST.images[:10], reader="", name="")
+    assert [len(x) for x in seen] == [1, 2, 7]
+    assert torch.equal(torch.cat(seen), IMAGES)
+
+
+def test_replacing_needs_force_and_an_earlier_export(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exports = tmp_path / "exports"
+    (exports / "empty").mkdir(parents=True)
+    assert made.export(exports / "empty") == 0  # an empty folder is free
+    assert made.export(exports / "empty") == ExitCode.INVALID
+    assert "--force replaces it" in capsys.readouterr().err
+    (exports / "empty/stray").touch()
+    assert made.export(exports / "empty", "--force", "--part", "encoder") == 0
+    assert left(exports) == ["empty"]
+    assert left(exports / "empty") == ["README.md", "encoder.safetensors", "export.json"]
+    (exports / "mine").mkdir()
+    (exports / "mine/thesis.tex").touch()
+    assert made.export(exports / "mine", "--force") == ExitCode.INVALID
+    assert "exists and is no export" in capsys.readouterr().err
+    monkeypatch.setattr(export, "ATOL", -1.0)
+    monkeypatch.setattr(export, "RTOL", 0.0)
+    assert made.export(exports / "empty", "--force") == ExitCode.FAILED
+    assert left(exports / "empty") == ["README.md", "encoder.safetensors", "export.json"]
+    assert left(exports) == ["empty", "mine"]
+
+
+# Sidecar and card
+
+
+def test_the_sidecar_says_what_a_loader_must_know(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made.add_probe()
+    made.add_attack()
+    assert made.export(tmp_path / "out", "--part", "encoder", "--json", "--quiet") == 0
+    printed = json.loads(capsys.readouterr().out)
+    record = load_record(tmp_path / "out/export.json", ExportRecord)
+    assert printed == {"path": str(tmp_path / "out"), **record.model_dump(mode="json")}
+    (written,) = record.files
+    data = (tmp_path / "out" / written.name).read_bytes()
+    assert (written.size, written.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+    assert record.input.model_dump() == {
+        "name": "images",
+        "channels": "RGB",
+        "height": 28,
+        "width": 28,
+        "dtype": "float32",
+        "range": (0.0, 1.0),
+    }
+    assert (record.output.name, record.output.dim, record.classes) == ("features", 16, None)
+    assert record.source.encoder_digest == made.digest
+    assert record.recipe["model"] == made.recipe.resolved()["model"]
+    assert record.licence == "MIT, Copyright (c) 2017 Zalando SE"
+    assert [probe.id for probe in record.probes] == ["linear-001"]
+    assert [attack.robust.correct for attack in record.attacks] == [334]
+
+
+def test_the_card_has_numbers_with_intervals_and_threat_models_and_what_is_missing(made: Made, tmp_path: Path) -> None:
+    made.add_probe()
+    made.add_attack()
+    made.add_attack("autoattack-001", attack="autoattack", settings={"version": "rand"})
+    crops = ThreatModel(space="crops", norm="linf", eps="4/255")
+    failed = Flag(name="masking", figure=1.0, limit=0.0, verdict="failed", text="")
+    made.add_attack("pgd-002", threat=crops, flags=(failed,), notes=("a note",))
+    assert made.export(tmp_path / "out", "--part", "classifier") == 0
+    card = (tmp_path / "out/README.md").read_text()
+    assert r"70.0 \[67.1, 72.8\]" in card
+    assert r"33.4 \[30.5, 36.4\]" in card
+    assert "| linf 8/255, every pixel of the image | pgd: steps 20, step\\_size 0.01 |" in card
+    assert "| linf 4/255, every crop by itself |" in card
+    assert "failed: masking" in card
+    assert "- a note" in card
+    gaps = card.partition("## Not measured")[2].partition("##")[0]
+    assert "standard AutoAttack" in gaps
+    assert "Perturbations in l2" in gaps
+    assert "Perturbations larger than linf 4/255 and linf 8/255" in gaps
+
+
+def test_nothing_measured_is_said_plainly(made: Made, tmp_path: Path) -> None:
+    assert made.export(tmp_path / "out") == 0
+    card = (tmp_path / "out/README.md").read_text()
+    assert "Nothing was measured on these weights." in card
+    assert "- Accuracy under any attack: nothing is known about robustness." in card
+
+
+def test_results_of_other_weights_stay_out(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made.add_probe()
+    made.add_attack("pgd-old", encoder_digest="ee")
+    made.add_attack("pgd-other", head_digest="dd")
+    (made.path / "probes/torn-001").mkdir()
+    (made.path / "probes/torn-001/record.json").write_text("{")
+    assert made.export(tmp_path / "out", "--part", "encoder") == 0
+    assert load_record(tmp_path / "out/export.json", ExportRecord).attacks == ()
+    err = capsys.readouterr().err
+    assert "measured on other weights: pgd-old" in err
+    assert "torn-001/record.json" in err
+
+
+def test_hostile_text_is_not_markup_and_paths_stay_at_home(tmp_path: Path) -> None:
+    name = "<script>alert(1)</script> `x` [a](http://b) | \x1b[31m ``` \u202e"
+    hostile = Made(tmp_path / "runs", name=name)
+    secret = "/home/someone/private"
+    hostile.add_probe(data={"dataset": "fashion-mini", "root": secret})
+    train = {**hostile.recipe.resolved()["train"], "init": f"{secret}/20261122-110000-before-aaaaaa"}
+    resolved = hostile.recipe.resolved() | {"train": train}
+    (hostile.path / "resolved.json").write_text(json.dumps(resolved))
+    assert hostile.export(tmp_path / "out", "--part", "encoder") == 0
+    text = (tmp_path / "out/README.md").read_text()
+    card, recipe = text.split("````toml")
+    assert "<script>" not in card.replace(r"\<script", "")
+    assert "\x1b" not in text
+    assert "\u202e" not in text
+    assert recipe.endswith("\n````\n")
+    assert "20261122-110000-before-aaaaaa" in recipe
+    assert secret not in text + (tmp_path / "out/export.json").read_text()
+
+
+# Errors: one line, one hint, the right exit code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--head", "linear-001"], "--head has no effect on --part backbone"),
+        (["--part", "encoder", "--head", "linear-001"], "--head has no effect on --part encoder"),
+        (["--metrics", "csv", "--part", "encoder", "--format", "onnx"], "--part, --format would have no effect"),
+        (["--part", "classifier", "--head", "crops-001"], "aggregated crops reads random crops"),
+        (["--part", "classifier", "--head", "nothing"], "has no probe 'nothing'"),
+        (["--part", "everything"], "everything"),
+        (["--device", "abacus"], "device 'abacus' is not available here"),
+    ],
+)
+def test_what_cannot_be_exported(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    made.add_probe("crops-001", head="crops", settings={"head": "crops", "crops": 2})
+    assert made.export(tmp_path / "out", *arguments) == ExitCode.INVALID
+    err = capsys.readouterr().err.splitlines()
+    assert message in err[-2]
+    assert err[-2].startswith("error: ")
+    assert err[-1].startswith("hint: ")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("missing", ["onnx", "onnxscript", "onnxruntime"])
+def test_a_missing_extra_is_named_before_any_work(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], missing: str
+) -> None:
+    monkeypatch.setattr(export, "find_spec", lambda name: None if name == missing else object())
+    assert made.export(tmp_path / "out", "--format", "onnx") == ExitCode.INVALID
+    assert capsys.readouterr().err.splitlines() == [
+        f"error: --format onnx needs {missing}",
+        "hint: pip install 'cfamc[onnx]'",
+    ]
+
+
+def test_a_missing_tensorboard_is_named(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (made.path / "metrics.jsonl").write_text('{"kind":"train","step":1,"loss":1.0}\n')
+    monkeypatch.setitem(sys.modules, "tensorboard.compat.proto.event_pb2", None)
+    assert made.export(tmp_path / "out", "--metrics", "tensorboard") == ExitCode.INVALID
+    assert capsys.readouterr().err.splitlines() == [
+        "error: --metrics tensorboard needs tensorboard",
+        "hint: pip install 'cfamc[tensorboard]'",
+    ]
+
+
+def test_an_empty_store_a_damaged_checkpoint_and_an_imported_backbone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "none").mkdir()
+    assert command_line(["export", "--runs", str(tmp_path / "none")]) == ExitCode.INVALID
+    partial = Made(tmp_path / "partial", progress={"backbone_only": True})
+    assert partial.export(tmp_path / "out", "--part", "encoder") == ExitCode.INVALID
+    assert "there is only a backbone" in capsys.readouterr().err
+    assert partial.export(tmp_path / "out") == 0
+    weights = partial.path / "checkpoints/step-00000024/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert partial.export(tmp_path / "other") == ExitCode.BAD_DATA
+    assert not (tmp_path / "other").exists()
+
+
+def test_no_run_is_the_newest_with_weights_and_the_folder_is_named_after_it(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (made.store / "20261123-120000-later-000000").mkdir()
+    made.record(status="interrupted")
+    monkeypatch.chdir(tmp_path)
+    assert command_line(["export", "--runs", str(made.store), "--device", "cpu"]) == 0
+    out, err = capsys.readouterr()
+    assert out == f"{RUN}-backbone-safetensors\n"
+    assert "not finished (interrupted)" in err
+    assert (tmp_path / out.strip() / "backbone.safetensors").is_file()
+
+
+def test_the_command_needs_no_torch_for_metrics(made: Made, tmp_path: Path) -> None:
+    (made.path / "metrics.jsonl").write_text('{"kind":"train","step":1,"loss":1.0}\n')
+    code = (
+        "import sys; from cfamc_cli.cli import run; "
+        f"code = run(['export', {RUN!r}, '--runs', {str(made.store)!r}, '--metrics', 'csv', '--out', 'm']); "
+        "sys.exit(code or 'torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=False).returncode == 0
+
+
+# Metrics
+
+LINES = [
+    {"kind": "train", "step": 3, "epoch": 0.5, "loss": -1.5},
+    {"kind": "train", "step": 6, "epoch": 1.0, "loss": None, "lost": True, "nonfinite": {"loss": "nan"}},
+    {"kind": "evaluation", "step": 6, "clean": 700, "attack": "=HYPERLINK(1)", "eps": "8/255"},
+    {"kind": "../../x", "step": 7, "y": 1},
+]
+
+
+def put_metrics(made: Made) -> None:
+    (made.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
+
+
+def test_metrics_as_csv(made: Made, tmp_path: Path) -> None:
+    put_metrics(made)
+    assert made.export(tmp_path / "out", "--metrics", "csv") == 0
+    assert left(tmp_path / "out") == ["evaluation.csv", "export.json", "train.csv", "x.csv"]
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "out/train.csv").read_text())))
+    assert rows == [
+        {"step": "3", "epoch": "0.5", "loss": "-1.5", "lost": ""},
+        {"step": "6", "epoch": "1.0", "loss": "nan", "lost": "true"},
+    ]
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "out/evaluation.csv").read_text())))
+    assert rows == [{"step": "6", "clean": "700", "attack": "'=HYPERLINK(1)", "eps": "8/255"}]
+
+
+def test_every_float_survives_the_csv() -> None:
+    values = [0.1, 1e-300, -2.2250738585072014e-308, 1 / 3, 12345678901234567890.0]
+    text = comma_separated([{"x": value} for value in values]).decode()
+    assert [float(row["x"]) for row in csv.DictReader(io.StringIO(text))] == values
+
+
+def test_metrics_as_tensorboard_events(made: Made, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    put_metrics(made)
+    assert made.export(tmp_path / "out", "--metrics", "tensorboard") == 0
+    (file,) = (tmp_path / "out").glob("events.out.tfevents.*")
+    found = [
+        (event.step, value.tag, value.tensor.float_val[0] if value.HasField("tensor") else value.simple_value)
+        for event in EventFileLoader(str(file)).Load()
+        for value in event.summary.value
+    ]
+    assert (3, "train/loss", -1.5) in found
+    assert (6, "evaluation/clean", 700.0) in found
+    assert (7, "x/y", 1.0) in found
+    assert [value != value for step, tag, value in found if (step, tag) == (6, "train/loss")] == [True]
+
+
+def test_no_metrics_yet(made: Made, tmp_path: Path) -> None:
+    (made.path / "metrics.jsonl").touch()
+    assert made.export(tmp_path / "out", "--metrics", "csv") == ExitCode.BAD_DATA
+    assert not (tmp_path / "out").exists()
