@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -206,6 +206,50 @@ def attack(
     evaluate(run, flags=flags, options=Options(device=device, runs=runs, quiet=quiet, as_json=json))
 
 
+@app.command()
+def export(
+    run: Annotated[
+        str | None, typer.Argument(metavar="RUN", help="A run: its id, path or latest; else the newest one.")
+    ] = None,
+    part: Annotated[
+        Literal["backbone", "encoder", "classifier"] | None,
+        typer.Option(help="How much of the network; backbone unless told."),
+    ] = None,
+    wanted: Annotated[
+        Literal["safetensors", "pt2", "onnx"] | None,
+        typer.Option("--format", help="How it is written; safetensors unless told."),
+    ] = None,
+    head: Annotated[
+        str | None, typer.Option(metavar="PROBE", help="Head of the classifier: a probe's id, or a kind of head.")
+    ] = None,
+    metrics: Annotated[
+        Literal["csv", "tensorboard"] | None, typer.Option(help="Hand over the run's metrics, in place of weights.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="The folder to make; else one named after it.")] = (
+        None
+    ),
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
+    device: DeviceOption = "auto",
+    runs: RunsOption = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Hand over weights that load without cfamc, checked against the live model, with a model card."""
+    from cfamc_cli.commands.export import export as hand_over
+    from cfamc_cli.commands.pretrain import Options
+
+    hand_over(
+        run,
+        part=part,
+        wanted=wanted,
+        head=head,
+        metrics=metrics,
+        out=out,
+        force=force,
+        options=Options(device=device, runs=runs, quiet=quiet, as_json=json),
+    )
+
+
 @recipes_app.command("list")
 def list_recipes(json: JsonOption = False) -> None:
     """List the recipes, the quickstart first."""
@@ -279,7 +323,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _explained(error: BaseException) -> CfamcError:
-    """What a failure that is not cfamc's own means to the person; a defect is raised again."""
+    """What a failure that is not cfamc's own means to the person; of a defect, the trace is shown."""
     from cfamc_cli.commands.signals import Interrupted
 
     if isinstance(error, Interrupted):
@@ -295,7 +339,13 @@ def _explained(error: BaseException) -> CfamcError:
         return CfamcError("out of memory", hint="lower train.batch_size, crops.0.count or model.width")
     if isinstance(error, OSError):
         return CfamcError(f"{error.filename or 'the system'}: {(error.strerror or str(error)).lower()}")
-    raise error
+    if not isinstance(error, Exception):  # the interpreter's own ways to end
+        raise error
+    import traceback
+
+    traceback.print_exception(error)
+    hint = "this is a defect of cfamc: please report it, with the lines above"
+    return CfamcError(f"{type(error).__name__}: {error}", hint=hint)
 
 
 def _report(error: CfamcError, *, as_json: bool) -> int:

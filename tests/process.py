@@ -147,6 +147,8 @@ class Warm:
         env: Mapping[str, str] | None = None,
         hook: str = "",
         values: Sequence[object] = (),
+        closed: Sequence[int] = (),
+        terminal: str = "",
     ) -> Child:
         """Fork a child that runs a command line.
 
@@ -156,17 +158,21 @@ class Warm:
             env: Set on top of the tests' environment.
             hook: Name of a function in `HOOKS`, called in the child first.
             values: What the hook is called with.
+            closed: Standard streams that the child has not got.
+            terminal: Device that is its stderr, in place of a file.
         """
         number = len(list(cwd.glob(".out-*")))
         out, err = cwd / f".out-{number}", cwd / f".err-{number}"
         out.touch()
+        err.touch()
         request = {
             "do": "start",
             "arguments": arguments,
             "cwd": str(cwd),
             "env": environment(**(env or {})),
             "out": str(out),
-            "err": str(err),
+            "err": terminal or str(err),
+            "closed": list(closed),
             "hook": hook,
             "values": list(values),
         }
@@ -344,6 +350,20 @@ def wait_in_evaluation(flag: str, held_out: int) -> None:
     mock.patch.object(monitor, "evaluate", slow).start()
 
 
+def wait_in_load(flag: str) -> None:
+    """Stand still while the data are read."""
+    from cfamc_cli.engine import data
+
+    load = data.load
+
+    def slow(*arguments: Any, **settings: Any) -> Any:
+        if not Path(flag).exists():
+            _stand_still(Path(flag), 60)
+        return load(*arguments, **settings)
+
+    mock.patch.object(data, "load", slow).start()
+
+
 def nan_at(step: int, value: str) -> None:
     """Make the loss of an update not finite."""
     from cfamc_cli.engine import losses, pretrain
@@ -435,6 +455,7 @@ HOOKS: dict[str, Callable[..., None]] = {
         wait_in_save,
         wait_in_loss,
         wait_in_evaluation,
+        wait_in_load,
         nan_at,
         out_of_memory_at,
         defect_at,
@@ -454,14 +475,19 @@ def _child(request: Mapping[str, Any]) -> NoReturn:
         os.environ.update(request["env"])
         for number, path, flags in (
             (0, os.devnull, os.O_RDONLY),
-            (1, request["out"], os.O_WRONLY | os.O_TRUNC),
-            (2, request["err"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC),
+            (1, request["out"], os.O_WRONLY),
+            (2, request["err"], os.O_WRONLY | os.O_NOCTTY),
         ):
-            os.dup2(os.open(path, flags, 0o600), number)
+            opened = os.open(path, flags)
+            os.dup2(opened, number)
+            os.close(opened)
         sys.stdin, sys.stdout, sys.stderr = (
             io.TextIOWrapper(io.FileIO(number, mode, closefd=False), "utf-8", "backslashreplace", write_through=True)
             for number, mode in ((0, "r"), (1, "w"), (2, "w"))
         )
+        for number in request["closed"]:
+            os.close(number)
+            setattr(sys, ("stdin", "stdout", "stderr")[number], None)
         sys.argv = ["cfamc", *request["arguments"]]
         if request["hook"]:
             HOOKS[request["hook"]](*request["values"])

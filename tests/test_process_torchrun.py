@@ -1,0 +1,153 @@
+"""Two processes under torchrun: one run, one voice, and an end for both when one of them ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from process import environment, recipe_text
+
+pytestmark = pytest.mark.slow
+
+
+@contextmanager
+def torchrun(folder: Path, *words: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Start 2 ranks; whatever is left of them at the end of the block is killed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    with (folder / "out").open("wb") as out, (folder / "err").open("wb") as err:
+        process = subprocess.Popen(
+            [*launcher, "-m", "cfamc_cli", "pretrain", *words],
+            cwd=folder,
+            env=environment(PYTHONWARNINGS="default", GLOO_SOCKET_IFNAME="lo"),
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
+            start_new_session=True,
+        )
+        try:
+            yield process
+        finally:
+            for pid in [*ranks(process), process.pid]:
+                if alive(pid):
+                    os.kill(pid, signal.SIGKILL)
+            process.wait()
+
+
+def ranks(launcher: subprocess.Popen[bytes]) -> list[int]:
+    """The processes that train, by rank."""
+    found = {}
+    if not alive(launcher.pid):
+        return []
+    for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
+        try:
+            entries = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        rank = next((int(entry[5:]) for entry in entries if entry.startswith(b"RANK=")), None)
+        if rank is not None:
+            found[rank] = int(pid)
+    return [found[rank] for rank in sorted(found)]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def until(condition: object, process: subprocess.Popen[bytes], folder: Path) -> None:
+    limit = time.monotonic() + 120
+    assert callable(condition)
+    while not condition():
+        assert process.poll() is None, (folder / "err").read_text()
+        assert time.monotonic() < limit, (folder / "err").read_text()
+        time.sleep(0.02)
+
+
+def saved(folder: Path) -> list[Path]:
+    return sorted(folder.glob("runs/*/checkpoints/step-*/manifest.json"))
+
+
+def prepare(folder: Path, *, epochs: float) -> None:
+    (folder / "recipe.toml").write_text(recipe_text(epochs=epochs, every=2, log_every=2))
+
+
+def only_run(folder: Path) -> Path:
+    (run,) = (folder / "runs").iterdir()
+    return run
+
+
+def test_two_ranks_write_one_run_and_speak_once(tmp_path: Path) -> None:
+    prepare(tmp_path, epochs=0.5)
+    with torchrun(tmp_path, "recipe.toml", "--json") as process:
+        assert process.wait(180) == 0, (tmp_path / "err").read_text()
+    answer = json.loads((tmp_path / "out").read_text())
+    run = only_run(tmp_path)
+    assert (answer["id"], answer["status"]) == (run.name, "finished")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [6, 12]
+    err = (tmp_path / "err").read_text()
+    assert err.count("train 12/12") == 1
+    assert err.count("trained 12 updates") == 1
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_sigterm_to_one_rank_saves_and_ends_both(rank: int, tmp_path: Path) -> None:
+    prepare(tmp_path, epochs=2.0)
+    with torchrun(tmp_path, "recipe.toml") as process:
+        until(lambda: saved(tmp_path), process, tmp_path)
+        pids = ranks(process)
+        assert len(pids) == 2
+        os.kill(pids[rank], signal.SIGTERM)
+        started = time.monotonic()
+        while any(map(alive, pids)):
+            assert time.monotonic() - started < 30, (tmp_path / "err").read_text()
+            time.sleep(0.05)
+        process.wait(60)
+    run = only_run(tmp_path)
+    record = json.loads((run / "run.json").read_text())
+    assert record["status"] == "interrupted", (tmp_path / "err").read_text()
+    stopped = record["progress"]["step"]
+    assert f"step-{stopped:08d}" in {path.parent.name for path in saved(tmp_path)}
+    assert not list(run.rglob(".tmp-*"))
+    if rank == 0:
+        return
+    with torchrun(tmp_path, "--resume", run.name) as process:
+        assert process.wait(180) == 0, (tmp_path / "err").read_text()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(6, 49, 6))  # of one writer
+    assert json.loads((run / "run.json").read_text())["status"] == "finished"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_kill_9_of_one_rank_ends_the_other(rank: int, tmp_path: Path) -> None:
+    prepare(tmp_path, epochs=8.0)
+    with torchrun(tmp_path, "recipe.toml") as process:
+        until(lambda: saved(tmp_path), process, tmp_path)
+        pids = ranks(process)
+        os.kill(pids[rank], signal.SIGKILL)
+        started = time.monotonic()
+        while any(map(alive, pids)):
+            assert time.monotonic() - started < 60, (tmp_path / "err").read_text()
+            time.sleep(0.05)
+        assert process.wait(60) != 0
+    run = only_run(tmp_path)
+    assert saved(tmp_path)
+    assert json.loads((run / "run.json").read_text())["status"] != "finished"
+    if rank == 1:
+        err = (tmp_path / "err").read_text()
+        assert "another process of this run ended" in err or "interrupted" in err, err
