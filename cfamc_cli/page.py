@@ -42,6 +42,7 @@ img { width: 100%; height: auto; border: 1px solid var(--line); }
 details { border-bottom: 1px solid var(--line); padding: .3rem 0; }
 summary { cursor: pointer; overflow-wrap: anywhere; }
 pre { overflow-x: auto; background: #f6f8fa; padding: .7rem; font-size: .78rem; line-height: 1.35; }
+@page { size: landscape; margin: 12mm; }
 @media print {
   body { max-width: none; padding: 0; font-size: 10pt; }
   table { font-size: 7pt; width: 100%; }

@@ -131,7 +131,13 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, 
     aligned = set(right)
     made = Table(title=Text(clean(title)) if title else None, title_justify="left", box=box.SIMPLE_HEAD)
     for index, name in enumerate(columns):
-        made.add_column(Text(clean(name)), justify="right" if index in aligned else "left", overflow="fold")
+        number = index in aligned
+        made.add_column(
+            Text(clean(name)),
+            justify="right" if number else "left",
+            overflow="ellipsis" if number else "fold",  # half a number is marked as such
+            no_wrap=number,
+        )
     for row in rows:
         made.add_row(*(Text(clean(cell)) for cell in row))
     return made
@@ -148,10 +154,20 @@ def print_table(shown: Table) -> None:
         return
     console = Console(highlight=False, emoji=False, markup=False)
     if not console.is_terminal:
-        console.width = max(console.measure(shown, options=console.options.update(max_width=10_000)).maximum, 1)
+        console.width = _natural_width(shown, console)
     with console.capture() as capture:
         console.print(shown)
     write_out(capture.get())
+
+
+def fits(shown: Table) -> bool:
+    """Whether stdout is wide enough for a table; anything but a terminal is."""
+    console = Console()
+    return not console.is_terminal or _natural_width(shown, console) <= console.width
+
+
+def _natural_width(shown: Table, console: Console) -> int:
+    return max(console.measure(shown, options=console.options.update(max_width=10_000)).maximum, 1)
 
 
 def percent(share: float) -> str:

@@ -29,7 +29,8 @@ _WHICH: tuple[Which, ...] = ("clean", "robust")
 _MEASURED = ("", "run", "clean %", "robust %")
 _AGAINST = ("clean diff", "robust diff", "p", "shared")
 _COST = ("n", "time", "epochs", "views")
-_SAID = ("recipe", "note")
+RECIPE = "recipe"
+_SAID = (RECIPE, "note")
 
 
 @dataclass(frozen=True)

@@ -512,6 +512,25 @@ def test_pictures_that_cannot_be(store: Path, tmp_path: Path, monkeypatch: pytes
     assert "No pictures: pictures need matplotlib" in (tmp_path / "page.html").read_text()
 
 
+def test_a_narrow_terminal_gets_the_recipes_below(
+    store: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    for columns, below in (("100", True), ("400", False)):
+        monkeypatch.setenv("COLUMNS", columns)
+        run([], store, output="rich")
+        out = capsys.readouterr().out
+        assert (f"\n{B}: adversary.name=pgd, adversary.steps=5\n" in out) == below
+        assert "80.0 [77.4, 82.4]" in out
+
+
+def test_a_long_table_says_what_it_leaves_out(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run([], store, output="rich", limit=1)
+    assert "1 more rows; --limit 0 shows all\n" in capsys.readouterr().out
+    run([], store, output="rich", limit=0)
+    assert A in capsys.readouterr().out
+
+
 def test_markdown_and_latex_and_csv_have_a_cell_for_each_column(
     store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -120,10 +120,17 @@ def _write_sheets(tables: Sequence[ComparedTable], spell: Callable[[Sheet], str]
 
 
 def _print(sheet: Sheet, limit: int) -> None:
+    """Print a sheet; where the terminal is too narrow for it, what a row's recipe says goes below."""
     rows = sheet.rows[:limit] if limit else sheet.rows
-    render.print_table(render.table(sheet.title, sheet.columns, rows, right=sheet.right))
+    shown = render.table(sheet.title, sheet.columns, rows, right=sheet.right)
+    below: list[str] = []
+    if sheets.RECIPE in sheet.columns and not render.fits(shown):
+        at = sheet.columns.index(sheets.RECIPE)
+        below = [f"{row[1]}: {row[at]}" for row in rows if row[at]]
+        rows = tuple(row[:at] + row[at + 1 :] for row in rows)
+        columns = sheet.columns[:at] + sheet.columns[at + 1 :]
+        shown = render.table(sheet.title, columns, rows, right=sheet.right)
+    render.print_table(shown)
     if len(rows) < len(sheet.rows):
-        render.write_out(f"{len(sheet.rows) - len(rows):,} more rows; --limit 0 shows all\n")
-    for note in sheet.notes:
-        render.write_out(f"{render.clean(note)}\n")
-    render.write_out("\n")
+        below.append(f"{len(sheet.rows) - len(rows):,} more rows; --limit 0 shows all")
+    render.write_out("".join(f"{render.clean(line)}\n" for line in [*below, *sheet.notes, ""]))
