@@ -1,0 +1,306 @@
+"""The command line as a contract: its surface, its exit codes, one JSON object in every case, no terminal too odd."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from process import cfamc, environment, recipe_text
+
+from cfamc_cli import __version__, cli, recipe_file
+
+SURFACE = {
+    "cfamc": "--install-completion --show-completion --version",
+    "cfamc pretrain": "RECIPE --device --dry-run --json --quiet/-q --resume --runs --seed --seeds --set",
+    "cfamc probe": (
+        "RUN --crops --data --device --epochs --features --head --import --json --limit "
+        "--protocol --quiet/-q --resume --runs --set"
+    ),
+    "cfamc attack": (
+        "RUN --attack --audit --device --eps --head --json --limit --norm --plot --quiet/-q "
+        "--restarts --runs --save-examples --space --step-size --steps --strict"
+    ),
+    "cfamc export": "RUN --device --force --format --head --json --metrics --out --part --quiet/-q --runs",
+    "cfamc recipes": "",
+    "cfamc recipes list": "--json",
+    "cfamc recipes show": "NAME",
+    "cfamc recipes copy": "NAME TARGET --force",
+}
+
+
+def commands() -> Iterator[tuple[str, Any]]:
+    """Every command with its full name."""
+
+    def walk(name: str, command: Any) -> Iterator[tuple[str, Any]]:
+        yield name, command
+        for inner, found in getattr(command, "commands", {}).items():
+            yield from walk(f"{name} {inner}", found)
+
+    yield from walk("cfamc", typer.main.get_command(cli.app))
+
+
+def surface() -> dict[str, str]:
+    """What each command takes: arguments in order, then options as they are spelled, by name."""
+    found = {}
+    for name, command in commands():
+        words = [param.name.upper() for param in command.params if param.param_type_name == "argument"]
+        options = [param for param in command.params if param.param_type_name == "option"]
+        words += sorted("/".join([*param.opts, *param.secondary_opts]) for param in options)
+        found[name] = " ".join(words)
+    return found
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    code = cli.run(list(words))
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_the_surface_changes_only_on_purpose() -> None:
+    assert surface() == SURFACE
+
+
+@pytest.mark.parametrize("name", SURFACE)
+def test_help_of_every_command(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for flag in ("--help", "-h"):
+        code, out, err = run(capsys, *name.split()[1:], flag)
+        assert (code, err) == (0, "")
+        assert out.startswith(f"Usage: {name} ")
+        for option in re.findall(r"--[a-z-]+", SURFACE[name]):
+            assert option in out
+    for line in out.splitlines():
+        assert len(line) <= 80, line
+
+
+def test_without_a_command_the_help_is_talk(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ((), ("recipes",)):
+        code, out, err = run(capsys, *words)
+        assert (code, out) == (2, "")
+        assert err.startswith("Usage: cfamc")
+        assert "Commands:" in err
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "--version") == (0, f"cfamc {__version__}\n", "")
+
+
+INVALID: list[tuple[list[str], str]] = [
+    (["nothing"], "No such command"),
+    (["--nothing"], "No such option"),
+    (["pretrain"], "which recipe?"),
+    (["pretrain", "a", "b"], "unexpected extra argument"),
+    (["pretrain", "--seed", "x"], "--seed"),
+    (["pretrain", "--set"], "--set"),
+    (["pretrain", "quickstart", "--seed", "1", "--seeds", "1"], "exclude each other"),
+    (["pretrain", "quickstart", "--seeds", "1,x"], "not a list of whole numbers"),
+    (["pretrain", "quickstart", "--seeds", "1,1"], "names a seed twice"),
+    (["pretrain", "quickstart", "--seeds", ""], "not a list of whole numbers"),
+    (["pretrain", "quickstart", "--set", "crops.0.cuont=1"], "crops.0.cuont"),
+    (["pretrain", "quickstart", "--set", "adversary.eps=8"], "8/255"),
+    (["pretrain", "nowhere.toml"], "no recipe"),
+    (["pretrain", "--resume", "latest", "--seed", "1"], "--resume"),
+    (["pretrain", "quickstart", "--resume", "latest", "--dry-run"], "exclude each other"),
+    (["pretrain", "--resume", "latest", "--runs", "nowhere"], "no run in nowhere"),
+    (["recipes", "nothing"], "No such command"),
+    (["recipes", "show"], "NAME"),
+    (["recipes", "show", "nothing"], "no recipe"),
+]
+
+
+@pytest.mark.parametrize(("words", "says"), INVALID)
+def test_what_is_invalid_is_said_in_a_line_and_in_json(
+    words: list[str], says: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, *words)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert says in err
+    assert "Traceback" not in err
+    code, out, again = run(capsys, *words, "--json")
+    error = json.loads(out)["error"]
+    assert (code, error["exit_code"]) == (2, 2)
+    assert set(error) >= {"message", "hint", "exit_code"}
+    assert again.startswith("error: ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_problem_of_a_recipe_is_in_the_json(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["pretrain", "quickstart", "--set", "train.epochs=-1", "--set", "model.width=0", "--json"]
+    code, out, _ = run(capsys, *words)
+    assert code == 2
+    problems = json.loads(out)["error"]["problems"]
+    assert [problem["path"] for problem in problems] == ["model.width", "train.epochs"]
+
+
+def test_dry_run_prints_a_recipe_that_loads(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, out, err = run(capsys, "pretrain", "cifar10", "--dry-run", "--seed", "7", "--set", "train.epochs=2")
+    assert (code, err) == (0, "")
+    for word in ("parameters", "weight updates", "view passes", "FLOP", "memory"):
+        assert word in out
+    (tmp_path / "resolved.toml").write_text(out)
+    resolved = recipe_file.load(str(tmp_path / "resolved.toml"))
+    assert resolved == recipe_file.load("cifar10", overrides=["train.epochs=2"], seed=7)
+    code, out, err = run(capsys, "pretrain", "cifar10", "--dry-run", "--json")
+    assert (code, err) == (0, "")
+    answer = json.loads(out)
+    assert answer["recipe"] == recipe_file.load("cifar10").resolved()
+    assert answer["plan"]["weight_updates"] == 10 * 500 * 3
+    assert set(answer["plan"]) >= {"parameters", "view_passes", "flops", "memory"}
+
+
+def test_recipes(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, "recipes", "list")
+    assert (code, err) == (0, "")
+    assert out.splitlines()[0].split()[0] == "quickstart"
+    code, listed, _ = run(capsys, "recipes", "list", "--json")
+    recipes = json.loads(listed)["recipes"]
+    assert [recipe["name"] for recipe in recipes] == [line.split()[0] for line in out.splitlines()]
+    assert all(recipe["title"] for recipe in recipes)
+    code, text, err = run(capsys, "recipes", "show", "quickstart")
+    assert (code, err) == (0, "")
+    assert text == recipe_file.shipped()["quickstart"].read_text()
+    assert run(capsys, "recipes", "copy", "quickstart") == (0, "quickstart.toml\n", "")
+    assert Path("quickstart.toml").read_text() == text
+    Path("quickstart.toml").write_text("mine")
+    code, out, err = run(capsys, "recipes", "copy", "quickstart")
+    assert (code, out) == (2, "")
+    assert "--force" in err
+    assert Path("quickstart.toml").read_text() == "mine"
+    assert run(capsys, "recipes", "copy", "quickstart", "--force")[0] == 0
+    assert Path("quickstart.toml").read_text() == text
+    assert run(capsys, "recipes", "copy", "quickstart", "other.toml") == (0, "other.toml\n", "")
+    code, _, err = run(capsys, "recipes", "copy", "quickstart", "no/such/folder.toml")
+    assert code == 1
+    assert "no such file" in err
+
+
+# Whole processes
+
+
+def test_light_commands_never_import_torch(tmp_path: Path) -> None:
+    lines = [
+        ["--help"],
+        ["--version"],
+        ["nothing"],
+        ["recipes", "list"],
+        ["recipes", "show", "cifar10"],
+        ["pretrain", "--help"],
+        ["pretrain", "imagenet100", "--dry-run", "--json"],
+        ["pretrain", "quickstart", "--set", "adversary.eps=8", "--json"],
+        ["pretrain", "--resume", "latest"],
+    ]
+    code = "\n".join(
+        [
+            "import sys",
+            "from cfamc_cli.cli import run",
+            f"print([run(words) for words in {lines!r}], file=sys.stderr)",
+            "heavy = {'torch', 'torchvision', 'numpy', 'matplotlib', 'safetensors'} & set(sys.modules)",
+            "sys.exit(f'imported {heavy}' if heavy else 0)",
+        ]
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "[0, 0, 2, 0, 0, 0, 0, 2, 2]" in done.stderr
+
+
+def shell(line: str, folder: Path, **env: str) -> tuple[int, str, str]:
+    """Run a line of bash in which $cfamc is the program."""
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", line],
+        cwd=folder,
+        env=environment(cfamc=f"{sys.executable} -m cfamc_cli", **env),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=120,
+        check=False,
+    )
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+DRY = "$cfamc pretrain quickstart --dry-run --json"
+BAD = "$cfamc pretrain quickstart --set adversary.eps=8 --json"
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        (f"{DRY} >&-", 0),
+        (f"{DRY} 2>&- <&-", 0),
+        (f"{BAD} >&- 2>&- <&-", 2),
+        (f"{DRY} | head -1", 0),
+        ("$cfamc --help | head -1", 0),
+        (f"{DRY} >/dev/full", 1),
+        (f"{BAD} >/dev/full", 2),
+        (f"{BAD} 2>/dev/full", 2),
+        ("$cfamc recipes list >/dev/full", 1),
+    ],
+)
+def test_streams_that_take_nothing(line: str, code: int, tmp_path: Path) -> None:
+    found, out, err = shell(line, tmp_path)
+    assert found == code, (out, err)
+    assert "Traceback" not in err
+    assert "Exception ignored" not in err
+    if "head" in line:
+        assert len(out.splitlines()) == 1
+        assert err == ""
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "TERM": "dumb", "COLUMNS": "20"},
+        {"HOME": "/proc/none", "NO_COLOR": "1", "TERM": "nonsense", "COLUMNS": "x"},
+    ],
+)
+def test_json_parses_in_any_environment(env: dict[str, str], tmp_path: Path) -> None:
+    text = recipe_text().replace('name = "tiny"', 'name = "caf\\u00e9 \\u202e [red]x[/] \\u001b[31m"')
+    (tmp_path / "recipe.toml").write_text(text)
+    code, out, err = shell("$cfamc pretrain recipe.toml --dry-run --json", tmp_path, **env)
+    assert (code, err) == (0, "")
+    assert json.loads(out)["recipe"]["name"] == "caf\u00e9 \u202e [red]x[/] \x1b[31m"
+    code, out, err = shell("$cfamc pretrain r\u00e9cipe.toml --json", tmp_path, **env)
+    assert code == 2, err
+    assert "no recipe" in json.loads(out)["error"]["message"]
+    assert "\x1b" not in err
+
+
+def test_completion_prints_a_script_and_completes(tmp_path: Path) -> None:
+    code, script, _ = shell("SHELL=/bin/bash $cfamc --show-completion bash", tmp_path)
+    assert code == 0
+    assert "complete " in script
+    assert "cfamc" in script
+    code, source, _ = shell("_CFAMC_COMPLETE=source_bash $cfamc", tmp_path)
+    assert code == 0
+    assert "_CFAMC_COMPLETE=complete_bash" in source
+    code, words, _ = shell('COMP_WORDS="cfamc pre" COMP_CWORD=1 _CFAMC_COMPLETE=complete_bash $cfamc', tmp_path)
+    assert (code, words.split()) == (0, ["pretrain"])
+
+
+def test_an_interrupt_in_the_first_moment_is_no_traceback(tmp_path: Path) -> None:
+    code = """
+from cfamc_cli import __main__, cli
+def interrupted(words): raise KeyboardInterrupt
+cli.run = interrupted
+__main__.main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (130, "")
+
+
+def test_the_program_is_installed_under_its_name(tmp_path: Path) -> None:
+    program = Path(sys.executable).parent / "cfamc"
+    done = subprocess.run([program, "--version"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == cfamc("--version", cwd=tmp_path).out == f"cfamc {__version__}\n"
