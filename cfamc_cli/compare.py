@@ -7,7 +7,6 @@ attacked on the same samples are compared sample by sample, by McNemar's exact t
 from __future__ import annotations
 
 import math
-import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -145,7 +144,9 @@ class Figure:
         n = min(accuracy.n for accuracy in accuracies)
         if len(values) == 1:
             return cls(values[0], n, 1, None, accuracies[0].low, accuracies[0].high)
-        return cls(statistics.fmean(values), n, len(values), statistics.stdev(values), None, None)
+        mean = sum(values) / len(values)
+        std = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+        return cls(mean, n, len(values), std, None, None)
 
 
 @dataclass(frozen=True, slots=True)

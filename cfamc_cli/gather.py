@@ -179,14 +179,17 @@ class _Reader:
             raise CfamcError(f"{path}: not JSON", exit_code=ExitCode.BAD_DATA) from error
         if not isinstance(resolved, dict):
             raise CfamcError(f"{path}: not a recipe", exit_code=ExitCode.BAD_DATA)
-        kept = {key: value for key, value in resolved.items() if key not in _NOT_THE_ENCODER}
-        return {key: value for key, value in self._flat(kept).items() if key not in _NOT_THE_ENCODER}
+        recipe: dict[str, Scalar] = {}
+        for name, table in resolved.items():
+            if name not in _NOT_THE_ENCODER:
+                recipe.update(self._settings(table, name))
+        return {key: value for key, value in recipe.items() if key not in _NOT_THE_ENCODER}
 
     def _probes(self, folder: RunFolder, run: Run) -> dict[str, Settings]:
         """Add the results of all heads, and return the settings of each."""
         heads = {}
         for name, record in self._records(folder, "probes", ProbeResult):
-            heads[name] = self._settings(record.settings, "head", ("head", "features"))
+            heads[name] = self._settings(record.settings, "head", without=("head", "features"))
             self.found.entries.append(
                 Entry(
                     run=run,
@@ -207,7 +210,7 @@ class _Reader:
 
     def _attacks(self, folder: RunFolder, run: Run, heads: Mapping[str, Settings]) -> None:
         for name, record in self._records(folder, "attacks", AttackResult):
-            settings = self._settings(record.settings, "", _NOT_THE_ATTACK)
+            settings = self._settings(record.settings, "", without=_NOT_THE_ATTACK)
             self.found.entries.append(
                 Entry(
                     run=run,
@@ -286,19 +289,16 @@ class _Reader:
     def _text(self, text: str) -> str:
         return self._texts.setdefault(text, text)
 
-    def _settings(self, settings: Mapping[str, object], prefix: str, without: tuple[str, ...]) -> Settings:
-        """Flat settings in the order of their names; worked out once for equal ones."""
+    def _settings(self, settings: object, prefix: str, *, without: tuple[str, ...] = ()) -> Settings:
+        """Spell nested settings as dotted keys and plain values; worked out once for equal ones."""
         key = (repr(settings), prefix)
         if key not in self._flattened:
-            kept = {name: settings[name] for name in sorted(settings) if name not in without}
-            self._flattened[key] = tuple(self._flat(kept, prefix).items())
+            if without and isinstance(settings, dict):
+                settings = {name: settings[name] for name in sorted(settings) if name not in without}
+            found: dict[str, Scalar] = {}
+            self._flatten(settings, prefix, found)
+            self._flattened[key] = tuple(found.items())
         return self._flattened[key]
-
-    def _flat(self, value: object, prefix: str = "") -> dict[str, Scalar]:
-        """Spell nested settings as dotted keys and plain values."""
-        found: dict[str, Scalar] = {}
-        self._flatten(value, prefix, found)
-        return found
 
     def _flatten(self, value: object, prefix: str, found: dict[str, Scalar]) -> None:
         if isinstance(value, dict):
