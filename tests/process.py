@@ -425,13 +425,13 @@ def limit_memory(extra: int) -> None:
     def limited(self: Trainer, *arguments: Any, **settings: Any) -> Any:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         used = pages * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + extra, used + extra))
+        resource.setrlimit(resource.RLIMIT_AS, (used + extra, most))
         try:
             return train(self, *arguments, **settings)
         finally:
-            resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            resource.setrlimit(resource.RLIMIT_AS, (allowed, most))
 
-    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    allowed, most = resource.getrlimit(resource.RLIMIT_AS)
     mock.patch.object(Trainer, "train", limited).start()
 
 
