@@ -26,7 +26,7 @@ from cfamc_cli.commands.pretrain import Options
 from cfamc_cli.commands.signals import Interrupted, catch_signals
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.files import explained, read_jsonl, staged_folder, write_bytes, write_text
-from cfamc_cli.recipe import Recipe
+from cfamc_cli.recipe import Recipe, number
 from cfamc_cli.records import (
     AttackRecord,
     Count,
@@ -181,7 +181,7 @@ def export(
                 target = out or Path(f"{run.id}-{metrics}")
                 record: Record = _export_metrics(run, metrics, target, force=force)
             else:
-                run = find_run(store, reference or LATEST, accept=lambda run: run.checkpoints.is_dir())
+                run = find_run(store, reference or LATEST, accept=lambda run: any(run.checkpoints.glob("step-*")))
                 chosen, form = part or "backbone", wanted or "safetensors"
                 target = out or Path(f"{run.id}-{chosen}-{form}")
                 record = _export_weights(run, chosen, form, head, target, force=force, options=options)
@@ -631,7 +631,7 @@ def _measured_section(made: ExportRecord) -> str:
     if made.attacks:
         rows = [_attack_row(attack) for attack in made.attacks]
         columns = ("head", "threat model", "attack", "data", "n", "clean", "robust", "checks")
-        lines.append("Under attack, where the attacker knows every weight:\n\n" + _table(columns, rows))
+        lines.append("Under attack, every example found against these very weights:\n\n" + _table(columns, rows))
     notes = dict.fromkeys(note for attack in made.attacks for note in attack.notes)
     if notes:
         lines.append(_bullets(map(_plain, notes)))
@@ -672,7 +672,8 @@ def not_measured(made: ExportRecord) -> list[str]:
         if not standard:
             gaps.append("The standard AutoAttack: a stronger attack may find lower accuracies than those above.")
         norms = sorted({attack.threat.norm for attack in made.attacks})
-        sizes = sorted({f"{attack.threat.norm} {attack.threat.eps}" for attack in made.attacks})
+        by_size = sorted((attack.threat for attack in made.attacks), key=lambda threat: number(threat.eps))
+        sizes = {threat.norm: f"{threat.norm} {threat.eps}" for threat in by_size}.values()  # the largest of each norm
         others = [norm for norm in ("linf", "l2") if norm not in norms]
         if others:
             gaps.append(f"Perturbations in {' and '.join(others)}.")
