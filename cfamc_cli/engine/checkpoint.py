@@ -20,7 +20,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from cfamc_cli.errors import CfamcError, ExitCode
-from cfamc_cli.files import read_bytes, staged_folder, write_bytes, write_json
+from cfamc_cli.files import MAX_READ, explained, read_bytes, staged_folder, write_bytes, write_json
 
 MODEL, STATE, MANIFEST = "model.safetensors", "state.safetensors", "manifest.json"
 SCHEMA = 1
@@ -58,12 +58,14 @@ def save(folder: Path, step: int, checkpoint: Checkpoint) -> Path:
         else:
             return final
     contents = {MODEL: encode(checkpoint.model), STATE: encode(checkpoint.state)}
-    folder.mkdir(parents=True, exist_ok=True)
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     with staged_folder(final, needed=sum(map(len, contents.values()))) as staged:
         for name, data in contents.items():
             write_bytes(staged / name, data)
         files = {name: {"size": len(data), "sha256": sha256(data)} for name, data in contents.items()}
-        write_json(staged / MANIFEST, {"schema": SCHEMA, "files": files, "progress": checkpoint.progress})
+        manifest: dict[str, object] = {"schema": SCHEMA, "files": files, "progress": checkpoint.progress}
+        write_json(staged / MANIFEST, manifest | {"sha256": _own_digest(manifest)})
     return final
 
 
@@ -75,12 +77,18 @@ def load(folder: Path) -> Checkpoint:
     """
     path = folder / MANIFEST
     try:
-        manifest = json.loads(read_bytes(path))
+        text = _read(path, limit=MAX_READ)
+        if not text.endswith(b"\n"):
+            raise _bad(path, "cut short")
+        manifest = json.loads(text)
         if manifest["schema"] != SCHEMA:
             raise _bad(path, f"schema {manifest['schema']!r}, where {SCHEMA} is known")
+        digest = manifest.pop("sha256", None)  # the first runs had none
+        if manifest.keys() != {"schema", "files", "progress"} or digest not in (None, _own_digest(manifest)):
+            raise _bad(path, "its SHA-256 is not its own")
         files = {name: (int(manifest["files"][name]["size"]), manifest["files"][name]["sha256"]) for name in _FILES}
         progress = dict(manifest["progress"])
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ArithmeticError, AttributeError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise _bad(path, "not a manifest") from error
     tensors = {}
     for name, (size, digest) in files.items():
@@ -90,6 +98,9 @@ def load(folder: Path) -> Checkpoint:
         if sha256(data) != digest:
             raise _bad(folder / name, "its SHA-256 is not the manifest's")
         tensors[name] = decode(folder / name, data)
+    for name, tensor in tensors[MODEL].items():
+        if not torch.isfinite(tensor).all():
+            raise _bad(folder / MODEL, f"{name} is not finite")
     return Checkpoint(tensors[MODEL], tensors[STATE], progress)
 
 
@@ -110,7 +121,7 @@ def newest_valid(folder: Path) -> tuple[Path, Checkpoint, list[CfamcError]]:
     Raises:
         CfamcError: Exit 4; there is none.
     """
-    problems = []
+    problems: list[CfamcError] = []
     for path in list_checkpoints(folder):
         try:
             return path, load(path), problems
@@ -121,10 +132,13 @@ def newest_valid(folder: Path) -> tuple[Path, Checkpoint, list[CfamcError]]:
     raise CfamcError(f"{folder} holds no checkpoint", exit_code=ExitCode.BAD_DATA)
 
 
-def prune(folder: Path, *, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints."""
-    for path in list_checkpoints(folder)[keep:]:
-        shutil.rmtree(path, ignore_errors=True)
+def prune(folder: Path, *, newest: Path, keep: int) -> None:
+    """Remove all but `newest` and the `keep` - 1 before it; what lies beyond it was unfit to go on from."""
+    paths = list_checkpoints(folder)
+    kept = paths[paths.index(newest) :][:keep]
+    for path in paths:
+        if path not in kept:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -156,12 +170,11 @@ def decode(path: Path, data: bytes) -> dict[str, Tensor]:
     """
     if len(data) < 8:
         raise _bad(path, f"{len(data)} bytes are no safetensors file")
-    header = int.from_bytes(data[:8], "little")
-    if data.startswith(b"version https://git-lfs"):
-        raise _bad(path, "a Git LFS pointer, not the file itself", hint="fetch it with: git lfs pull")
-    if data[:2] == b"PK" or data[:1] == b"\x80":
-        raise _bad(path, "a pickle, not safetensors", hint="import foreign weights with: cfamc probe --import FILE")
-    if header > min(_MAX_HEADER, len(data) - 8):
+    if int.from_bytes(data[:8], "little") > min(_MAX_HEADER, len(data) - 8):
+        if data.startswith(b"version https://git-lfs"):
+            raise _bad(path, "a Git LFS pointer, not the file itself", hint="fetch it with: git lfs pull")
+        if data[:2] == b"PK" or data[:1] == b"\x80":
+            raise _bad(path, "a pickle, not safetensors", hint="import foreign weights with: cfamc probe --import FILE")
         raise _bad(path, "not a safetensors file, or cut short")
     try:
         return load_tensors(data)
@@ -207,9 +220,14 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _read(path: Path) -> bytes:
+def _own_digest(manifest: Mapping[str, object]) -> str:
+    """SHA-256 of what a manifest says, so that a flipped bit of its step or positions is noticed too."""
+    return sha256(json.dumps(manifest, sort_keys=True).encode())
+
+
+def _read(path: Path, *, limit: int | None = None) -> bytes:
     try:
-        return read_bytes(path, limit=path.stat().st_size)
+        return read_bytes(path, limit=path.stat().st_size if limit is None else limit)
     except OSError as error:
         raise _bad(path, (error.strerror or str(error)).lower()) from error
     except CfamcError as error:

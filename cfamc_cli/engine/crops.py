@@ -124,7 +124,7 @@ def crop_batch(images: Tensor, parameters: CropParameters, *, size: int) -> Tens
     crops[blurred] = gaussian_blur(crops[blurred], sigma[sigma > 0].to(crops.device))
     solarized = _where(parameters.solarized, crops)
     crops[solarized] = solarize(crops[solarized])
-    return crops.unflatten(0, (views, count))
+    return crops.clamp_(0, 1).unflatten(0, (views, count))  # sums of weights round to 1 + 2e-7
 
 
 def _where(mask: Tensor, like: Tensor) -> Tensor:

@@ -143,18 +143,23 @@ class Journal:
         at_bound = (size >= 0.999 * number(adversary.eps)).float().mean()
         return {"delta_mean": float(size.mean()), "delta_at_bound": float(at_bound)}
 
-    def watch_grip(self, loss_of: LossOf, crops: Groups, delta: Groups, *, step: int) -> None:
+    def watch_grip(self, encoder: Encoder, loss_of: LossOf, crops: Groups, delta: Groups, *, step: int) -> None:
         """Compare the training adversary with PGD-10 when that is due, and warn when it has lost its grip.
 
         Args:
+            encoder: To be checked for finite weights.
             loss_of: The training loss, leaving batch-norm statistics alone.
             crops: The batch's clean crops.
             delta: The perturbations that were trained on.
             step: Weight updates made.
+
+        Raises:
+            Diverged: As `check_finite`.
         """
         adversary, every = self.recipe.adversary, self._grip_plan.every
         if isinstance(adversary, NoAdversary) or every == 0 or step // every == (step - self.recipe.replays) // every:
             return
+        self.check_finite(encoder, step=step)
         few = slice(0, self._grip_plan.images)
         grip = monitor.measure_grip(
             loss_of,
@@ -189,9 +194,7 @@ class Journal:
         labels = self.data.labels
         if labels is None or len(self.data.classes) < 2 or len(images) < 2 * HELD_OUT:
             if step == 0:
-                self.sink.message(
-                    f"no online evaluation: it needs labels of two classes and {2 * HELD_OUT:,} images"
-                )
+                self.sink.message(f"no online evaluation: it needs labels of two classes and {2 * HELD_OUT:,} images")
             return
         self.check_finite(encoder, step=step)
         adversary = self.recipe.adversary

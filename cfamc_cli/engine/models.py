@@ -147,7 +147,7 @@ class Encoder(nn.Module):
 def build_encoder(model: Model, *, generator: torch.Generator) -> Encoder:
     """A fresh encoder on the CPU whose weights depend on the generator alone; the caller's RNG is left as it was."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator.initial_seed())
+        torch.default_generator.manual_seed(generator.initial_seed())  # torch.manual_seed would seed every device
         return Encoder(model).to(memory_format=torch.channels_last)
 
 

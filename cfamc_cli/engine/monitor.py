@@ -69,7 +69,8 @@ def evaluate(
     features = extract_features(encoder, bank, device=device)
     queries = extract_features(encoder, held_out, device=device)
     neighbours = weighted_knn(features, bank_labels, queries, classes=classes)
-    head = fit_linear(features, bank_labels, classes=classes)
+    with torch.random.fork_rng(devices=[]):  # a new layer draws weights, even those that are overwritten
+        head = fit_linear(features, bank_labels, classes=classes)
     right = head(queries).argmax(1) == held_out_labels
 
     training = encoder.training
@@ -185,4 +186,3 @@ def measure_grip(
             ]
         ).tolist()
     return Grip(*losses)
-

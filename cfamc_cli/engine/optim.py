@@ -69,7 +69,7 @@ class LarsOptimizer:
             ratio = (ratio / lr).clamp_max(1.0)
         touched = (w_norm > 0) & (g_norm > 0)
         ratio = torch.where(touched, ratio, 1.0)
-        decay = torch.where(touched, settings.weight_decay, 0.0)
+        decay = torch.where(touched, torch.full_like(w_norm, settings.weight_decay), 0.0)
         decayed = torch._foreach_add(gradients, torch._foreach_mul(weights, list(decay.unbind())))
         return list(torch._foreach_mul(decayed, list(ratio.unbind())))
 

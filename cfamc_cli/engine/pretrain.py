@@ -131,7 +131,11 @@ class Trainer:
 
             self.journal.after_batch(self.encoder, z.detach(), self.adversary.delta, step=self.step)
             self.journal.watch_grip(
-                lambda groups, y=labels: self.attacked_loss(groups, y), crops, self.adversary.delta, step=self.step
+                self.encoder,
+                lambda groups, y=labels: self.attacked_loss(groups, y),
+                crops,
+                self.adversary.delta,
+                step=self.step,
             )
             self._after_batch(batch + 1, folder)
             if self.step < self.updates and (signal := largest(stop(), self.world)):
@@ -147,7 +151,12 @@ class Trainer:
         return z, objective_loss(z, labels, objective=self.recipe.objective)
 
     def attacked_loss(self, groups: Sequence[Tensor], labels: Tensor | None) -> Tensor:
-        """The training loss as an adversary sees it: running batch-norm statistics stay as they are."""
+        """The training loss as an adversary sees it: running batch-norm statistics stay as they are.
+
+        Groups may hold the first images of each process's share only.
+        """
+        if labels is not None:
+            labels = labels.unflatten(0, (self.world.size, -1))[:, : groups[0].shape[1]].flatten()
         with frozen_statistics(self.encoder):
             return self.loss_of(groups, labels)[1].loss
 
@@ -209,8 +218,8 @@ class Trainer:
         state |= {f"delta.{index:04d}": part for index, part in enumerate(delta)}
         state["journal"] = self.journal.rows()
         progress = {"step": self.step, "recipe": self.recipe.digest(), "positions": self.sink.positions()}
-        checkpoints.save(folder, self.step, Checkpoint(self.encoder.state_dict(), state, progress))
-        checkpoints.prune(folder, keep=self.recipe.train.keep)
+        path = checkpoints.save(folder, self.step, Checkpoint(self.encoder.state_dict(), state, progress))
+        checkpoints.prune(folder, newest=path, keep=self.recipe.train.keep)
 
     def load(self, saved: Checkpoint, *, path: Path) -> None:
         """Stand where `saved` stood; going on from here repeats the uncut run bit for bit.
@@ -220,13 +229,18 @@ class Trainer:
         """
         checkpoints.load_state(self.encoder, saved.model, path=path)
         try:
+            if saved.progress["recipe"] != self.recipe.digest():
+                raise ValueError("another recipe")
             for index, buffer in enumerate(self.optimizer.momentum):
-                buffer.copy_(saved.state[f"momentum.{index:04d}"])
+                kept = saved.state[f"momentum.{index:04d}"]
+                if kept.shape != buffer.shape or kept.dtype != buffer.dtype:
+                    raise ValueError("another parameter's momentum")
+                buffer.copy_(kept)
             delta = [saved.state[name] for name in sorted(saved.state) if name.startswith("delta.")]
             self.adversary.load([_channels_last(part[:, self.share].to(self.device)) for part in delta])
             self.journal.load(saved.state["journal"].to(self.device))
             self.step = int(str(saved.progress["step"]))
-        except (KeyError, RuntimeError, ValueError, AssertionError) as error:
+        except (LookupError, RuntimeError, TypeError, ValueError, AssertionError) as error:
             cause = f"{path}: its state does not fit the recipe"
             raise CfamcError(cause, exit_code=ExitCode.BAD_DATA) from error
 

@@ -1,0 +1,118 @@
+"""Online evaluation and the watch on the adversary: what they find, what they cost, what they leave alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from fixed_inputs import fill, uniform
+from torch import Tensor
+
+from cfamc_cli.engine import monitor
+from cfamc_cli.engine.adversary import ascend_loss
+from cfamc_cli.engine.models import Encoder
+from cfamc_cli.recipe import Model
+
+EPS = 8 / 255
+
+
+@pytest.mark.parametrize("updates", [*range(1, 60), 119, 999, 1000, 5001, 15_630])
+@pytest.mark.parametrize("batch_size", [2, 8, 100, 512])
+def test_comparisons_cost_at_most_two_percent_of_the_view_passes(updates: int, batch_size: int) -> None:
+    for passes in (1, 6):
+        plan = monitor.schedule(updates=updates, batch_size=batch_size, passes_per_update=passes)
+        if plan.every == 0:
+            assert 0.02 * updates * batch_size * passes < 13 * 8, "even one comparison of 8 images costs too much"
+            continue
+        comparisons = updates // plan.every
+        assert 8 <= plan.images <= batch_size or plan.images == batch_size
+        assert 1 <= comparisons <= 20
+        each = (3 + monitor.ATTACK_STEPS) * plan.images  # clean, trained, strongest and the attack's own
+        assert comparisons * each <= 0.02 * updates * batch_size * passes
+
+
+def test_a_long_run_is_compared_every_twentieth_of_it() -> None:
+    assert monitor.schedule(updates=15_000, batch_size=100, passes_per_update=1) == monitor.Schedule(750, 100)
+
+
+TARGET = torch.ones(1, 4, 3, 6, 6)
+
+
+def smooth(groups: Sequence[Tensor]) -> Tensor:
+    return (groups[-1] * TARGET).sum()
+
+
+def overfitted(groups: Sequence[Tensor]) -> Tensor:
+    """A loss that is fitted to the corners of the ball: largest halfway there, and flat for a large single step."""
+    away = (groups[-1] - 0.5) / EPS
+    return (torch.sin(torch.pi * away.clamp(-1, 1)) * TARGET).sum()
+
+
+def test_the_grip_of_a_full_attack_is_one_and_of_none_is_zero() -> None:
+    crops = [torch.full((1, 4, 3, 6, 6), 0.5)]
+    zero = [torch.zeros_like(crops[0])]
+    strongest = ascend_loss(smooth, crops, zero, eps=EPS, step_size=0.01, steps=10)
+    assert monitor.measure_grip(smooth, crops, strongest, first=0, eps=EPS).strength == pytest.approx(1, abs=1e-3)
+    grip = monitor.measure_grip(smooth, crops, zero, first=0, eps=EPS)
+    assert grip.strength == pytest.approx(0, abs=1e-3)
+    assert grip.strongest > grip.clean == pytest.approx(grip.trained)
+
+
+def test_one_large_step_loses_its_grip_on_an_overfitted_loss() -> None:
+    crops = [torch.full((1, 4, 3, 6, 6), 0.5)]
+    single = ascend_loss(overfitted, crops, [torch.zeros_like(crops[0])], eps=EPS, step_size=10 / 255, steps=1)
+    grip = monitor.measure_grip(overfitted, crops, single, first=0, eps=EPS)
+    assert grip.strength < monitor.LOST
+    assert grip.strongest > grip.clean + 100
+
+
+def test_the_first_group_stays_clean_where_the_second_view_alone_is_perturbed() -> None:
+    crops = [torch.full((1, 4, 3, 6, 6), 0.5), torch.full((1, 4, 3, 6, 6), 0.25)]
+
+    def loss_of(groups: Sequence[Tensor]) -> Tensor:
+        assert torch.equal(groups[0], crops[0])
+        return smooth(groups)
+
+    grip = monitor.measure_grip(loss_of, crops, [torch.full_like(crops[1], EPS)], first=1, eps=EPS)
+    assert grip.strength == pytest.approx(1, abs=1e-3)
+
+
+def test_online_evaluation_counts_and_leaves_everything_alone() -> None:
+    encoder = Encoder(Model(width=4, hidden_dim=16, embedding_dim=8))
+    fill(encoder.state_dict())
+    encoder.train()
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    labels = torch.arange(48) % 2
+    images = (uniform(48, 3, 8, 8, key="online") * 100).to(torch.uint8)
+    images[labels == 1] += 120  # dark and bright: easy
+    random_state = torch.get_rng_state()
+    found = monitor.evaluate(
+        encoder, images[:32], labels[:32], images[32:], labels[32:], classes=2, eps=EPS, device=torch.device("cpu")
+    )
+    assert found.n == 16
+    assert found.clean == 16
+    assert found.knn > 8
+    assert 0 <= found.robust <= found.clean
+    assert encoder.training
+    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+    assert all(parameter.grad is None for parameter in encoder.parameters())
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_online_evaluation_without_one_right_answer() -> None:
+    encoder = Encoder(Model(width=2, hidden_dim=4, embedding_dim=4))
+    images = (uniform(24, 3, 8, 8, key="online") * 100).to(torch.uint8)
+    images[:8] += 120
+    bank_labels = torch.tensor([1] * 8 + [0] * 8)
+    found = monitor.evaluate(
+        encoder,
+        images[:16],
+        bank_labels,
+        images[16:],
+        torch.full((8,), 2),
+        classes=3,
+        eps=EPS,
+        device=torch.device("cpu"),
+    )
+    assert (found.n, found.knn, found.clean, found.robust) == (8, 0, 0, 0)
