@@ -208,6 +208,7 @@ def fit_sgd(
     _fit(head, optimizer, features, labels, epochs=epochs, batch_size=batch_size, seed=seed, each=each, rate=rate)
 
 
+@torch.no_grad()
 def _fit(
     head: LinearHead,
     optimizer: torch.optim.Optimizer,
@@ -220,19 +221,23 @@ def _fit(
     each: Each,
     rate: Callable[[int], float] | None = None,
 ) -> None:
+    # The gradient of softmax and cross-entropy in closed form: p - y, as autograd has it but in the order that the
+    # memory likes (a quarter of the time of autograd's on a CPU, where this loop is bound by reading the features).
     rows = torch.empty(min(batch_size, len(features)), features.shape[1], device=features.device)
+    head.weight.grad, head.bias.grad = torch.zeros_like(head.weight), torch.zeros_like(head.bias)
     for epoch in range(epochs):
         if rate is not None:
             for group in optimizer.param_groups:
                 group["lr"] = rate(epoch)
         order = epoch_order(seed, epoch, len(features)).to(features.device)
         for chosen in torch.split(order, batch_size):
-            batch = torch.index_select(features, 0, chosen, out=rows[: len(chosen)])
-            loss = F.cross_entropy(head(batch), labels[chosen])
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            batch = head.scaled(torch.index_select(features, 0, chosen, out=rows[: len(chosen)]))
+            logits = F.linear(batch, head.weight, head.bias)
+            error = (logits.softmax(1) - F.one_hot(labels[chosen], logits.shape[1])) / len(chosen)  # (B, C)
+            torch.mm(error.T, batch, out=head.weight.grad)
+            torch.sum(error, 0, out=head.bias.grad)
             optimizer.step()
-        if not torch.isfinite(loss):
+        if not torch.isfinite(head.weight).all():
             raise CfamcError(
                 f"the head diverged in epoch {epoch + 1}", hint="lower probe.lr", exit_code=ExitCode.DIVERGED
             )

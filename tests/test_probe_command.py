@@ -1,0 +1,416 @@
+"""`cfamc probe` from the outside: records, files, what is refused and with which exit code; foreign encoders."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cfamc_cli import cli, recipe_file
+from cfamc_cli.commands.pretrain import Options
+from cfamc_cli.commands.probe import ensure_head, load_test_images
+from cfamc_cli.engine import checkpoint
+from cfamc_cli.engine.checkpoint import Checkpoint
+from cfamc_cli.engine.data import load
+from cfamc_cli.engine.foreign import read_foreign
+from cfamc_cli.engine.heads import load_classifier
+from cfamc_cli.engine.models import build_encoder
+from cfamc_cli.engine.probe import classify
+from cfamc_cli.engine.randomness import addressed_generator
+from cfamc_cli.engine.sink import NullSink
+from cfamc_cli.errors import CfamcError
+from cfamc_cli.files import write_json, write_text
+from cfamc_cli.recipe import Model
+from cfamc_cli.records import (
+    DataUsed,
+    ProbeRecord,
+    Progress,
+    RunRecord,
+    Totals,
+    capture_environment,
+    load_record,
+    now,
+    save_record,
+)
+from cfamc_cli.store import RunFolder, create_run
+
+CPU = torch.device("cpu")
+CLASSES = ("ant", "bee", "cat")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.delenv("CFAMC_RUNS", raising=False)
+
+
+def image_folder(root: Path, *, train: int = 8, test: int = 5, classes: tuple[str, ...] = CLASSES) -> Path:
+    """Images of 12x12 pixels whose colour tells the class, with noise."""
+    draw = np.random.default_rng(0)
+    for split, count in (("train", train), ("test", test)):
+        for label, name in enumerate(classes):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = draw.integers(0, 120, (12, 12, 3))
+                pixels[..., label % 3] += 100
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number:03d}.png")
+    return root
+
+
+def make_run(store: Path, data: Path, **tables: Mapping[str, Any]) -> RunFolder:
+    """A finished run, as pretraining leaves one, of an encoder that was not trained."""
+    raw: dict[str, Any] = {
+        "schema": 1,
+        "name": "small",
+        "data": {"dataset": "folder", "root": str(data)},
+        "crops": [{"count": 4, "size": 12}],
+        "model": {"width": 8, "hidden_dim": 16, "embedding_dim": 8},
+        "objective": {"name": "emp-ssl"},
+        "adversary": {"name": "none"},
+        "train": {"batch_size": 8, "precision": "float32"},
+    }
+    recipe = recipe_file.validate(raw | tables, label="test")
+    run = create_run(store, recipe.name, now=now())
+    write_text(run.recipe_toml, recipe_file.to_toml(recipe))
+    write_json(run.resolved_json, recipe.resolved())
+    encoder = build_encoder(recipe.model, generator=addressed_generator("small"))
+    checkpoint.save(run.checkpoints, 9, Checkpoint(encoder.state_dict(), {}, {"step": 9}))
+    images = load(recipe.data, "train", seed=0, cache=Path(os.environ["XDG_CACHE_HOME"]) / "cfamc", sink=NullSink())
+    used = DataUsed(dataset="folder", split="train", n=len(images), fingerprint=images.fingerprint)
+    record = RunRecord(
+        id=run.id,
+        name=recipe.name,
+        status="finished",
+        created=now(),
+        updated=now(),
+        recipe_digest=recipe.digest(),
+        seed=0,
+        progress=Progress(),
+        environment=capture_environment("cpu"),
+        wall_seconds=1.0,
+        totals=Totals(steps=9, view_passes=1, parameters=1),
+        data=used,
+    )
+    save_record(run.run_json, record)
+    return run
+
+
+@dataclass(frozen=True)
+class Done:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+class Command:
+    """`cfamc probe` on one run, in this process."""
+
+    def __init__(self, run: RunFolder, capture: pytest.CaptureFixture[str]) -> None:
+        self.run, self._capture = run, capture
+
+    def __call__(self, *arguments: str) -> Done:
+        self._capture.readouterr()
+        code = cli.run(["probe", *arguments, "--runs", str(self.run.path.parent), "--device", "cpu"])
+        return Done(code, *self._capture.readouterr())
+
+    def refused(self, *arguments: str, code: int) -> str:
+        done = self(*arguments, "--json")
+        assert done.code == code, done.err
+        assert done.json["error"]["exit_code"] == code
+        assert len([line for line in done.err.splitlines() if line.startswith("error: ")]) == 1
+        return f"{done.json['error']['message']} / {done.json['error']['hint']}"
+
+
+@pytest.fixture
+def probe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Command:
+    return Command(make_run(tmp_path / "runs", image_folder(tmp_path / "images")), capsys)
+
+
+QUICK = {
+    "linear": ("--epochs", "2"),
+    "robust-linear": ("--epochs", "1", "--set", "probe.steps=1"),
+    "crops": ("--epochs", "2", "--crops", "2"),
+    "knn": (),
+    "finetune": ("--epochs", "1", "--set", "probe.steps=1", "--set", "probe.batch_size=8"),
+}
+
+
+@pytest.mark.parametrize("kind", QUICK)
+def test_a_head_is_a_record_that_can_be_measured_again(probe: Command, kind: str) -> None:
+    done = probe("--head", kind, *QUICK[kind], "--json", "--quiet")
+    assert (done.code, done.err) == (0, "")
+    folder = probe.run.probes / f"{kind}-001"
+    names = {"record.json"} if kind == "knn" else {"record.json", "head.safetensors"}
+    assert {path.name for path in folder.iterdir()} == names
+    record = load_record(folder / "record.json", ProbeRecord)
+    assert done.json == record.model_dump(mode="json")
+    assert (record.id, record.run, record.head) == (folder.name, probe.run.id, kind)
+    assert (record.train.n, record.test.n) == (24, 15)
+    assert [part.name for part in record.classes] == list(CLASSES)
+    assert [sum(row) for row in record.confusion] == [5, 5, 5]
+    assert sum(row[label] for label, row in enumerate(record.confusion)) == record.test_accuracy.correct
+    assert (record.train_accuracy is None) == (kind == "knn")
+    _, saved, _ = checkpoint.newest_valid(probe.run.checkpoints)
+    assert record.encoder_digest == checkpoint.sha256(checkpoint.encode(saved.model))
+    if kind == "knn":
+        with pytest.raises(CfamcError, match="no differentiable logits") as refusal:
+            load_classifier(probe.run, folder, device=CPU)
+        assert refusal.value.exit_code == 2
+        return
+    assert record.head_digest == checkpoint.sha256((folder / "head.safetensors").read_bytes())
+    images = load_test_images(probe.run, record, sink=NullSink())
+    assert images.labels is not None
+    classifier = load_classifier(probe.run, folder, device=CPU)
+    assert not classifier.training
+    assert not any(parameter.requires_grad for parameter in classifier.parameters())
+    right = int((classify(classifier, images.images, device=CPU) == images.labels).sum())
+    assert right == record.test_accuracy.correct
+
+
+def test_the_same_probe_twice_is_the_same(probe: Command) -> None:
+    first, second = (probe("--head", "crops", *QUICK["crops"], "--json").json for _ in range(2))
+    for record in (first, second):
+        for key in ("id", "created", "wall_seconds", "environment"):
+            del record[key]
+    assert first == second
+    heads = [(probe.run.probes / name / "head.safetensors").read_bytes() for name in ("crops-001", "crops-002")]
+    assert heads[0] == heads[1]
+
+
+def test_a_table_says_how_sure_it_is(probe: Command) -> None:
+    done = probe("--epochs", "2")
+    assert "linear-001" in done.out
+    assert "test % [95 %]" in done.out
+    assert all(name in done.out for name in CLASSES)
+    assert "took" in done.err
+
+
+def test_options_lie_over_the_recipes_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = {"head": "linear", "features": "backbone", "epochs": 3, "lr": 0.01}
+    probe = Command(make_run(tmp_path / "runs", image_folder(tmp_path / "images"), probe=table), capsys)
+    assert probe("--json").json["settings"] == table | {"batch_size": 256, "standardize": False, "protocol": "official"}
+    settings = probe("--protocol", "converged", "--set", "probe.standardize=true", "--json").json["settings"]
+    assert settings == {
+        "head": "linear",
+        "features": "backbone",
+        "protocol": "converged",
+        "l2": 1e-4,
+        "standardize": True,
+    }
+    knn = probe("--head", "knn", "--features", "pre_feature", "--set", "probe.k=3", "--json").json
+    assert (knn["features"], knn["settings"]["k"]) == ("pre_feature", 3)
+    folder = probe.run.probes / "linear-002"
+    record = load_record(folder / "record.json", ProbeRecord)
+    classifier = load_classifier(probe.run, folder, device=CPU)
+    assert classifier.head.mean is not None
+    images = load_test_images(probe.run, record, sink=NullSink())
+    assert images.labels is not None
+    right = int((classify(classifier, images.images, device=CPU) == images.labels).sum())
+    assert right == record.test_accuracy.correct
+
+
+def test_what_is_refused_before_anything_is_done(probe: Command, tmp_path: Path) -> None:
+    assert "linear" in probe.refused("--head", "lineal", code=2)
+    assert "probe.epochs" in probe.refused("--head", "knn", "--epochs", "3", code=2)
+    assert "protocol" in probe.refused("--protocol", "converged", "--epochs", "3", code=2)
+    assert "trained" in probe.refused("--set", "train.lr=1", code=2)
+    assert "--data" in probe.refused("--set", "data.limit=3", code=2)
+    assert "8/255" in probe.refused("--head", "finetune", "--set", "probe.eps=8", code=2)
+    assert "known data set" in probe.refused("--data", "cifar11", code=2)
+    assert "24" in probe.refused("--limit", "25", code=2)
+    assert "no images of class" in probe.refused("--limit", "2", code=4)
+    assert "no unfinished head" in probe.refused("--resume", code=2)
+    assert "other options" in probe.refused("--resume", "--head", "knn", code=2)
+    assert "no run" in probe.refused("nothing", code=2)
+    assert "run of its own" in probe.refused("latest", "--import", "x.pt", code=2)
+    assert not list(probe.run.probes.glob("*"))
+
+
+def test_data_that_no_classifier_can_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = tmp_path / "plain"
+    for split in ("train", "test"):
+        (plain / split).mkdir(parents=True)
+        for number in range(8):
+            Image.new("RGB", (12, 12), (number * 9,) * 3).save(plain / split / f"{number}.png")
+    unlabelled = Command(make_run(tmp_path / "a", plain), capsys)
+    assert "no labels" in unlabelled.refused(code=4)
+    one = Command(make_run(tmp_path / "b", image_folder(tmp_path / "one", classes=("ant",))), capsys)
+    assert "only one class" in one.refused(code=4)
+    uneven = image_folder(tmp_path / "uneven")
+    odd = Command(make_run(tmp_path / "c", uneven), capsys)
+    (uneven / "test" / "bee").rename(uneven / "test" / "wasp")
+    assert "wasp" in odd.refused(code=4)
+    other = image_folder(tmp_path / "other", classes=("x", "y"))
+    done = odd("--data", str(other), "--epochs", "1", "--json")  # transfer
+    assert done.code == 0, done.err
+    assert [part["name"] for part in done.json["classes"]] == ["x", "y"]
+    record = load_record(odd.run.probes / "linear-001" / "record.json", ProbeRecord)
+    assert len(load_test_images(odd.run, record, sink=NullSink())) == 10
+
+
+def test_what_changed_since_is_noticed(probe: Command, tmp_path: Path) -> None:
+    assert probe("--epochs", "1").code == 0
+    folder = probe.run.probes / "linear-001"
+    record = load_record(folder / "record.json", ProbeRecord)
+    head = (folder / "head.safetensors").read_bytes()
+    (folder / "head.safetensors").write_bytes(head[:-1] + bytes([head[-1] ^ 1]))
+    with pytest.raises(CfamcError, match="not the head") as changed_head:
+        load_classifier(probe.run, folder, device=CPU)
+    assert changed_head.value.exit_code == 4
+    (folder / "head.safetensors").write_bytes(head)
+
+    Image.new("RGB", (12, 12)).save(tmp_path / "images/test/ant/000.png")
+    with pytest.raises(CfamcError, match="data changed") as changed_test:
+        load_test_images(probe.run, record, sink=NullSink())
+    assert changed_test.value.exit_code == 4
+    Image.new("RGB", (12, 12)).save(tmp_path / "images/train/ant/000.png")
+    assert "data changed" in probe.refused(code=4)
+
+    other = build_encoder(Model(width=8, hidden_dim=16, embedding_dim=8), generator=addressed_generator("other"))
+    checkpoint.save(probe.run.checkpoints, 10, Checkpoint(other.state_dict(), {}, {"step": 10}))
+    with pytest.raises(CfamcError, match="not the one that linear-001") as changed_encoder:
+        load_classifier(probe.run, folder, device=CPU)
+    assert changed_encoder.value.exit_code == 4
+
+
+def test_a_standard_head_is_there_when_it_is_asked_for(probe: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    options = Options(device="cpu", runs=probe.run.path.parent)
+    probe("--head", "knn")
+    made = ensure_head(probe.run, options=options)
+    assert made.name == "linear-001"
+    assert "fitting the standard one" in capsys.readouterr().err
+    assert ensure_head(probe.run, options=options) == made
+    assert ensure_head(probe.run, options=options, probe="knn").name == "knn-001"
+    assert ensure_head(probe.run, options=options, probe="linear-001") == made
+    with pytest.raises(CfamcError, match="no probe 'finetune'") as missing:
+        ensure_head(probe.run, options=options, probe="finetune")
+    assert "linear-001" in missing.value.hint
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["robust-linear", "finetune"])
+def test_a_killed_head_is_finished_as_an_uncut_one(probe: Command, kind: str) -> None:
+    options = [*QUICK[kind], "--set", "probe.epochs=6", "--set", "probe.batch_size=4", "--head", kind, "--json"]
+    uncut = probe(*[text for text in options if text not in ("--epochs", "1")]).json
+    command = [sys.executable, "-m", "cfamc_cli", "probe", *options[2:], "--runs", str(probe.run.path.parent)]
+    folder = probe.run.probes / f"{kind}-002"
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not checkpoint.list_checkpoints(folder / "checkpoints") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    resumed = probe("--resume", "--json").json
+    assert resumed["id"] == folder.name
+    for key in ("head_digest", "test_accuracy", "train_accuracy", "confusion"):
+        assert resumed[key] == uncut[key]
+    assert {path.name for path in folder.iterdir()} == {"record.json", "head.safetensors"}
+
+
+def torchvision_weights() -> dict[str, Tensor]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return dict(torchvision.models.resnet18(num_classes=3).state_dict())
+
+
+def official_weights() -> dict[str, Tensor]:
+    """Keys as CF-AMC-SSL's own code names them."""
+    encoder = build_encoder(Model(width=8, hidden_dim=16, embedding_dim=8), generator=addressed_generator("official"))
+    return {key.replace("projector.", "projection."): value for key, value in encoder.state_dict().items()}
+
+
+def test_a_torchvision_encoder_becomes_a_run(probe: Command, tmp_path: Path) -> None:
+    weights = torchvision_weights()
+    file = tmp_path / "theirs.pt"
+    torch.save({"state_dict": {f"module.{key}": value for key, value in weights.items()}, "epoch": 3}, file)
+    read = read_foreign(file)
+    assert read.backbone_only
+    assert read.model.model_dump() == {
+        "backbone": "resnet18",
+        "stem": "imagenet",
+        "width": 64,
+        "hidden_dim": 2,
+        "embedding_dim": 2,
+    }
+    assert "module.fc.bias, module.fc.weight" in read.notes[0]
+    reference = torchvision.models.resnet18(num_classes=3)
+    reference.load_state_dict(weights)
+    reference.fc = torch.nn.Identity()
+    x = torch.rand(2, 3, 40, 40, generator=addressed_generator("x"))
+    with torch.no_grad():
+        ours = read.encoder.eval().features(x, features="backbone")
+        torch.testing.assert_close(ours, reference.eval()(x), rtol=1e-4, atol=1e-5)
+
+    done = probe("--import", str(file), "--data", str(tmp_path / "images"), "--epochs", "1", "--json")
+    assert done.code == 0, done.err
+    assert done.json["features"] == "backbone"
+    run = RunFolder(probe.run.path.parent / done.json["run"])
+    record = load_record(run.run_json, RunRecord)
+    assert (record.status, record.imported) == ("finished", str(file))
+    assert "without a pre_feature" in probe.refused(run.id, "--features", "pre_feature", code=2)
+    assert load_classifier(run, run.probes / "linear-001", device=CPU).features == "backbone"
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "model.encoder."])
+def test_an_encoder_of_the_official_layout_is_read_whole(tmp_path: Path, prefix: str) -> None:
+    weights = official_weights()
+    file = tmp_path / "official.safetensors"
+    save_file({prefix + key: value.contiguous() for key, value in weights.items()}, file)
+    read = read_foreign(file)
+    assert not read.backbone_only
+    assert (read.model.stem, read.model.width, read.model.hidden_dim, read.model.embedding_dim) == ("cifar", 8, 16, 8)
+    assert len(read.notes) == 1
+    for key, value in read.encoder.state_dict().items():
+        assert torch.equal(value, weights[key.replace("projector.", "projection.")])
+
+
+class Hostile:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (print, ("this must not run",))
+
+
+def test_files_that_hold_no_encoder(probe: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = ("--data", str(tmp_path / "images"))
+    assert "--data cifar10" in probe.refused("--import", "x.pt", code=2)
+    assert "no such file" in probe.refused("--import", str(tmp_path / "none.pt"), *data, code=4)
+    hostile = tmp_path / "hostile.pt"
+    torch.save({"conv1.weight": Hostile()}, hostile)
+    assert "more than weights" in probe.refused("--import", str(hostile), *data, code=4)
+    hostile.write_bytes(pickle.dumps(Hostile()))
+    message = probe.refused("--import", str(hostile), *data, code=4)
+    assert "hostile.pt" in message
+    text = tmp_path / "page.safetensors"
+    text.write_text("<html>not found</html>")
+    assert "page.safetensors" in probe.refused("--import", str(text), *data, code=4)
+    other = tmp_path / "other.safetensors"
+    save_file({"blocks.0.weight": torch.zeros(2, 2)}, other)
+    assert "no ResNet: it holds blocks.0.weight" in probe.refused("--import", str(other), *data, code=4)
+    lacking = official_weights()
+    del lacking["backbone.layer2.0.bn1.weight"]
+    save_file({key: value.contiguous() for key, value in lacking.items()}, other)
+    assert "backbone.layer2.0.bn1.weight" in probe.refused("--import", str(other), *data, code=4)
+    deep = official_weights() | {"backbone.layer4.2.conv1.weight": torch.zeros(64, 64, 3, 3)}
+    save_file({key: value.contiguous() for key, value in deep.items()}, other)
+    assert "2-2-2-3" in probe.refused("--import", str(other), *data, code=4)
+    assert len(list(probe.run.path.parent.iterdir())) == 1
