@@ -80,8 +80,7 @@ def as_predictor(classifier: Classifier, sample: Tensor, *, space: Space) -> Pre
     match space:
         case "image":
             whole = _Images(classifier)
-            embed = frozen_copy(whole.features, sample)
-            return Predictor(whole, frozen_copy(whole, sample), (classifier,), embed)
+            return Predictor(whole, frozen_copy(whole, sample), (classifier,), whole.features)
         case "crops":
             crops = _Crops(classifier)
             return Predictor(crops, frozen_copy(crops, sample), (classifier,))

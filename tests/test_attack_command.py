@@ -1,0 +1,510 @@
+"""`cfamc attack`: what is asked, what is kept, what a cut costs (nothing), and what a person is told."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from process import recipe_text
+
+from cfamc_cli import cli
+from cfamc_cli.commands import attack as command
+from cfamc_cli.commands.attack_records import Ledger
+from cfamc_cli.commands.attack_report import Result, curves
+from cfamc_cli.commands.attack_settings import Flags, asked_attacks, for_engine
+from cfamc_cli.commands.pretrain import Options, pretrain
+from cfamc_cli.commands.probe import Request, ensure_head, load_test_images, probe
+from cfamc_cli.engine import robust
+from cfamc_cli.engine.attacks import audit
+from cfamc_cli.engine.checkpoint import read_tensors
+from cfamc_cli.engine.heads import load_classifier
+from cfamc_cli.engine.robust import Outcome
+from cfamc_cli.engine.sink import NullSink
+from cfamc_cli.errors import CfamcError, ExitCode
+from cfamc_cli.recipe import Recipe
+from cfamc_cli.records import AttackRecord, Outcomes, ProbeRecord, load_record, unpack_bits
+from cfamc_cli.store import RunFolder, list_runs, lock
+
+BLOCK = 8
+PGD = ("--eps", "1/255", "--steps", "3", "--limit", "20", "--head", "linear")
+Attack = Callable[..., tuple[int, str, str]]
+NAMES = ("pgd", "fgsm", "apgd-ce", "apgd-dlr", "apgd-t", "fab", "square", "autoattack", "autoattack-rand", "embedding")
+ATTACKS = '[[attack]]\nname = "pgd"\neps = "1/255"\nsteps = 2\n[[attack]]\nname = "fgsm"\neps = "4/255"\n'
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with one run and its linear head."""
+    folder = tmp_path_factory.mktemp("trained")
+    path = folder / "tiny.toml"
+    path.write_text(recipe_text() + '[probe]\nhead = "linear"\nprotocol = "converged"\n' + ATTACKS)
+    options = Options(device="cpu", runs=folder / "runs", quiet=True)
+    pretrain(str(path), overrides=[], seeds=[], resume=None, dry_run=False, options=options)
+    (run,) = list_runs(folder / "runs")
+    ensure_head(run, options=options)
+    return folder / "runs"
+
+
+@pytest.fixture
+def store(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "runs"))
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(robust, "BLOCK", BLOCK)
+
+
+@pytest.fixture
+def attack(store: Path, capsys: pytest.CaptureFixture[str]) -> Attack:
+    """Run the command line in this process: exit code, stdout and stderr."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = cli.run(["attack", "--runs", str(store), "--device", "cpu", *arguments])
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
+
+
+def the_run(store: Path) -> RunFolder:
+    (run,) = list_runs(store)
+    return run
+
+
+def kept(store: Path, item: str = "pgd-001") -> tuple[bytes, dict[str, Any]]:
+    """The bytes of the outcomes, and the record without its times."""
+    folder = the_run(store).attacks / item
+    record = json.loads((folder / "record.json").read_bytes())
+    for key in ("created", "wall_seconds", "environment"):  # the revision of a checkout may change meanwhile
+        del record[key]
+    for stage in record["stages"]:
+        del stage["wall_seconds"]
+    return (folder / "outcomes.json").read_bytes(), record
+
+
+def recipe(**tables: Any) -> Recipe:
+    base = {
+        "schema": 1,
+        "name": "a",
+        "data": {"dataset": "cifar10"},
+        "crops": [{"count": 2}],
+        "objective": {"name": "emp-ssl"},
+        "adversary": {"name": "none"},
+    }
+    return Recipe.model_validate(base | tables)
+
+
+# What is asked for
+
+
+def test_without_flags_the_recipe_decides() -> None:
+    tables = [{"name": "fgsm", "eps": "4/255"}, {"name": "autoattack"}]
+    asked = asked_attacks(Flags(limit=5, audit=True), recipe(attack=tables))
+    assert [table.model_dump(exclude_unset=True) for table in asked] == tables
+    with pytest.raises(CfamcError, match="no \\[\\[attack\\]\\]"):
+        asked_attacks(Flags(), recipe(attack=[]))
+
+
+def test_any_flag_means_pgd_of_the_official_protocol() -> None:
+    (asked,) = asked_attacks(Flags(steps=7), recipe())
+    assert asked.model_dump() == {
+        "name": "pgd",
+        "eps": "8/255",
+        "norm": "linf",
+        "step_size": "0.01",
+        "steps": 7,
+        "restarts": 1,
+        "start": "zero",
+    }
+    curve = asked_attacks(Flags(eps=("2/255", "0.01")), recipe())
+    assert [(table.eps, table.model_dump()["steps"]) for table in curve] == [("2/255", 20), ("0.01", 20)]
+    (again,) = asked_attacks(Flags(restarts=3), recipe())
+    assert again.model_dump()["start"] == "random"
+
+
+def test_l2_has_defaults_of_its_own() -> None:
+    (asked,) = asked_attacks(Flags(norm="l2"), recipe())
+    assert (asked.eps, asked.model_dump()["step_size"]) == ("128/255", "0.1")
+    assert asked_attacks(Flags(norm="l2", eps=("1",)), recipe())[0].eps == "1"
+    assert recipe(attack=[{"name": "fgsm", "norm": "l2"}]).attack[0].eps == "128/255"
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_attack_reaches_the_engine(name: str, norm: str) -> None:
+    (asked,) = asked_attacks(Flags(attack=name, norm=norm, eps=("3/255",)), recipe())
+    made = for_engine(asked)
+    assert (made.eps, made.norm) == (3 / 255, norm)
+    settings = asked.model_dump()
+    for key in ("steps", "restarts", "targets", "queries", "start", "version"):
+        if key in settings:
+            assert getattr(made, key) == settings[key]
+
+
+WRONG = [
+    (("--eps", "8"), "error: --eps: 8 is larger than 1: did you mean 8/255?"),
+    (("--eps", "8/0"), "error: --eps: '8/0' divides by zero"),
+    (("--eps", "-1/255"), "error: --eps: '-1/255' is not a number such as 8/255 or 0.03 between 0 and 1"),
+    (("--eps", "nan"), "error: --eps: 'nan' is not a number such as 8/255 or 0.03 between 0 and 1"),
+    (("--eps", "8/255", "--eps", "16/510"), "error: --eps: a radius is given twice"),
+    (("--step-size", "x"), "error: --step-size: 'x' is not a number such as 8/255 or 0.03 between 0 and 1"),
+    (("--attack", "agpd-ce"), 'error: --attack: "agpd-ce" is no attack\nhint: did you mean "apgd-ce"?'),
+    (("--attack", "fgsm", "--steps", "3"), "error: --steps has no effect on fgsm"),
+    (("--attack", "square", "--step-size", "0.01"), "error: --step-size has no effect on square"),
+    (("--steps", "0"), "error: --steps: should be greater than or equal to 1"),
+    (("--restarts", "-1"), "error: --restarts: should be greater than or equal to 1"),
+    (("--norm", "l1"), "error: --norm: should be 'linf' or 'l2'"),
+    (("--space", "pixels"), 'error: --space: "pixels" is neither "image" nor "crops"'),
+    (("--space", "crops", "--save-examples", "3"), "error: --save-examples shows whole images"),
+    (("--space", "crops", "--plot"), "error: --plot shows whole images"),
+    (("--limit", "0"), "error: Invalid value for '--limit'"),
+    (("--limit", "1001"), "error: --limit: 1,001 is more than the 1,000 test images of fashion-mini"),
+    (("--head", "linear-009"), "has no probe 'linear-009'"),
+    (("--space", "crops"), "error: --space crops attacks the crops of an aggregated head"),
+    (("--device", "abacus"), "error: device 'abacus' is not available here"),
+    (("2025",), "error: no run '2025' in"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG)
+def test_what_is_wrong_is_told_in_a_line(attack: Attack, arguments: Sequence[str], message: str) -> None:
+    code, out, err = attack(*arguments)
+    assert code == ExitCode.INVALID
+    assert out == ""
+    assert message in err
+    assert err.count("error:") == 1
+    assert "Traceback" not in err
+
+
+def test_wrong_flags_are_refused_without_torch(store: Path) -> None:
+    program = (
+        "import sys; from cfamc_cli.cli import run\n"
+        f"codes = [run(['attack', '--runs', {str(store)!r}, *flags]) for flags in (['--eps', '8'], ['--norm', 'l1'])]\n"
+        "run(['attack', '--help'])\n"
+        "sys.exit(10 * ('torch' in sys.modules) + (codes != [2, 2]))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--save-examples" in done.stdout
+
+
+def test_a_run_without_a_checkpoint(attack: Attack, store: Path) -> None:
+    run = the_run(store)
+    shutil.rmtree(run.checkpoints)
+    assert attack(run.id)[0] == ExitCode.BAD_DATA
+    code, _, err = attack()
+    assert code == ExitCode.INVALID
+    assert "none of the 1 runs fits" in err
+
+
+# What is kept
+
+
+def test_an_evaluation(attack: Attack, store: Path) -> None:
+    code, out, err = attack(*PGD)
+    assert code == 0
+    assert "pgd linf 1/255 20/20" in err
+    assert "no audit" in out
+    run = the_run(store)
+    folder = run.attacks / "pgd-001"
+    assert sorted(path.name for path in folder.iterdir()) == ["outcomes.json", "record.json", "timing.jsonl"]
+    record, outcomes = (
+        load_record(folder / "record.json", AttackRecord),
+        load_record(folder / "outcomes.json", Outcomes),
+    )
+    probe = load_record(run.probes / record.probe / "record.json", ProbeRecord)
+    assert (record.threat.space, record.threat.norm, record.threat.eps) == ("image", "linf", "1/255")
+    assert (record.encoder_digest, record.head_digest) == (probe.encoder_digest, probe.head_digest)
+    assert record.data == probe.test.model_copy(update={"n": 20})
+    assert [stage.name for stage in record.stages] == ["clean", "pgd-3"]
+    assert record.forward == sum(stage.forward for stage in record.stages)
+    assert record.stages[1].backward > 0 < record.wall_seconds
+    clean, robust = unpack_bits(outcomes.clean, 20), unpack_bits(outcomes.stages[-1].robust, 20)
+    assert (record.clean.correct, record.robust.correct) == (sum(clean), sum(robust))
+    assert 0 < sum(robust) < sum(clean) < 20
+    assert all(c for c, r in zip(clean, robust, strict=True) if r)
+    assert sum(part.clean.n for part in record.classes if part.clean) == 20
+    assert {part.clean.n for part in record.classes if part.clean} == {2}
+    assert (outcomes.n, outcomes.block, outcomes.done, outcomes.order_digest) == (20, BLOCK, 20, record.order_digest)
+    assert [flag.verdict for flag in record.flags if flag.name == "audit"] == ["skipped"]
+
+
+def test_a_finished_evaluation_is_not_made_again(attack: Attack, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, first, _ = attack(*PGD)
+    monkeypatch.setattr(robust, "evaluate", None)
+    code, again, err = attack(*PGD)
+    assert (code, again) == (0, first)
+    assert "finished on" in err
+
+
+class CutError(Exception):
+    """The process was killed."""
+
+
+def cut_after(monkeypatch: pytest.MonkeyPatch, commits: int, *, how: Callable[[], None]) -> list[Outcome]:
+    """Let the evaluation end after so many commits; returns a list that commits are counted in."""
+    commit, seen = Ledger.commit, list[Outcome]()
+
+    def counted(self: Ledger, outcome: Outcome) -> None:
+        commit(self, outcome)
+        seen.append(outcome)
+        if len(seen) == commits:
+            how()
+
+    monkeypatch.setattr(Ledger, "commit", counted)
+    return seen
+
+
+def die() -> None:
+    raise CutError
+
+
+def test_cut_and_resumed_equals_uncut(attack: Attack, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    attack(*PGD)
+    uncut = kept(store)
+    for commits in (1, 2, 5, 6):
+        shutil.rmtree(the_run(store).attacks)
+        with monkeypatch.context() as patch:
+            first = cut_after(patch, commits, how=die)
+            with pytest.raises(CutError):
+                command.attack(None, flags=flags_of(PGD), options=Options(device="cpu", runs=store, quiet=True))
+        assert not (the_run(store).attacks / "pgd-001" / "record.json").exists()
+        with monkeypatch.context() as patch:
+            second = cut_after(patch, 1000, how=die)
+            code, _, err = attack(*PGD)
+        assert code == 0
+        assert f"goes on from {commits} finished stages" in err
+        assert len(first) + len(second) == 6  # nothing is run twice
+        assert kept(store) == uncut
+
+
+def flags_of(arguments: Sequence[str]) -> Flags:
+    given = dict(zip(arguments[::2], arguments[1::2], strict=True))
+    return Flags(eps=(given["--eps"],), steps=int(given["--steps"]), limit=int(given["--limit"]), head=given["--head"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_evaluation_and_loses_nothing(
+    attack: Attack,
+    store: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+) -> None:
+    with monkeypatch.context() as patch:
+        cut_after(patch, 3, how=lambda: os.kill(os.getpid(), number))
+        code, out, err = attack(*PGD, "--json")
+    assert code == 128 + number
+    assert json.loads(out)["error"]["exit_code"] == 128 + number
+    assert "error: interrupted; every finished stage is kept\nhint: go on with the same command" in err
+    _, _, err = attack(*PGD)
+    assert "goes on from 3 finished stages" in err
+
+
+def test_another_limit_reuses_finished_blocks(attack: Attack, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    attack(*PGD)
+    seen = cut_after(monkeypatch, 1000, how=die)
+    attack(*PGD, "--limit", "30")
+    assert [outcome.block for outcome in seen] == [2, 2, 3, 3]  # the part of block 2 is done again, whole
+    seen.clear()
+    attack(*PGD, "--limit", "16")
+    assert seen == []
+    grown = kept(store, "pgd-002")
+    shutil.rmtree(the_run(store).attacks)
+    attack(*PGD, "--limit", "30")
+    fresh = kept(store)
+    assert fresh[0] == grown[0]
+    assert fresh[1] == grown[1] | {"id": "pgd-001"}
+
+
+def test_damaged_outcomes_are_left_alone(attack: Attack, store: Path) -> None:
+    attack(*PGD)
+    path = the_run(store).attacks / "pgd-001" / "outcomes.json"
+    good = path.read_text()
+    for bad in (good[:50], good.replace('"done": 20', '"done": 15', 3), good.replace('"n": 20', '"n": 25')):
+        path.write_text(bad)
+        code, out, err = attack(*PGD)
+        assert code == 0
+        assert "pgd-002" in out
+        assert "left alone" in err
+        shutil.rmtree(the_run(store).attacks / "pgd-002")
+
+
+def test_an_evaluation_has_one_worker(attack: Attack, store: Path) -> None:
+    attack(*PGD)
+    holder = RunFolder(the_run(store).attacks / "pgd-001")
+    with lock(holder):
+        assert attack(*PGD)[0] == ExitCode.LOCKED
+        assert attack(*PGD, "--step-size", "0.02")[0] == 0  # another one
+
+
+def test_eps_zero_is_clean_and_the_order_is_the_datas(attack: Attack, store: Path) -> None:
+    code, out, _ = attack("--eps", "0", "--limit", "25", "--json")
+    assert code == 0
+    (result,) = json.loads(out)["results"]
+    assert result["clean"] == result["robust"]
+    run = the_run(store)
+    record = load_record(run.probes / result["probe"] / "record.json", ProbeRecord)
+    data = load_test_images(run, record, sink=NullSink())
+    assert data.labels is not None
+    order = robust.balanced_order(data.labels, data.fingerprint)[:25]
+    classifier = load_classifier(run, run.probes / record.id, device=torch.device("cpu"))
+    right = classifier(data.images[order].float() / 255).argmax(1) == data.labels[order]
+    outcomes = load_record(run.attacks / result["id"] / "outcomes.json", Outcomes)
+    assert unpack_bits(outcomes.clean, 25) == right.tolist()
+
+
+# What is said
+
+
+def test_json_of_the_recipes_attacks(attack: Attack) -> None:
+    code, out, _ = attack("--json", "--limit", "20", "--quiet")
+    assert code == 0
+    answer = json.loads(out)
+    assert [(r["attack"], r["threat"]["eps"]) for r in answer["results"]] == [("pgd", "1/255"), ("fgsm", "4/255")]
+    assert answer["trusted"] is True
+    assert answer["results"][1]["worst_case"]["correct"] <= answer["results"][0]["robust"]["correct"]
+
+
+def test_a_curve_and_its_worst_case(attack: Attack, store: Path) -> None:
+    code, out, err = attack("--eps", "16/255", "--eps", "1/255", "--steps", "2", "--limit", "20")
+    assert code == 0
+    assert "accuracy against linf eps (a sample broken at a smaller eps stays broken):" in err
+    bars = [line for line in err.splitlines() if "|" in line]
+    assert [line.split("|")[0].strip() for line in bars] == ["0", "1/255", "16/255"]
+    assert out.index("linf 1/255") < out.index("linf 16/255")
+
+
+def test_worst_case_counts_smaller_balls(attack: Attack, store: Path) -> None:
+    attack(*PGD)
+    record = load_record(the_run(store).attacks / "pgd-001" / "record.json", AttackRecord)
+
+    def at(eps: str, robust: Sequence[int]) -> Result:
+        threat = record.threat.model_copy(update={"eps": eps})
+        return Result(Path(), record.model_copy(update={"threat": threat}), (True,) * 4, tuple(map(bool, robust)))
+
+    ((small, also, large),) = curves([at("8/255", (1, 0, 0, 1)), at("2/255", (1, 1, 0, 1)), at("2/255", (0, 1, 1, 1))])
+    assert [point.result.record.threat.eps for point in (small, also, large)] == ["2/255", "2/255", "8/255"]
+    assert [point.worst.correct for point in (small, also, large)] == [2, 2, 1]
+
+
+def test_strict_refuses_what_cannot_be_trusted(attack: Attack, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(robust, "cheap_checks", lambda *_: [audit.judge("zero-gradient", 0.5, 0.05, "share of images")])
+    code, out, err = attack(*PGD)
+    assert code == 0
+    assert "failed: zero-gradient" in out
+    assert "warning: pgd-001: check zero-gradient failed: 0.5, at most 0.05: share of images" in err
+    code, out, err = attack(*PGD, "--strict")
+    assert code == ExitCode.UNTRUSTED
+    assert "error: the evaluation cannot be trusted: zero-gradient" in err
+    code, out, err = attack(*PGD, "--strict", "--json")
+    assert code == ExitCode.UNTRUSTED
+    failure = json.loads(out)["error"]
+    assert failure["exit_code"] == 5
+    assert failure["results"][0]["trusted"] is False
+
+
+def test_the_audit_is_added_to_a_finished_evaluation(
+    attack: Attack, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = ("--eps", "1/255", "--steps", "3", "--limit", "20")
+    attack(*plain)
+    before = kept(store)
+    settings = audit.AuditSettings(samples=6, steps=3, queries=20)
+    monkeypatch.setattr(audit, "AuditSettings", lambda: settings)
+    seen = cut_after(monkeypatch, 1000, how=die)
+    code, _, _ = attack(*plain, "--audit")
+    assert code == 0
+    assert seen == []
+    after = kept(store)
+    assert after[0] == before[0]
+    names = {flag["name"] for flag in after[1]["flags"]}
+    assert {"eps-one", "eps-monotone", "black-box"} <= names
+    assert "audit" not in names
+    attack(*plain)
+    assert kept(store) == after  # asked for without it, it is not lost
+
+
+def test_examples_are_drawn_and_survive_a_cut(attack: Attack, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = (*PGD, "--save-examples", "7")
+    code, _, err = attack(*wanted)
+    assert code == 0
+    assert "examples" in err
+    folder = the_run(store).attacks / "pgd-001"
+    sheet = (folder / "examples.png").read_bytes()
+    with Image.open(folder / "examples.png") as image:
+        image.load()
+        assert image.mode == "RGB"
+    shutil.rmtree(the_run(store).attacks)
+    with monkeypatch.context() as patch:
+        cut_after(patch, 4, how=lambda: os.kill(os.getpid(), signal.SIGINT))
+        assert attack(*wanted)[0] == ExitCode.INTERRUPTED
+    attack(*wanted)
+    assert (folder / "examples.png").read_bytes() == sheet
+    shutil.rmtree(the_run(store).attacks)
+    attack(*PGD)
+    outcomes = (folder / "outcomes.json").read_bytes()
+    attack(*wanted)  # they were not kept, and are made again
+    assert (folder / "examples.png").read_bytes() == sheet
+    assert (folder / "outcomes.json").read_bytes() == outcomes
+
+
+def test_stored_examples_hold_at_every_batch_size(attack: Attack, store: Path) -> None:
+    attack(*PGD, "--save-examples", "12")
+    run = the_run(store)
+    stored = read_tensors(run.attacks / "pgd-001" / "examples.safetensors")
+    classifier = load_classifier(run, run.probes / "linear-001", device=torch.device("cpu"))
+    for size in (1, 7, 64):
+        parts = torch.split(stored["images"], size)
+        assert torch.equal(torch.cat([classifier(part).argmax(1) for part in parts]), stored["labels"])
+
+
+def test_plots(attack: Attack, store: Path) -> None:
+    pytest.importorskip("matplotlib")
+    code, _, err = attack("--eps", "1/255", "--eps", "2/255", "--steps", "3", "--limit", "10", "--plot")
+    assert code == 0
+    assert err.count("drawn: ") == 3
+    for name in ("pgd-001/loss.png", "pgd-002/loss.png", "pgd-002/accuracy.png"):
+        with Image.open(the_run(store).attacks / name) as image:
+            image.load()
+
+
+def test_without_matplotlib_plots_are_refused_first(attack: Attack, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, _, err = attack("--plot")
+    assert code == ExitCode.INVALID
+    assert "hint: pip install 'cfamc[plots]'" in err
+
+
+# Aggregated crops
+
+
+def test_both_spaces_of_an_aggregated_head(attack: Attack, store: Path) -> None:
+    options = Options(device="cpu", runs=store, quiet=True, as_json=True)
+    probe(None, request=Request(head="crops", crops=2, epochs=60), foreign=None, resume=False, options=options)
+    flags = ("--head", "crops", "--eps", "16/255", "--step-size", "0.02", "--steps", "3", "--limit", "20", "--json")
+    code, out, _ = attack(*flags)
+    assert code == 0
+    (image,) = json.loads(out)["results"]
+    assert (image["attack"], image["threat"]["space"], image["id"]) == ("pgd", "image", "pgd-001")
+    assert image["robust"]["correct"] < image["clean"]["correct"]
+    assert image["trusted"]
+    assert "same fixed crops" in image["notes"][0]
+    code, out, _ = attack(*flags, "--space", "crops")
+    assert code == 0
+    (crops,) = json.loads(out)["results"]
+    assert (crops["attack"], crops["threat"]["space"], crops["id"]) == ("pgd-crops", "crops", "pgd-crops-001")
+    assert crops["robust"]["correct"] < crops["clean"]["correct"]
+    code, _, _ = attack("--head", "crops", "--attack", "embedding", "--steps", "2", "--limit", "20")
+    assert code == 0
