@@ -255,7 +255,16 @@ def test_data_and_places_that_cannot_be_used(tmp_path: Path) -> None:
     assert unknown.code == 2, unknown
     device = train(tmp_path, "--device", "abacus", "--json")
     assert device.code == 2, device
-    for done in (missing, blocked, unknown, device):
+    init = train(tmp_path, "--set", "train.init=nowhere", "--json")
+    assert init.code == 2, init
+    only_run(tmp_path)  # none of these made another
+    (tmp_path / "runs" / "20260101-000000-tiny-000000").mkdir()  # of a process that was killed in its first moment
+    unborn = train(tmp_path, "--resume", "20260101", "--json")
+    assert unborn.code == 4, unborn
+    alone = train(tmp_path, "--json", env={"RANK": "0", "WORLD_SIZE": "2"})
+    assert alone.code == 1, alone
+    assert "torchrun" in alone.answer["error"]["hint"]
+    for done in (missing, blocked, unknown, device, init, unborn, alone):
         assert "Traceback" not in done.err
 
 

@@ -143,6 +143,9 @@ def _costs_in_words(costs: Plan) -> str:
 def _start(recipes: Sequence[Recipe], options: Options) -> list[Mapping[str, object] | None]:
     """Train one run per recipe; what ends one of them ends the rest, and names those that were finished."""
     store = default_store(options.runs)
+    for recipe in recipes:
+        if recipe.train.init is not None:
+            find_run(store, recipe.train.init)  # before a run is made for nothing
     results: list[Mapping[str, object] | None] = []
     with _session(options) as (world, signals):
         try:
@@ -161,6 +164,13 @@ def _start(recipes: Sequence[Recipe], options: Options) -> list[Mapping[str, obj
 def _resume(reference: str, wanted: Recipe | None, options: Options) -> Mapping[str, object] | None:
     store = default_store(options.runs)
     run = find_run(store, reference, accept=_unfinished)
+    if not run.run_json.exists() or not run.recipe_toml.exists():
+        raise CfamcError(
+            f"{run.path} holds no record to go on from: it was ended before it began",
+            hint="start a new run",
+            exit_code=ExitCode.BAD_DATA,
+        )
+    status = load_record(run.run_json, RunRecord).status
     recipe = recipe_file.load(str(run.recipe_toml))
     if wanted is not None and (differing := recipe_file.differing_keys(recipe, wanted)):
         raise CfamcError(
@@ -169,7 +179,7 @@ def _resume(reference: str, wanted: Recipe | None, options: Options) -> Mapping[
             exit_code=ExitCode.INVALID,
             details={"differing": differing},
         )
-    if load_record(run.run_json, RunRecord).status == "finished":
+    if status == "finished":
         raise CfamcError(
             f"run {run.id} is finished; there is nothing to go on with",
             hint="start a new run, or lengthen it with train.init and a new recipe",

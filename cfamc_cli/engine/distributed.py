@@ -48,13 +48,25 @@ class World:
 
 
 def join(device: torch.device) -> World:
-    """Enter the process group that torchrun's environment describes; without torchrun, a world of one."""
+    """Enter the process group that torchrun's environment describes; without torchrun, a world of one.
+
+    Raises:
+        CfamcError: The others cannot be reached.
+    """
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return World()
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
-    return World(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))
+        try:
+            dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        except (ValueError, RuntimeError) as error:
+            raise CfamcError(
+                f"cannot join the processes that WORLD_SIZE announces: {' '.join(str(error).split())[:200]}",
+                hint="start cfamc with torchrun, or unset RANK and WORLD_SIZE",
+            ) from error
+    control = dist.new_group(backend="gloo")
+    assert isinstance(control, dist.ProcessGroup), "every process is a member"
+    return World(dist.get_rank(), dist.get_world_size(), control)
 
 
 def leave(world: World) -> None:
@@ -103,7 +115,7 @@ def gather_embeddings(z: Tensor, world: World) -> Tensor:
     """The whole batch's embeddings (V, B, D) from this process's (V, B / size, D), with gradient."""
     if world.size == 1:
         return z
-    gathered: Tensor = _Gather.apply(z.transpose(0, 1).contiguous(), world)  # type: ignore[no-untyped-call]
+    gathered: Tensor = _Gather.apply(z.transpose(0, 1).contiguous(), world)
     return gathered.transpose(0, 1)
 
 
@@ -114,7 +126,7 @@ def sum_gradients(parameters: Sequence[Tensor], world: World) -> None:
     gradients = [p.grad for p in parameters if p.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat)
-    for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+    for gradient, summed in zip(gradients, torch.split_with_sizes(flat, [g.numel() for g in gradients]), strict=True):
         gradient.copy_(summed.view_as(gradient))
 
 
