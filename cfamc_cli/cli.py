@@ -207,6 +207,46 @@ def attack(
 
 
 @app.command()
+def compare(
+    references: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[STORE|RUN]...", help="Stores, runs or beginnings of ids; else the store."),
+    ] = None,
+    where: Annotated[
+        list[str] | None, typer.Option(metavar="FILTER", help="Such as adversary.name=free or robust>=30; repeatable.")
+    ] = None,
+    sort: Annotated[str, typer.Option(metavar="KEY", help="A metric or recipe key, with :asc or :desc.")] = "",
+    baseline: Annotated[str | None, typer.Option(metavar="RUN", help="Hold the others against this run.")] = None,
+    published: Annotated[bool, typer.Option("--published", help="Add the published table, marked as such.")] = False,
+    fold: Annotated[bool, typer.Option("--fold/--no-fold", help="One row for the seeds of a recipe.")] = True,
+    limit: Annotated[int, typer.Option(min=0, metavar="N", help="Rows of a table on a terminal; 0 for all.")] = 50,
+    output: Annotated[
+        Literal["rich", "json", "csv", "markdown", "latex"], typer.Option("--format", help="What stdout gets.")
+    ] = "rich",
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw a .png, .svg or .pdf.")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write one self-contained page.")] = None,
+    runs: RunsOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Say which encoder is better, by how much, and whether the numbers may be compared."""
+    from cfamc_cli.commands.compare import compare as hold_beside
+
+    hold_beside(
+        references or [],
+        runs=runs,
+        where=where or [],
+        sort=sort,
+        baseline=baseline,
+        published=published,
+        fold=fold,
+        limit=limit,
+        output="json" if json else output,
+        plot=plot,
+        html=html,
+    )
+
+
+@app.command()
 def export(
     run: Annotated[
         str | None, typer.Argument(metavar="RUN", help="A run: its id, path or latest; else the newest one.")

@@ -27,6 +27,9 @@ SURFACE = {
         "RUN --attack --audit --device --eps --head --json --limit --norm --plot --quiet/-q "
         "--restarts --runs --save-examples --space --step-size --steps --strict"
     ),
+    "cfamc compare": (
+        "REFERENCES --baseline --fold/--no-fold --format --html --json --limit --plot --published --runs --sort --where"
+    ),
     "cfamc export": "RUN --device --force --format --head --json --metrics --out --part --quiet/-q --runs",
     "cfamc recipes": "",
     "cfamc recipes list": "--json",
