@@ -75,7 +75,8 @@ def total_coding_rate(z: Tensor, *, eps: float) -> Tensor:
     gram = gram * (columns / (rows * eps))
     gram.diagonal(dim1=-2, dim2=-1).add_(1.0)
     factor = torch.linalg.cholesky_ex(gram).L  # I + PSD always factors, so that no error needs waiting for
-    return factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    result: Tensor = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    return result
 
 
 def invariance_loss(z: Tensor) -> Tensor:
@@ -153,7 +154,8 @@ def effective_rank(z: Tensor) -> Tensor:
     gram = z @ z.T if z.shape[0] <= z.shape[1] else z.T @ z
     singular = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
     share = singular / singular.sum().clamp_min(1e-12)
-    return torch.special.entr(share).sum().exp()
+    result: Tensor = torch.special.entr(share).sum().exp()
+    return result
 
 
 def feature_std(z: Tensor) -> Tensor:
@@ -161,4 +163,5 @@ def feature_std(z: Tensor) -> Tensor:
 
     About 1 for unit-norm embeddings that spread in all directions, 0 after a collapse to a point.
     """
-    return z.detach().float().std(0).mean() * z.shape[-1] ** 0.5
+    result: Tensor = z.detach().float().std(0).mean() * z.shape[-1] ** 0.5
+    return result

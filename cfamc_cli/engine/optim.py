@@ -40,7 +40,8 @@ class LarsOptimizer:
 
     def gradient_norm(self) -> Tensor:
         """The L2 norm of the whole gradient, a scalar on the device."""
-        return torch.stack(torch._foreach_norm(self._gradients())).norm()
+        result: Tensor = torch.stack(torch._foreach_norm(self._gradients())).norm()
+        return result
 
     @torch.no_grad()
     def step(self, *, lr: float) -> None:
