@@ -105,7 +105,7 @@ def test_killed_at_random_moments_equals_uncut(system: str, kills: int, tmp_path
     landed = 0
     while landed < kills:
         child = train(tmp_path)
-        time.sleep(moments.uniform(0, seconds / 2))  # a resumed run has less before it
+        time.sleep(moments.uniform(0, seconds / 3))  # a resumed run has less before it
         child.send(signal.SIGKILL)
         done = child.wait()
         assert done.code in (0, -signal.SIGKILL), done
