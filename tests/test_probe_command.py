@@ -294,15 +294,20 @@ def test_what_changed_since_is_noticed(probe: Command, tmp_path: Path) -> None:
     assert changed_encoder.value.exit_code == 4
 
 
-def test_a_standard_head_is_there_when_it_is_asked_for(probe: Command, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_standard_head_is_there_when_it_is_asked_for(
+    probe: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = Options(device="cpu", runs=probe.run.path.parent)
+    other = image_folder(tmp_path / "other")
     probe("--head", "knn")
+    for unfit in (("--limit", "6"), ("--data", str(other))):
+        assert probe("--epochs", "1", *unfit).code == 0
     made = ensure_head(probe.run, options=options)
-    assert made.name == "linear-001"
+    assert made.name == "linear-003"
     assert "fitting the standard one" in capsys.readouterr().err
     assert ensure_head(probe.run, options=options) == made
     assert ensure_head(probe.run, options=options, probe="knn").name == "knn-001"
-    assert ensure_head(probe.run, options=options, probe="linear-001") == made
+    assert ensure_head(probe.run, options=options, probe="linear-003") == made
     with pytest.raises(CfamcError, match="no probe 'finetune'") as missing:
         ensure_head(probe.run, options=options, probe="finetune")
     assert "linear-001" in missing.value.hint

@@ -122,21 +122,19 @@ def ensure_head(run: RunFolder, *, options: Options, probe: str | None = None) -
     Args:
         run: The run.
         options: Where and how to fit it.
-        probe: A probe's id, or a kind of head for the newest of that kind; None for the newest linear head on the
-            run's own data.
+        probe: A probe's id, or a kind of head for the newest of that kind; None for the newest linear head of the
+            newest encoder on all of the run's own data.
 
     Returns:
-        The folder of a finished probe of the encoder as it is now.
+        The folder of a finished probe.
 
     Raises:
-        CfamcError: There is no such probe (exit 2), it was fitted to another encoder (exit 4), or fitting failed.
+        CfamcError: There is no such probe (exit 2), or fitting failed.
     """
     records = finished_probes(run)
     if probe is None:
-        own = recipe_file.load(str(run.recipe_toml)).data.dataset
-        fitting = [folder for folder, record in records if record.head == "linear" and record.test.dataset == own]
-        if fitting:
-            return fitting[-1]
+        if standard := _standard(run, records):
+            return standard[-1]
         with catch_signals() as signals, _sink(options) as sink:
             recipe = recipe_file.load(str(run.recipe_toml))
             request = Request() if isinstance(recipe.probe, Linear) else Request(head="linear")
@@ -148,6 +146,33 @@ def ensure_head(run: RunFolder, *, options: Options, probe: str | None = None) -
     names = ", ".join(folder.name for folder, _ in records)
     hint = f"it has {names}" if names else f"fit one with: cfamc probe {run.id}"
     raise _invalid(f"run {run.id} has no probe {probe!r:.100}", hint)
+
+
+def _standard(run: RunFolder, records: Sequence[tuple[Path, ProbeRecord]]) -> list[Path]:
+    """The linear heads that were fitted to the newest encoder on all of the run's own data, oldest first."""
+    from cfamc_cli.engine import checkpoint
+
+    linear = [(folder, record) for folder, record in records if record.head == "linear"]
+    if not linear:
+        return []
+    _, saved, _ = checkpoint.newest_valid(run.checkpoints)
+    digest = checkpoint.sha256(checkpoint.encode(saved.model))
+    own, data = load_record(run.run_json, RunRecord).data, _identity(_table_of(run))
+    whole = own.n if own is not None and own.dataset != "stl10" else None  # of stl10 a part has labels
+    return [
+        folder
+        for folder, record in linear
+        if record.encoder_digest == digest and _identity(record.data) == data and whole in (None, record.train.n)
+    ]
+
+
+def _table_of(run: RunFolder) -> Mapping[str, object]:
+    return recipe_file.load(str(run.recipe_toml)).data.model_dump(mode="json")
+
+
+def _identity(data: Mapping[str, object]) -> dict[str, object]:
+    """A [data] table without the place where the files of a known set lie."""
+    return {key: value for key, value in data.items() if key != "root" or data["dataset"] == "folder"}
 
 
 def finished_probes(run: RunFolder) -> list[tuple[Path, ProbeRecord]]:
