@@ -31,9 +31,6 @@ SURFACE = {
         "REFERENCES --baseline --fold/--no-fold --format --html --json --limit --plot --published --runs --sort --where"
     ),
     "cfamc export": "RUN --device --force --format --head --json --metrics --out --part --quiet/-q --runs",
-    "cfamc compare": (
-        "REFERENCES --baseline --fold/--no-fold --format --html --json --limit --plot --published --runs --sort --where"
-    ),
     "cfamc recipes": "",
     "cfamc recipes list": "--json",
     "cfamc recipes show": "NAME",

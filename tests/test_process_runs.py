@@ -226,8 +226,9 @@ def test_out_of_memory(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_address_space_limit(tmp_path: Path) -> None:
-    done = train(tmp_path, "--json", hook="limit_memory", values=[2**20])
+@pytest.mark.parametrize("extra", [0, 2**20, 2**23])
+def test_an_address_space_limit(extra: int, tmp_path: Path) -> None:
+    done = train(tmp_path, "--json", hook="limit_memory", values=[extra])
     assert done.code == 1, done
     assert done.answer["error"]["message"].startswith("out of memory"), done
     assert record(only_run(tmp_path))["status"] == "failed"

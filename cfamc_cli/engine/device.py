@@ -13,6 +13,7 @@ import torch
 from cfamc_cli.errors import CfamcError, ExitCode
 
 Precision = Literal["float32", "bfloat16"]
+_NO_MEMORY = ("allocate memory", "out of memory", "could not create a primitive")  # the last is how oneDNN says it
 
 
 def pick_device(name: str) -> torch.device:
@@ -104,7 +105,7 @@ def out_of_memory() -> Iterator[None]:
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         text = " ".join(str(error).split())
         named = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not named and "allocate memory" not in text and "out of memory" not in text:
+        if not named and not any(words in text for words in _NO_MEMORY):
             raise
         raise CfamcError(
             f"out of memory: {text[:200] or type(error).__name__}",
