@@ -73,7 +73,7 @@ def test_adam_sees_every_sample_as_a_plain_loop_does() -> None:
     for epoch in range(3):
         for chosen in torch.split(epoch_order(7, epoch, 70), 16):
             optimizer.zero_grad()
-            F.cross_entropy(plain(features[chosen]), labels[chosen]).backward()  # type: ignore[no-untyped-call]
+            F.cross_entropy(plain(features[chosen]), labels[chosen]).backward()
             optimizer.step()
     probe.fit_adam(head, features, labels, settings=settings, seed=7)
     torch.testing.assert_close(head.weight, plain.weight, rtol=1e-4, atol=1e-6)
@@ -90,7 +90,7 @@ def test_sgd_follows_a_cosine_that_falls_each_epoch() -> None:
     for epoch in range(5):
         for chosen in torch.split(epoch_order(0, epoch, 20), 8):
             optimizer.zero_grad()
-            F.cross_entropy(plain(features[chosen]), labels[chosen]).backward()  # type: ignore[no-untyped-call]
+            F.cross_entropy(plain(features[chosen]), labels[chosen]).backward()
             optimizer.step()
         schedule.step()
     settings = AggregatedCrops(head="crops", epochs=5, batch_size=8)

@@ -22,7 +22,7 @@ LossOf = Callable[[Sequence[Tensor]], Tensor]
 class Adversary:
     """Clean training: the crops pass as they are."""
 
-    def begin(self, crops: Groups, generators: Sequence[torch.Generator]) -> None:
+    def begin(self, crops: Groups, generators: Sequence[torch.Generator]) -> None:  # noqa: ARG002
         """Take the crops of the next batch, and a CPU generator for each group."""
         self.crops = crops
 
@@ -30,7 +30,7 @@ class Adversary:
         """Take the crops of a batch that was cut between two of its replays."""
         self.crops = crops
 
-    def perturb(self, loss_of: LossOf) -> Groups:
+    def perturb(self, loss_of: LossOf) -> Groups:  # noqa: ARG002
         """The crops to train on: in [0, 1] and within eps of the clean ones."""
         return self.crops
 
@@ -96,7 +96,7 @@ class Free(Adversary):
         carried = self._delta or _start(clean, generators[first:], start=self.settings.start, eps=self.eps)
         self._delta = [ball.project(x, delta, eps=self.eps) for x, delta in zip(clean, carried, strict=True)]
 
-    def perturb(self, loss_of: LossOf) -> Groups:
+    def perturb(self, loss_of: LossOf) -> Groups:  # noqa: ARG002
         first = _first_perturbed(self.settings.views)
         self._delta = [delta.detach().requires_grad_() for delta in self._delta]
         return [*self.crops[:first], *(x + delta for x, delta in zip(self.crops[first:], self._delta, strict=True))]

@@ -46,11 +46,8 @@ def project(x: Tensor, delta: Tensor, *, eps: float, norm: Norm = "linf") -> Ten
 
 def ascend(x: Tensor, delta: Tensor, grad: Tensor, *, eps: float, step_size: float, norm: Norm = "linf") -> Tensor:
     """One projected step of steepest ascent of length `step_size` along `grad` (Madry et al., arXiv:1706.06083)."""
-    if norm == "linf":
-        direction = grad.sign()
-    else:
-        direction = grad / per_sample(norms(grad, norm=norm), grad).clamp_min(1e-12)
-    return project(x, delta + step_size * direction, eps=eps, norm=norm)
+    unit = grad.sign() if norm == "linf" else grad / per_sample(norms(grad, norm=norm), grad).clamp_min(1e-12)
+    return project(x, delta + step_size * unit, eps=eps, norm=norm)
 
 
 def random_start(x: Tensor, *, eps: float, generator: torch.Generator, norm: Norm = "linf") -> Tensor:

@@ -115,7 +115,7 @@ def crop_batch(images: Tensor, parameters: CropParameters, *, size: int) -> Tens
         (V, B, C, S, S) float32 in [0, 1].
     """
     views, count = parameters.flip.shape
-    crops = resized_crops(images, parameters.box, parameters.flip, size=size).flatten(0, 1)  # (N, C, S, S)
+    crops: Tensor = resized_crops(images, parameters.box, parameters.flip, size=size).flatten(0, 1)  # (N, C, S, S)
     crops = jitter(crops, parameters)
     gray = _where(parameters.grayscale, crops)
     crops[gray] = grayscale(crops[gray])
@@ -124,7 +124,7 @@ def crop_batch(images: Tensor, parameters: CropParameters, *, size: int) -> Tens
     crops[blurred] = gaussian_blur(crops[blurred], sigma[sigma > 0].to(crops.device))
     solarized = _where(parameters.solarized, crops)
     crops[solarized] = solarize(crops[solarized])
-    return crops.clamp_(0, 1).unflatten(0, (views, count))  # sums of weights round to 1 + 2e-7
+    return crops.clamp_(0, 1).view(views, count, *crops.shape[1:])  # sums of weights round to 1 + 2e-7
 
 
 def _where(mask: Tensor, like: Tensor) -> Tensor:
@@ -256,7 +256,7 @@ def solarize(crops: Tensor) -> Tensor:
 
 def _luma(crops: Tensor) -> Tensor:
     """Grey levels (N, 1, S, S) by the weights of ITU-R BT.601."""
-    red, green, blue = crops.split(1, dim=1)
+    red, green, blue = crops[:, :1], crops[:, 1:2], crops[:, 2:]
     return _LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue
 
 

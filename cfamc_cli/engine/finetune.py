@@ -116,7 +116,7 @@ class SupervisedTrainer:
             self._set_rate()
             loss = self._loss(x, y, addressed_generator("finetune-delta", self.seed, epoch, index))
             self.optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             self.optimizer.step()
             self.step += 1
             signal = stop() if self.step < self.updates else 0

@@ -23,7 +23,7 @@ from cfamc_cli.recipe import EmpSsl, NoAdversary, PgdAdversary, Recipe, number
 HELD_OUT = 1000  # training images that the online evaluation asks about
 
 
-class Diverged(CfamcError):
+class Diverged(CfamcError):  # noqa: N818 - it names an outcome
     """Training became non-finite; `details` holds step, batch, lr, loss and gradient_norm."""
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -109,13 +110,14 @@ class Trainer:
             batch, replay = divmod(self.step, replays)
             with self.journal.waiting():
                 crops, labels = self.crops_of(batch)
+            attacked_loss = partial(self.attacked_loss, labels=labels)
             if replay == 0:
                 self.adversary.begin(crops, self._generators("delta", batch))
             else:
                 self.adversary.resume(crops)  # the run was cut between two replays of this batch
 
             while self.step < (batch + 1) * replays:
-                perturbed = self.adversary.perturb(lambda groups, y=labels: self.attacked_loss(groups, y))
+                perturbed = self.adversary.perturb(attacked_loss)
                 z, terms = self.loss_of(perturbed, labels)  # (V, B, D), unit norm
                 terms.loss.backward()  # for free training, this one pass pays for weights and delta
                 sum_gradients(self.optimizer.parameters, self.world)
@@ -132,7 +134,7 @@ class Trainer:
             self.journal.after_batch(self.encoder, z.detach(), self.adversary.delta, step=self.step)
             self.journal.watch_grip(
                 self.encoder,
-                lambda groups, y=labels: self.attacked_loss(groups, y),
+                attacked_loss,
                 crops,
                 self.adversary.delta,
                 step=self.step,
@@ -247,4 +249,5 @@ class Trainer:
 
 def _channels_last(crops: Tensor) -> Tensor:
     """The same (V, B, C, S, S) values, laid out as the convolutions want them."""
-    return crops.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, crops.shape[:2])
+    flat = crops.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+    return flat.view(crops.shape)

@@ -294,7 +294,7 @@ def fit_converged(
         each(min(looks, 2 * iterations - 1), 2 * iterations)
         return loss
 
-    solver.step(closure)  # type: ignore[no-untyped-call]
+    solver.step(closure)
     each(2 * iterations, 2 * iterations)
     return largest <= 100 * tolerance  # float32 sums end near, not at, the tolerance
 
@@ -328,7 +328,7 @@ def fit_linear(features: Tensor, labels: Tensor, *, classes: int, l2: float = 1e
         weight.grad, bias.grad = torch.autograd.grad(loss, [weight, bias])
         return loss
 
-    solver.step(closure)  # type: ignore[no-untyped-call]
+    solver.step(closure)
     head = nn.Linear(features.shape[1], classes, device=features.device)
     with torch.no_grad():
         head.weight.copy_(weight / std)

@@ -71,7 +71,7 @@ class Meter:
             self.forward += len(images)
             out = predict(images)
             if out.requires_grad:
-                out.register_hook(self._went_back)  # type: ignore[no-untyped-call]
+                out.register_hook(self._went_back)
             return out
 
         return counted
