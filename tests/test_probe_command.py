@@ -316,13 +316,15 @@ def test_a_standard_head_is_there_when_it_is_asked_for(
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["robust-linear", "finetune"])
 def test_a_killed_head_is_finished_as_an_uncut_one(probe: Command, kind: str) -> None:
-    options = [*QUICK[kind], "--set", "probe.epochs=6", "--set", "probe.batch_size=4", "--head", kind, "--json"]
-    uncut = probe(*[text for text in options if text not in ("--epochs", "1")]).json
-    command = [sys.executable, "-m", "cfamc_cli", "probe", *options[2:], "--runs", str(probe.run.path.parent)]
+    settings = ["--set", "probe.steps=1", "--set", "probe.batch_size=4", "--epochs", "12"]
+    options = ["--head", kind, *settings, "--runs", str(probe.run.path.parent), "--device", "cpu", "--json"]
+    uncut = probe(*options).json
+    command = [sys.executable, "-m", "cfamc_cli", "probe", *options]
     folder = probe.run.probes / f"{kind}-002"
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not checkpoint.list_checkpoints(folder / "checkpoints") and time.monotonic() < deadline:
+    while process.poll() is None and not checkpoint.list_checkpoints(folder / "checkpoints"):
+        assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
