@@ -345,7 +345,7 @@ def wait_in_evaluation(flag: str, held_out: int) -> None:
     def slow(*arguments: Any, **settings: Any) -> Any:
         if not Path(flag).exists():
             _stand_still(Path(flag), 1)
-        return evaluate(*arguments, **settings)
+        return evaluate(*arguments, **settings)  # asked to stop by now, it ends at once and is owed
 
     mock.patch.object(monitor, "evaluate", slow).start()
 

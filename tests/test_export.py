@@ -157,7 +157,7 @@ class Made:
             settings={"head": "linear", "features": features, "standardize": standardize},
             encoder_digest=self.digest,
             head_digest=write_head(folder, classifier, finetuned=False),
-            train=USED,
+            train=DataUsed(dataset="fashion-mini", split="train", n=64, fingerprint="ab"),
             test=USED,
             train_accuracy=None,
             test_accuracy=Accuracy.of(700, 1000),
@@ -165,6 +165,7 @@ class Made:
             confusion=(),
             wall_seconds=1.0,
             environment=ENVIRONMENT,
+            data=self.recipe.data.model_dump(mode="json"),
         )
         self.probe = record.model_copy(update=changes)
         write(folder / "record.json", self.probe)

@@ -88,8 +88,17 @@ def test_online_evaluation_counts_and_leaves_everything_alone() -> None:
     images[labels == 1] += 120  # dark and bright: easy
     random_state = torch.get_rng_state()
     found = monitor.evaluate(
-        encoder, images[:32], labels[:32], images[32:], labels[32:], classes=2, eps=EPS, device=torch.device("cpu")
+        encoder,
+        images[:32],
+        labels[:32],
+        images[32:],
+        labels[32:],
+        classes=2,
+        eps=EPS,
+        device=torch.device("cpu"),
+        stop=lambda: 0,
     )
+    assert found is not None
     assert found.n == 16
     assert found.clean == 16
     assert found.knn > 8
@@ -114,5 +123,18 @@ def test_online_evaluation_without_one_right_answer() -> None:
         classes=3,
         eps=EPS,
         device=torch.device("cpu"),
+        stop=lambda: 0,
     )
+    assert found is not None
     assert (found.n, found.knn, found.clean, found.robust) == (8, 0, 0, 0)
+
+
+def test_online_evaluation_ends_when_it_is_asked_to() -> None:
+    encoder = Encoder(Model(width=2, hidden_dim=4, embedding_dim=4))
+    images = (uniform(24, 3, 8, 8, key="online") * 100).to(torch.uint8)
+    labels = torch.arange(24) % 2
+    cpu, asked = torch.device("cpu"), iter([0, 0, 15])
+    bank, held_out = (images[:16], labels[:16]), (images[16:], labels[16:])
+    found = monitor.evaluate(encoder, *bank, *held_out, classes=2, eps=EPS, device=cpu, stop=lambda: next(asked))
+    assert found is None
+    assert encoder.training

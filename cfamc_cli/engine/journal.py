@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -178,24 +178,28 @@ class Journal:
                 "use a smaller adversary.step_size or more steps"
             )
 
-    def evaluate(self, encoder: Encoder, images: Tensor, *, step: int) -> None:
+    def evaluate(self, encoder: Encoder, images: Tensor, *, step: int, stop: Callable[[], int]) -> bool:
         """Record the accuracy of cheap heads on held-out training images, where the recipe asks and labels exist.
 
         Args:
             encoder: To read; its mode is restored.
             images: All training images, wherever they lie.
             step: Weight updates made.
+            stop: Asked all the while; what it returns, if not 0, ends the evaluation.
+
+        Returns:
+            Whether there is nothing left to evaluate; False where `stop` ended it.
 
         Raises:
             Diverged: As `check_finite`.
         """
         if self.recipe.train.evaluate_every == 0:
-            return
+            return True
         labels = self.data.labels
         if labels is None or len(self.data.classes) < 2 or len(images) < 2 * HELD_OUT:
             if step == 0:
                 self.sink.message(f"no online evaluation: it needs labels of two classes and {2 * HELD_OUT:,} images")
-            return
+            return True
         self.check_finite(encoder, step=step)
         adversary = self.recipe.adversary
         eps = "8/255" if isinstance(adversary, NoAdversary) else adversary.eps
@@ -211,9 +215,13 @@ class Journal:
             classes=len(self.data.classes),
             eps=number(eps),
             device=self.device,
+            stop=stop,
         )
+        if accuracy is None:
+            return False
         counts = {"knn": accuracy.knn, "clean": accuracy.clean, "robust": accuracy.robust}
         self.sink.metrics(
             {"kind": "evaluation", **self._where(step), "n": accuracy.n, **counts, "eps": eps, "attack": "pgd-10"}
         )
         self._evaluated = {name: count / accuracy.n for name, count in counts.items()}
+        return True

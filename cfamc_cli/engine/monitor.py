@@ -6,7 +6,7 @@ Nothing here changes what is trained: weights, gradients, buffers and random num
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,7 +52,8 @@ def evaluate(
     classes: int,
     eps: float,
     device: torch.device,
-) -> OnlineAccuracy:
+    stop: Callable[[], int],
+) -> OnlineAccuracy | None:
     """Fit heads to features of `bank` and count how often they are right on `held_out`.
 
     Args:
@@ -64,16 +65,47 @@ def evaluate(
         classes: C.
         eps: L-inf radius of the attack.
         device: Where to compute.
+        stop: Asked all the while; what it returns, if not 0, ends the evaluation.
+
+    Returns:
+        The counts; None where `stop` ended it.
     """
+    training = encoder.training
+    try:
+        return _evaluate(encoder, bank, bank_labels, held_out, held_out_labels, classes, eps, device, stop)
+    except _Cut:
+        return None
+    finally:
+        encoder.train(training)
+
+
+class _Cut(Exception):  # noqa: N818 - no error
+    """The evaluation was asked to stop."""
+
+
+def _evaluate(
+    encoder: Encoder,
+    bank: Tensor,
+    bank_labels: Tensor,
+    held_out: Tensor,
+    held_out_labels: Tensor,
+    classes: int,
+    eps: float,
+    device: torch.device,
+    stop: Callable[[], int],
+) -> OnlineAccuracy:
+    def look_up(done: int = 0, total: int = 0) -> None:  # noqa: ARG001 - how features report
+        if stop():
+            raise _Cut
+
     bank_labels, held_out_labels = bank_labels.to(device), held_out_labels.to(device)
-    features = extract_features(encoder, bank, device=device)
-    queries = extract_features(encoder, held_out, device=device)
+    features = extract_features(encoder, bank, device=device, each=look_up)
+    queries = extract_features(encoder, held_out, device=device, each=look_up)
     neighbours = weighted_knn(features, bank_labels, queries, classes=classes)
     with torch.random.fork_rng(devices=[]):  # a new layer draws weights, even those that are overwritten
         head = fit_linear(features, bank_labels, classes=classes)
     right = head(queries).argmax(1) == held_out_labels
 
-    training = encoder.training
     encoder.eval()
     still = right.clone()
     for chunk in right.nonzero().squeeze(1).split(_CHUNK):
@@ -81,6 +113,7 @@ def evaluate(
         y = held_out_labels[chunk]
 
         def loss_of(moved: Sequence[Tensor], y: Tensor = y) -> Tensor:
+            look_up()
             return F.cross_entropy(head(encoder.features(moved[0])), y, reduction="sum")
 
         (delta,) = ascend_loss(
@@ -88,7 +121,6 @@ def evaluate(
         )
         with torch.no_grad():
             still[chunk] = head(encoder.features(x + delta)).argmax(1) == y
-    encoder.train(training)
     return OnlineAccuracy(
         n=len(held_out_labels),
         knn=int((neighbours == held_out_labels).sum()),

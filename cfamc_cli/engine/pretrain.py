@@ -83,6 +83,7 @@ class Trainer:
         self.batches = recipe.batches(len(data.images))
         self.updates = self.batches * recipe.replays
         self.step = 0
+        self.owes_evaluation = False  # a signal cut the one that is due at this step
         self.encoder = build_encoder(recipe.model, generator=addressed_generator("init", recipe.seed)).to(device)
         if recipe.train.compile:
             self.encoder.compile()
@@ -102,8 +103,9 @@ class Trainer:
             CfamcError: A checkpoint could not be written.
         """
         replays = self.recipe.replays
-        if self.step == 0 and self.world.leads:
-            self.journal.evaluate(self.encoder, self.images, step=0)
+        if (self.step == 0 or self.owes_evaluation) and not self._evaluated(stop):
+            self.save(folder)
+            return Outcome("interrupted", self.step, stop())
         self.encoder.train()
         self.journal.start(self.step)
         while self.step < self.updates:
@@ -139,8 +141,8 @@ class Trainer:
                 self.adversary.delta,
                 step=self.step,
             )
-            self._after_batch(batch + 1, folder)
-            if self.step < self.updates and (signal := largest(stop(), self.world)):
+            complete = self._after_batch(batch + 1, folder, stop)
+            if (self.step < self.updates or not complete) and (signal := largest(stop(), self.world)):
                 self.save(folder)
                 return Outcome("interrupted", self.step, signal)
         return Outcome("finished", self.step, 0)
@@ -193,16 +195,26 @@ class Trainer:
         groups = range(len(self.recipe.crops))
         return [addressed_generator(purpose, self.recipe.seed, epoch, index, group, rank) for group in groups]
 
-    def _after_batch(self, batch: int, folder: Path) -> None:
-        """Evaluate and save where the recipe asks for it, and at the end."""
+    def _after_batch(self, batch: int, folder: Path, stop: Callable[[], int]) -> bool:
+        """Evaluate and save where the recipe asks for it, and at the end; False where a signal cut the evaluation."""
         train = self.recipe.train
         last, ends_epoch = batch == self.batches, batch % self.per_epoch == 0
         epoch = batch // self.per_epoch
-        if train.evaluate_every and (last or (ends_epoch and epoch % train.evaluate_every == 0)) and self.world.leads:
-            self.journal.evaluate(self.encoder, self.images, step=self.step)
+        due = train.evaluate_every and (last or (ends_epoch and epoch % train.evaluate_every == 0))
+        if due and not self._evaluated(stop):
+            return False
         every = train.checkpoint_every
         if last or (batch % every == 0 if every else ends_epoch):
             self.save(folder)
+        return True
+
+    def _evaluated(self, stop: Callable[[], int]) -> bool:
+        """Evaluate in the process that leads; one that was cut is owed, and made when the run goes on."""
+        if self.world.leads:
+            cut_by = stop if self.world.size == 1 else lambda: 0  # the other processes are waiting
+            done = self.journal.evaluate(self.encoder, self.images, step=self.step, stop=cut_by)
+            self.owes_evaluation = not done
+        return not self.owes_evaluation
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint of this moment, and drop those beyond `train.keep`.
@@ -219,7 +231,8 @@ class Trainer:
         state = {f"momentum.{index:04d}": buffer for index, buffer in enumerate(self.optimizer.momentum)}
         state |= {f"delta.{index:04d}": part for index, part in enumerate(delta)}
         state["journal"] = self.journal.rows()
-        progress = {"step": self.step, "recipe": self.recipe.digest(), "positions": self.sink.positions()}
+        owed = {"owes_evaluation": self.owes_evaluation}
+        progress = {**owed, "step": self.step, "recipe": self.recipe.digest(), "positions": self.sink.positions()}
         path = checkpoints.save(folder, self.step, Checkpoint(self.encoder.state_dict(), state, progress))
         checkpoints.prune(folder, newest=path, keep=self.recipe.train.keep)
 
@@ -242,6 +255,7 @@ class Trainer:
             self.adversary.load([_channels_last(part[:, self.share].to(self.device)) for part in delta])
             self.journal.load(saved.state["journal"].to(self.device))
             self.step = int(str(saved.progress["step"]))
+            self.owes_evaluation = saved.progress["owes_evaluation"] is True
         except (LookupError, RuntimeError, TypeError, ValueError, AssertionError) as error:
             cause = f"{path}: its state does not fit the recipe"
             raise CfamcError(cause, exit_code=ExitCode.BAD_DATA) from error
