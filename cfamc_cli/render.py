@@ -19,8 +19,8 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING
 
 from rich import box
-from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -278,12 +278,11 @@ class TerminalSink:
 
     def _show(self, task: str, state: _Task, done: int, total: int) -> None:
         if self._bars is None:
-            self._bars = Progress(
+            self._bars = _Bars(
                 TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=20),
                 TextColumn("{task.completed}/{task.total}", markup=False),
                 TimeRemainingColumn(elapsed_when_finished=True),
-                _Values(),
                 console=self._console,
                 transient=True,
                 redirect_stdout=False,  # that is where the data goes
@@ -320,11 +319,14 @@ class _Task:
         return "  ".join(filter(None, [f"{task} {done}/{total}", when, self.shown()]))
 
 
-class _Values(ProgressColumn):
-    """The values beside a bar."""
+class _Bars(Progress):
+    """A bar per task, and below them what is known of each, wrapped to the terminal."""
 
-    def render(self, task: Task) -> Text:
-        return Text(str(task.fields.get("shown", "")), no_wrap=True, overflow="ellipsis")
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            if shown := str(task.fields.get("shown", "")):
+                yield Text(shown)
 
 
 def number(value: float) -> str:

@@ -127,7 +127,8 @@ class Journal:
         self.sink.timing(
             {"kind": "train", **where, **rates, "seconds": seconds, "peak_memory": peak_memory(self.device)}
         )
-        self.sink.progress("train", step, self.updates, {**where, **means, **rates, **shape, **self._evaluated})
+        shown = {"epoch": where["epoch"], **means, "views_per_second": rates["views_per_second"], **self._evaluated}
+        self.sink.progress("train", step, self.updates, shown)
         self._rows = []
         self.start(step)
 
