@@ -16,7 +16,7 @@ import subprocess
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
 
@@ -38,6 +38,9 @@ Seconds = Annotated[float, Field(ge=0)]
 Hex = Annotated[str, Field(pattern=r"^[0-9a-f]*$")]
 Measured = Annotated[float | None, BeforeValidator(_finite_or_none)]  # None where the number was not finite
 Status = Literal["created", "running", "finished", "diverged", "interrupted", "failed"]
+Weights = Literal["backbone", "encoder", "classifier"]
+Format = Literal["safetensors", "pt2", "onnx"]
+Dashboard = Literal["csv", "tensorboard"]
 HeadKind = Literal["linear", "robust-linear", "crops", "knn", "finetune"]
 Features = Literal["pre_feature", "backbone"]
 
@@ -422,6 +425,97 @@ class Outcomes(Record):
     stages: tuple[StageOutcome, ...]
     key: Hex = ""
     predictions: StageOutcome | None = None
+
+
+class Written(Part):
+    """One file of an export."""
+
+    name: str
+    size: Count
+    sha256: Hex
+
+
+class InputSpec(Part):
+    """What goes in: float32, NCHW, RGB, values in `range`, with no further normalisation; any batch size."""
+
+    name: str
+    channels: Literal["RGB"]
+    height: Count
+    width: Count
+    dtype: Literal["float32"]
+    range: tuple[float, float]
+
+
+class OutputSpec(Part):
+    """What comes out: (batch, dim), float32."""
+
+    name: Literal["features", "logits"]
+    dim: Count
+
+
+class Source(Part):
+    """The run that the weights are from."""
+
+    id: str
+    name: str
+    status: str
+    seed: int
+    created: AwareDatetime
+    checkpoint: str
+    recipe_digest: Hex
+    encoder_digest: Hex
+    head: str | None
+    head_digest: Hex | None
+
+
+class CheckRecord(Part):
+    """How the files compare with the live model, after they were read back."""
+
+    reader: str
+    batches: tuple[Count, ...]
+    rtol: float
+    atol: float
+    largest_difference: float
+    data: DataUsed
+
+
+class ExportRecord(Record):
+    """export.json: weights that were handed over.
+
+    Attributes:
+        classes: Names of the logits in order; None where features are handed over.
+        recipe: Every setting, without the paths of the machine that trained.
+        licence: What is known of the terms of use of the data.
+        probes: Measured on these weights.
+        attacks: Likewise.
+    """
+
+    cfamc: str
+    created: AwareDatetime
+    part: Weights
+    format: Format
+    files: tuple[Written, ...]
+    input: InputSpec
+    output: OutputSpec
+    classes: tuple[str, ...] | None
+    source: Source
+    recipe: dict[str, Any]
+    data: DataUsed | None
+    licence: str
+    check: CheckRecord
+    probes: tuple[ProbeRecord, ...]
+    attacks: tuple[AttackRecord, ...]
+
+
+class MetricsRecord(Record):
+    """export.json: the metrics of a run in a form that dashboards read."""
+
+    cfamc: str
+    created: AwareDatetime
+    format: Dashboard
+    files: tuple[Written, ...]
+    run: str
+    records: Count
 
 
 class MetricRecord(BaseModel):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from cfamc_cli.cli import run as command_line
-from cfamc_cli.commands.export import ExportRecord, comma_separated
+from cfamc_cli.dashboards import comma_separated
 from cfamc_cli.engine import checkpoint, export
 from cfamc_cli.engine.data import load as load_data
 from cfamc_cli.engine.heads import Classifier, LinearHead, write_head
@@ -33,6 +33,7 @@ from cfamc_cli.records import (
     ClassAccuracy,
     DataUsed,
     Environment,
+    ExportRecord,
     Flag,
     ProbeRecord,
     Progress,
