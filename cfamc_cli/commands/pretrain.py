@@ -186,7 +186,8 @@ def _resume(reference: str, wanted: Recipe | None, options: Options) -> Mapping[
             exit_code=ExitCode.INVALID,
         )
     with _session(options) as (world, signals):
-        return _train(recipe, run, options, world=world, signals=signals, fresh=False)
+        # What may differ, where the data lie and how checkpoints are kept, is taken from the recipe that was given.
+        return _train(wanted or recipe, run, options, world=world, signals=signals, fresh=False)
 
 
 def _unfinished(run: RunFolder) -> bool:
