@@ -154,6 +154,11 @@ def test_a_changed_recipe_is_not_resumed(tmp_path: Path) -> None:
     assert record(run) == before
     bad = warm().run("pretrain", "--resume", run.name, "--seed", "1", "--json", cwd=tmp_path)
     assert bad.code == 2, bad
+    assert train(tmp_path, "--resume", run.name, "--dry-run").code == 2
+    assert train(tmp_path, "--resume", "latest", "--device", "cpu", "--quiet").code == 0  # where, not what
+    again = train(tmp_path, "--resume", run.name)
+    assert again.code == 2
+    assert "is finished" in again.err
 
 
 def test_a_resumed_run_takes_what_may_change(tmp_path: Path) -> None:
@@ -166,11 +171,6 @@ def test_a_resumed_run_takes_what_may_change(tmp_path: Path) -> None:
     done = train(tmp_path, "--resume", "latest", "--set", "train.keep=1")
     assert done.code == 0, done
     assert len(list((only_run(tmp_path) / "checkpoints").iterdir())) == 1
-    assert train(tmp_path, "--resume", run.name, "--dry-run").code == 2
-    assert train(tmp_path, "--resume", "latest", "--device", "cpu", "--quiet").code == 0  # where, not what
-    again = train(tmp_path, "--resume", run.name)
-    assert again.code == 2
-    assert "is finished" in again.err
 
 
 def test_a_run_has_one_owner(tmp_path: Path) -> None:
