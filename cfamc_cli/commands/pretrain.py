@@ -152,8 +152,9 @@ def _start(recipes: Sequence[Recipe], options: Options) -> list[Mapping[str, obj
             for recipe in recipes:
                 if results and (signal := signals.pending()):  # it came too late to cut the run before
                     raise Interrupted(signal)
+                data = _load(recipe, options, world)  # before a run is made for nothing
                 run = create_run(store, recipe.name, now=now()) if world.leads else None
-                results.append(_train(recipe, run, options, world=world, signals=signals, fresh=True))
+                results.append(_train(recipe, data, run, options, world=world, signals=signals, fresh=True))
         except (CfamcError, Interrupted) as end:
             finished = [result["id"] for result in results if result is not None]
             end.details |= {"finished": finished} if finished else {}
@@ -187,7 +188,9 @@ def _resume(reference: str, wanted: Recipe | None, options: Options) -> Mapping[
         )
     with _session(options) as (world, signals):
         # What may differ, where the data lie and how checkpoints are kept, is taken from the recipe that was given.
-        return _train(wanted or recipe, run, options, world=world, signals=signals, fresh=False)
+        recipe = wanted or recipe
+        data = _load(recipe, options, world)
+        return _train(recipe, data, run, options, world=world, signals=signals, fresh=False)
 
 
 def _unfinished(run: RunFolder) -> bool:
@@ -211,12 +214,26 @@ def _session(options: Options) -> Iterator[tuple[World, Signals]]:
             distributed.leave(world)
 
 
+def _load(recipe: Recipe, options: Options, world: World) -> ImageSet:
+    """The training images; the process that leads says how it goes."""
+    from cfamc_cli.engine.data import load
+
+    with render.TerminalSink(quiet=options.quiet or not world.leads, metrics=None, timing=None) as sink:
+        return load(recipe.data, "train", seed=recipe.seed, cache=_cache(), sink=sink)
+
+
 def _train(
-    recipe: Recipe, run: RunFolder | None, options: Options, *, world: World, signals: Signals, fresh: bool
+    recipe: Recipe,
+    data: ImageSet,
+    run: RunFolder | None,
+    options: Options,
+    *,
+    world: World,
+    signals: Signals,
+    fresh: bool,
 ) -> Mapping[str, object] | None:
     """Train a run to its end; `run` is None in processes that do not lead."""
     from cfamc_cli.engine import distributed
-    from cfamc_cli.engine.data import load
     from cfamc_cli.engine.device import describe, out_of_memory, pick_device
     from cfamc_cli.engine.pretrain import Trainer
     from cfamc_cli.engine.sink import NullSink
@@ -233,7 +250,6 @@ def _train(
         stack.callback(keeper.close)
         sink = NullSink() if kept is None else keeper.sink
         with keeper.failures(), distributed.peers(world), out_of_memory():
-            data = load(recipe.data, "train", seed=recipe.seed, cache=_cache(), sink=sink)
             trainer = Trainer(recipe, data, device=device, world=world, sink=sink)
             _take_up(trainer, run, options, fresh=fresh, keeper=keeper)
             keeper.begin(trainer, data)
