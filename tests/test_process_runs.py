@@ -270,7 +270,9 @@ def test_data_and_places_that_cannot_be_used(tmp_path: Path) -> None:
     init = train(tmp_path, "--set", "train.init=nowhere", "--json")
     assert init.code == 2, init
     assert not (tmp_path / "runs").exists()  # none of these made a run for nothing
-    (tmp_path / "runs" / "20260101-000000-tiny-000000").mkdir(parents=True)  # of a process that was killed in its first moment
+    (tmp_path / "runs" / "20260101-000000-tiny-000000").mkdir(
+        parents=True
+    )  # of a process that was killed in its first moment
     unborn = train(tmp_path, "--resume", "20260101", "--json")
     assert unborn.code == 4, unborn
     alone = train(tmp_path, "--json", env={"RANK": "0", "WORLD_SIZE": "2"})
