@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from fixed_inputs import uniform
@@ -9,6 +11,7 @@ from fixed_inputs import uniform
 from cfamc_cli.engine.data import ImageSet
 
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start: sums depend on the number of threads
 
 
 @pytest.fixture

@@ -150,4 +150,5 @@ def test_kill_9_of_one_rank_ends_the_other(rank: int, tmp_path: Path) -> None:
     assert json.loads((run / "run.json").read_text())["status"] != "finished"
     if rank == 1:
         err = (tmp_path / "err").read_text()
-        assert "another process of this run ended" in err or "interrupted" in err, err
+        # it noticed by itself, or torchrun's SIGTERM came first, before or after it could say so
+        assert any(text in err for text in ("another process of this run ended", "interrupted", "(SIGTERM)")), err
