@@ -73,6 +73,13 @@ def default_store(runs: Path | None) -> Path:
     return runs or Path(os.environ.get("CFAMC_RUNS") or "runs")
 
 
+def cache_folder() -> Path:
+    """Return the user's cache folder of cfamc, where downloads and packed data sets lie; it need not exist."""
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("cfamc"))
+
+
 def slug(name: str) -> str:
     """Turn any text into 1 to 48 characters of a-z, 0-9 and inner dashes."""
     text = unicodedata.normalize("NFKD", name[:1000]).encode("ascii", "ignore").decode().lower()

@@ -44,7 +44,7 @@ from cfamc_cli.records import (
     now,
     save_record,
 )
-from cfamc_cli.store import LATEST, RunFolder, default_store, find_run
+from cfamc_cli.store import LATEST, RunFolder, cache_folder, default_store, find_run
 
 if TYPE_CHECKING:
     from cfamc_cli.engine.data import ImageSet
@@ -148,7 +148,7 @@ def _export_weights(
         if record.status != "finished":
             sink.warning(f"run {run.id} is not finished ({record.status}); its newest checkpoint is exported")
         chosen = _choose(run, record, recipe, part, head, options=options, sink=sink)
-        trained_on = datasets.load(recipe.data, "train", seed=recipe.seed, cache=_cache(), sink=sink)
+        trained_on = datasets.load(recipe.data, "train", seed=recipe.seed, cache=cache_folder(), sink=sink)
         images, licence = trained_on, trained_on.licence
         if chosen.probe is not None:
             from cfamc_cli.commands.probe import load_test_images
@@ -278,12 +278,6 @@ def portable(recipe: Recipe) -> Recipe:
             "train": recipe.train.model_copy(update={"init": None if init is None else Path(init).name}),
         }
     )
-
-
-def _cache() -> Path:
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("cfamc"))
 
 
 def _files(folder: Path) -> tuple[Written, ...]:

@@ -32,7 +32,7 @@ from cfamc_cli.records import (
     now,
     save_record,
 )
-from cfamc_cli.store import RunFolder, create_run, default_store, find_run, lock
+from cfamc_cli.store import RunFolder, cache_folder, create_run, default_store, find_run, lock
 
 if TYPE_CHECKING:
     from cfamc_cli.engine.data import ImageSet
@@ -219,7 +219,7 @@ def _load(recipe: Recipe, options: Options, world: World) -> ImageSet:
     from cfamc_cli.engine.data import load
 
     with render.TerminalSink(quiet=options.quiet or not world.leads, metrics=None, timing=None) as sink:
-        return load(recipe.data, "train", seed=recipe.seed, cache=_cache(), sink=sink)
+        return load(recipe.data, "train", seed=recipe.seed, cache=cache_folder(), sink=sink)
 
 
 def _train(
@@ -272,12 +272,6 @@ def _naming(run: RunFolder, options: Options) -> Iterator[None]:
         if isinstance(end, Interrupted) and run.run_json.exists():  # else there is nothing yet to go on with
             end.hint = f"go on with: cfamc pretrain --resume {run.id if options.runs is None else run.path}"
         raise
-
-
-def _cache() -> Path:
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("cfamc"))
 
 
 def _take_up(trainer: Trainer, run: RunFolder | None, options: Options, *, fresh: bool, keeper: _Keeper) -> None:

@@ -36,7 +36,7 @@ from cfamc_cli.records import (
     now,
     save_record,
 )
-from cfamc_cli.store import LATEST, RunFolder, create_run, default_store, find_run, lock, new_item
+from cfamc_cli.store import LATEST, RunFolder, cache_folder, create_run, default_store, find_run, lock, new_item
 
 if TYPE_CHECKING:
     import torch
@@ -251,11 +251,9 @@ def _inline(table: Mapping[str, object]) -> str:
 
 
 def _load(recipe: Recipe, split: str, *, sink: Sink) -> ImageSet:
-    import platformdirs
-
     from cfamc_cli.engine.data import load
 
-    cache = Path(platformdirs.user_cache_dir("cfamc"))
+    cache = cache_folder()
     return load(recipe.data, "train" if split == "train" else "test", seed=recipe.seed, cache=cache, sink=sink)
 
 
