@@ -38,7 +38,7 @@ def overrides(size: Size, folder: Path) -> list[str]:
     ]
 
 
-def serve_ours(size: Size, folder: Path) -> None:
+def serve_ours(size: Size, folder: Path, extra: list[str]) -> None:
     """The engine's own loop, one batch a turn; the clock runs from one batch's crops to the next one's."""
     gate = Gate()
     from cfamc_cli import recipe_file
@@ -59,7 +59,7 @@ def serve_ours(size: Size, folder: Path) -> None:
             return super().crops_of(batch)
 
     after_imports = resident()
-    recipe = recipe_file.load("cifar10", overrides=overrides(size, folder))
+    recipe = recipe_file.load("cifar10", overrides=[*overrides(size, folder), *extra])
     with tempfile.TemporaryDirectory() as checkpoints:
         cache = Path(tempfile.gettempdir()) / "cfamc-benchmarks"
         cache.mkdir(exist_ok=True)
@@ -73,6 +73,17 @@ def serve_ours(size: Size, folder: Path) -> None:
             gate.end(after_imports=after_imports, after_data=after_data, peak=peak_resident(), machine=machine())
 
 
+def own_command(common: list[str], settings: list[str]) -> list[str]:
+    """The command of a child that serves our batches, with `settings` over the recipe."""
+    return [
+        sys.executable,
+        str(Path(__file__)),
+        *common,
+        "--serve-ours",
+        *(word for setting in settings for word in ("--set", setting)),
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkout", type=Path, help="checkout of the official repository")
@@ -81,18 +92,19 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=12)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--set", action="append", default=[], help="a key of our recipe, such as train.compile=true")
     parser.add_argument("--serve-ours", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     size = SIZES[options.size]
     if options.serve_ours:
-        serve_ours(size, options.folder)
+        serve_ours(size, options.folder, options.set)
         return
 
     here = Path(__file__).parent
     common = [str(options.checkout), str(options.folder), "--size", options.size, "--threads", str(options.threads)]
     official = Contestant("official", [sys.executable, str(here / "official.py"), *common, "--serve"])
-    ours = Contestant("ours", [sys.executable, str(here / "step_time.py"), *common, "--serve-ours"])
+    ours = Contestant("ours", own_command(common, options.set))
     seconds = dict(
         zip(
             ("official", "ours"),
@@ -107,6 +119,7 @@ def main() -> None:
     record = {
         "machine": machine(),
         "size": {"name": options.size, **vars(size)},
+        "set": options.set,
         "precision": {"official": "float32", "ours": ours.facts["precision"]},
         "seconds_per_batch": {name: summary(values) for name, values in seconds.items()},
         "time_ratio": time_ratio,
