@@ -109,13 +109,16 @@ def write_out(text: str) -> None:
 def print_json(value: object) -> None:
     """Write one JSON object to stdout, in plain ASCII; numbers that are not finite become null.
 
+    A person at a terminal gets it indented; a program gets one line, which takes a fifth of the time to write.
+
     Raises:
         CfamcError: As for `write_out`.
     """
+    indent = 2 if sys.stdout is not None and sys.stdout.isatty() else None
     try:
-        text = json.dumps(value, indent=2, allow_nan=False)
+        text = json.dumps(value, indent=indent, allow_nan=False)
     except (TypeError, ValueError):  # something in it is no JSON; the copy is spared where nothing is
-        text = json.dumps(_plain(value), indent=2)
+        text = json.dumps(_plain(value), indent=indent)
     write_out(text + "\n")
 
 

@@ -41,6 +41,7 @@ class Sheet:
         title: What it is about.
         columns: Headings; `right` says which are numbers.
         notes: Sentences that belong below.
+        more: Rows that were left out.
     """
 
     title: str
@@ -48,15 +49,22 @@ class Sheet:
     right: tuple[int, ...]
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...] = ()
+    more: int = 0
 
 
-def sheets(tables: Sequence[ComparedTable], *, with_published: bool) -> list[Sheet]:
-    """Spell out a comparison: a sheet a table, one for what stands alone, and published rows where asked for."""
+def sheets(tables: Sequence[ComparedTable], *, with_published: bool, limit: int = 0) -> list[Sheet]:
+    """Spell out a comparison: a sheet a table, one for what stands alone, and published rows where asked for.
+
+    Args:
+        tables: The comparison.
+        with_published: Whether published rows stand beside those of the tables.
+        limit: Measured rows of a sheet; 0 for all.
+    """
     shown = [table for index, table in enumerate(tables) if index == 0 or len(table.rows) > 1]
     alone = [table for index, table in enumerate(tables) if index > 0 and len(table.rows) == 1]
-    made = [_sheet(table, published_beside(table.condition) if with_published else []) for table in shown]
+    made = [_sheet(table, published_beside(table.condition) if with_published else [], limit) for table in shown]
     if alone:
-        made.append(_apart(alone))
+        made.append(_apart(alone, limit))
     if with_published and not any(published_beside(table.condition) for table in shown):
         made += [
             _published_sheet(f"{dataset} test, linear head, PGD, linf {eps} in image space", published(dataset, eps))
@@ -149,9 +157,8 @@ def as_json(
 
 def differing(row: Row, keys: Iterable[str]) -> dict[str, object]:
     """The values of a row under the keys that it has."""
-    entry = row.entries[0]
-    settings = {**entry.run.recipe, **dict(entry.head)}
-    return {key: settings[key] for key in keys if key in settings}
+    recipe, head = row.entries[0].run.recipe, dict(row.entries[0].head)
+    return {key: head[key] if key in head else recipe[key] for key in keys if key in head or key in recipe}
 
 
 def figure_text(figure: Figure | None) -> str:
@@ -171,13 +178,13 @@ def compact(count: int) -> str:
     return str(count)
 
 
-def _sheet(table: ComparedTable, beside: Sequence[Published]) -> Sheet:
+def _sheet(table: ComparedTable, beside: Sequence[Published], limit: int) -> Sheet:
     held = any(row.against for row in table.rows)
     columns = (*_MEASURED, *(_AGAINST if held else ()), *_COST, *_SAID)
     empty = ("",) * len(_AGAINST) if held else ()
     rows = [
         (*_measured(row), *(_against_cells(row) if held else ()), *_cost(row), _recipe(table, row), _note(row))
-        for row in table.rows
+        for row in table.rows[: limit or None]
     ]
     rows += [(*_published(row), *empty, *_published_cost(row), "", _NOT_OURS) for row in beside]
     notes = [table.verdict] if table.verdict else []
@@ -189,11 +196,17 @@ def _sheet(table: ComparedTable, beside: Sequence[Published]) -> Sheet:
         notes.append(
             "Published rows: arXiv:2501.03507, ResNet-18; hardware and samples are not those of the rows above."
         )
-    return Sheet(table.condition.title(), columns, tuple(range(2, len(columns) - 2)), tuple(rows), tuple(notes))
+    right = tuple(range(2, len(columns) - 2))
+    return Sheet(table.condition.title(), columns, right, tuple(rows), tuple(notes), _more(table.rows, limit))
 
 
-def _apart(tables: Sequence[ComparedTable]) -> Sheet:
+def _more(rows: Sequence[object], limit: int) -> int:
+    return max(0, len(rows) - limit) if limit else 0
+
+
+def _apart(tables: Sequence[ComparedTable], limit: int) -> Sheet:
     columns = ("run", "n", "clean %", "robust %", "under", "why apart")
+    everyone = [(table, row) for table in tables for row in table.rows]
     rows = [
         (
             row.label,
@@ -203,10 +216,10 @@ def _apart(tables: Sequence[ComparedTable]) -> Sheet:
             table.condition.title(),
             table.apart,
         )
-        for table in tables
-        for row in table.rows
+        for table, row in everyone[: limit or None]
     ]
-    return Sheet("Apart: not comparable with the first table, nor with each other", columns, (1, 2, 3), tuple(rows))
+    title = "Apart: not comparable with the first table, nor with each other"
+    return Sheet(title, columns, (1, 2, 3), tuple(rows), more=_more(everyone, limit))
 
 
 def _published_sheet(title: str, rows: Sequence[Published]) -> Sheet:
@@ -263,6 +276,10 @@ def _note(row: Row) -> str:
     return "; ".join(parts)
 
 
+def _json_figure(figure: Figure) -> dict[str, float | None]:
+    return {name: getattr(figure, name) for name in Figure.__slots__}  # asdict takes ten times as long
+
+
 def _json_row(table: ComparedTable, row: Row) -> dict[str, object]:
     return {
         "label": row.label,
@@ -275,8 +292,8 @@ def _json_row(table: ComparedTable, row: Row) -> dict[str, object]:
         "steps": row.run.steps,
         "view_passes": row.run.view_passes,
         "seconds": [entry.run.seconds for entry in row.entries],
-        "clean": asdict(row.clean),
-        "robust": asdict(row.robust) if row.robust else None,
+        "clean": _json_figure(row.clean),
+        "robust": _json_figure(row.robust) if row.robust else None,
         "front": row.front,
         "baseline": row.baseline,
         "against": {which: asdict(part) for which, part in row.against.items()} if row.against else None,

@@ -101,8 +101,8 @@ def _baseline_id(reference: str | None, found: Gathered, store: Path) -> str | N
 def _write(tables: Sequence[ComparedTable], found: Gathered, *, output: Format, published: bool, limit: int) -> None:
     match output:
         case "rich":
-            for sheet in sheets.sheets(tables, with_published=published):
-                _print(sheet, limit)
+            for sheet in sheets.sheets(tables, with_published=published, limit=limit):
+                _print(sheet)
         case "json":
             render.print_json(sheets.as_json(tables, found.left_out, with_published=published))
         case "csv":
@@ -119,9 +119,9 @@ def _write_sheets(tables: Sequence[ComparedTable], spell: Callable[[Sheet], str]
     render.write_out("".join(map(spell, sheets.sheets(tables, with_published=published))))
 
 
-def _print(sheet: Sheet, limit: int) -> None:
+def _print(sheet: Sheet) -> None:
     """Print a sheet; where the terminal is too narrow for it, what a row's recipe says goes below."""
-    rows = sheet.rows[:limit] if limit else sheet.rows
+    rows = sheet.rows
     shown = render.table(sheet.title, sheet.columns, rows, right=sheet.right)
     below: list[str] = []
     if sheets.RECIPE in sheet.columns and not render.fits(shown):
@@ -131,6 +131,6 @@ def _print(sheet: Sheet, limit: int) -> None:
         columns = sheet.columns[:at] + sheet.columns[at + 1 :]
         shown = render.table(sheet.title, columns, rows, right=sheet.right)
     render.print_table(shown)
-    if len(rows) < len(sheet.rows):
-        below.append(f"{len(sheet.rows) - len(rows):,} more rows; --limit 0 shows all")
+    if sheet.more:
+        below.append(f"{sheet.more:,} more rows; --limit 0 shows all")
     render.write_out("".join(f"{render.clean(line)}\n" for line in [*below, *sheet.notes, ""]))
