@@ -349,7 +349,7 @@ def run(arguments: Sequence[str]) -> int:
     """
     as_json = "--json" in arguments
     try:
-        _open_standard_streams()
+        open_standard_streams()
         code = app(list(arguments), prog_name="cfamc", standalone_mode=False)
         return code if isinstance(code, int) else int(ExitCode.DONE)
     except CfamcError as error:
@@ -406,7 +406,7 @@ def _leads() -> bool:
     return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
-def _open_standard_streams() -> None:
+def open_standard_streams() -> None:
     """Give closed standard streams to the null device, before a file takes their numbers."""
     import os
 

@@ -13,10 +13,9 @@ from typing import NamedTuple, assert_never
 
 from cfamc_cli.datasets import KNOWN_SETS
 from cfamc_cli.errors import CfamcError, ExitCode
-from cfamc_cli.recipe import FreeAdversary, Model, NoAdversary, PgdAdversary, Recipe
+from cfamc_cli.recipe import DEPTHS, FreeAdversary, Model, NoAdversary, PgdAdversary, Recipe
 
 PER_IMAGES = 1_000  # what counts refer to where the number of images is unknown
-_DEPTHS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3)}
 _FLOAT = 4  # bytes of a float32
 
 
@@ -152,7 +151,7 @@ def _convolutions(model: Model, *, size: int) -> Iterator[_Conv]:
     yield stem
     side = stem.size if model.stem == "cifar" else _halved(stem.size)  # max-pooling, kernel 3, stride 2
     inputs = model.width
-    for stage, depth in enumerate(_DEPTHS[model.backbone]):
+    for stage, depth in enumerate(DEPTHS[model.backbone]):
         width = model.width * 2**stage
         outputs = 4 * width if model.backbone == "resnet50" else width
         for place in range(depth):

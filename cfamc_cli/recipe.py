@@ -26,6 +26,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+# Blocks of the four stages of a ResNet.
+DEPTHS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3)}
 _NUMBER = re.compile(r"[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]{1,2})?|\.[0-9]+", re.ASCII)
 _RATIO = re.compile(r"([0-9]+(?:\.[0-9]+)?)/([0-9]+)", re.ASCII)
 

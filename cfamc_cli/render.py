@@ -63,15 +63,6 @@ def clean(text: object) -> str:
     return shown if len(full) <= _LONGEST else f"{shown}... ({len(full):,} characters)"
 
 
-def open_standard_streams() -> None:
-    """Give closed standard streams to the null device, before a file takes their numbers."""
-    for descriptor in (0, 1, 2):
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
-
-
 def error(failure: CfamcError, *, console: Talk | None = None) -> None:
     """Say what went wrong and what to do about it, on stderr."""
     console = console or talk()

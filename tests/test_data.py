@@ -360,23 +360,9 @@ def test_resize_cuts_the_centred_square(tmp_path: Path) -> None:
 def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "images")
     (tmp_path / "cache").write_text("a file in the way")
-    with pytest.raises(CfamcError, match="cannot write") as caught:
+    with pytest.raises(CfamcError, match=r"cannot use .*cache") as caught:
         read(Settings(root=str(root)), tmp_path / "cache")
     assert caught.value.exit_code == ExitCode.FAILED
-
-
-def test_stale_temp_files_of_dead_processes_are_swept(tmp_path: Path) -> None:
-    child = subprocess.Popen([sys.executable, "-c", ""])
-    child.wait()
-    dead, young, alive = (
-        tmp_path / f".x.pack.{pid}.{tag}.tmp" for pid, tag in ((child.pid, "a"), (child.pid, "b"), (os.getpid(), "c"))
-    )
-    for path in (dead, young, alive):
-        path.touch()
-    for path in (dead, alive):
-        os.utime(path, (0, 0))
-    packs.sweep(tmp_path)
-    assert sorted(tmp_path.iterdir()) == sorted([young, alive])
 
 
 # Known sets

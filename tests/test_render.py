@@ -164,8 +164,9 @@ def test_a_table_is_as_wide_as_it_needs_where_there_is_no_terminal(capsys: pytes
 SPEAK = """
     import sys
     from cfamc_cli import render
+    from cfamc_cli.cli import open_standard_streams
     from cfamc_cli.errors import CfamcError
-    render.open_standard_streams()
+    open_standard_streams()
     with render.TerminalSink(quiet=False, metrics=None, timing=None) as sink:
         sink.message("gr\\xfc\\xdfe")
         for step in range(50):

@@ -23,7 +23,7 @@ from typing import Literal
 import numpy as np
 
 from cfamc_cli.datasets import KNOWN_SETS
-from cfamc_cli.engine.packs import Labels, Pixels, whole_file
+from cfamc_cli.engine.packs import Labels, Pixels, cached_file
 from cfamc_cli.engine.sink import Sink
 from cfamc_cli.errors import CfamcError, ExitCode
 
@@ -133,7 +133,7 @@ def fetch(remote: Remote, folder: Path, *, sink: Sink) -> Path:
     hint = f"download {remote.url} by other means and put it at {path}"
     sink.message(f"downloading {remote.url} to {path}")
     digest = hashlib.md5(usedforsecurity=False)
-    with whole_file(path, size=None) as temporary:
+    with cached_file(path) as temporary:
         try:
             request = urllib.request.Request(remote.url, headers={"User-Agent": "cfamc"})
             with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer, temporary.open("wb") as file:

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from cfamc_cli.engine import checkpoint
-from cfamc_cli.engine.models import DEPTHS, Encoder, build_encoder
+from cfamc_cli.engine.models import Encoder, build_encoder
 from cfamc_cli.engine.randomness import addressed_generator
 from cfamc_cli.errors import CfamcError, ExitCode
-from cfamc_cli.recipe import Model
+from cfamc_cli.recipe import DEPTHS, Model
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "encoder", "backbone")
 _STAGE = re.compile(r"layer([1-4])\.(\d+)\.conv1\.weight")

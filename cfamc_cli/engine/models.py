@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cfamc_cli.recipe import Model
+from cfamc_cli.recipe import DEPTHS, Model
 
-DEPTHS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3)}
 Features = Literal["pre_feature", "backbone"]
 
 

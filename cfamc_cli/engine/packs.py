@@ -7,16 +7,12 @@ a file that was cut is no pack.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
 import os
-import re
-import secrets
 import struct
-import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +22,7 @@ import torch
 from torch import Tensor
 
 from cfamc_cli.engine.sink import Sink
-from cfamc_cli.errors import CfamcError, ExitCode
+from cfamc_cli.files import explained, staged_file, sweep
 
 Pixels = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
@@ -35,10 +31,6 @@ FORMAT = 1
 _MAGIC = b"CFAMCPK1"
 _FOOTER = struct.Struct("<Q8s")
 _HEADER_LIMIT = 64 * 2**20  # bytes
-_WRITE_ERRORS = frozenset(
-    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR)
-)
-_STALE_AFTER = 600.0  # seconds without a write before the temp file of a dead process is swept
 
 
 @dataclass(frozen=True)
@@ -163,7 +155,7 @@ def write_pack(
     state = Fingerprint(shape, labels, classes)
     header: dict[str, object] = {"format": FORMAT, "key": key, "shape": shape, "classes": classes}
     header["labelled"] = labels is not None
-    with whole_file(path, size=int(np.prod(shape))) as temporary, temporary.open("wb") as file:
+    with cached_file(path, needed=int(np.prod(shape))) as temporary, temporary.open("wb") as file:
         done = 0
         for chunk in chunks:
             state.update(chunk)
@@ -175,53 +167,13 @@ def write_pack(
             file.write(labels.astype("<i8").tobytes())
         text = json.dumps(header | {"fingerprint": state.hexdigest()}).encode()
         file.write(text + _FOOTER.pack(len(text), _MAGIC))
-        file.flush()
-        os.fsync(file.fileno())
 
 
-@contextlib.contextmanager
-def whole_file(path: Path, *, size: int | None) -> Iterator[Path]:
-    """Yield a temp file beside `path` that becomes `path` at the end, or vanishes on any failure."""
-    try:
+@contextmanager
+def cached_file(path: Path, *, needed: int | None = None) -> Iterator[Path]:
+    """As `staged_file`, in a folder that is made where needed and swept of what dead processes left."""
+    with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        sweep(path.parent)
-        temporary = path.with_name(f".{path.name[:100]}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-        temporary.touch(exist_ok=False)
-        try:
-            yield temporary
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        if error.errno not in _WRITE_ERRORS:
-            raise
-        need = "" if size is None else f"it needs {size / 1e6:,.0f} MB; "
-        raise CfamcError(
-            f"cannot write {path}: {error.strerror}",
-            hint=f"{need}free some space or choose another cache folder",
-            exit_code=ExitCode.FAILED,
-        ) from error
-
-
-def sweep(folder: Path) -> None:
-    """Remove temp files whose process is dead and that nobody wrote to for ten minutes (another host may)."""
-    for stale in folder.glob(".*.tmp"):
-        match = re.search(r"\.(\d+)\.[^.]+\.tmp$", stale.name)
-        with contextlib.suppress(OSError):
-            if match and not _alive(int(match[1])) and time.time() - stale.stat().st_mtime > _STALE_AFTER:
-                stale.unlink()
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
+    sweep(path.parent)
+    with staged_file(path, needed=needed) as temporary:
+        yield temporary
