@@ -1,8 +1,10 @@
 """A judge of encoders that shares nothing with the engine: clean and PGD accuracy of a plain linear head.
 
 It reads a safetensors file (keys: backbone.* as torchvision's resnet18, pre_feature.{0,1}.*, projector.{0,1,3}.*),
-fits a linear head by Adam on the clean `pre_feature` outputs of the whole training set, and attacks encoder and head
-with PGD-20 (Madry et al., arXiv:1706.06083): L-inf, step size .01, from zero. Images are in [0, 1].
+fits linear heads by Adam on the clean `pre_feature` outputs of the whole training set, and attacks encoder and head
+with PGD-20 (Madry et al., arXiv:1706.06083): L-inf, step size .01, from zero. Images are in [0, 1]. Robust accuracy
+depends on how far the head is fitted, so there are two: "converged", and "short", 20 epochs at 3e-4 as the official
+evaluation has it.
 Example: python tests/benchmarks/judge.py runs/ID/checkpoints/step-00001500/model.safetensors ~/.cache/cifar10-jpeg
 """
 
@@ -15,6 +17,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -171,6 +174,26 @@ def fit_head(
     return head.requires_grad_(False), report
 
 
+def fit_short(features: Tensor, labels: Tensor, *, classes: int, seed: int = 0) -> tuple[nn.Linear, dict[str, object]]:
+    """A linear classifier by Adam, learning rate 3e-4, batches of 256, 20 epochs, features as they are."""
+    order = torch.Generator().manual_seed(seed)
+    head = nn.Linear(features.shape[1], classes)
+    bound = features.shape[1] ** -0.5
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.copy_(torch.rand(parameter.shape, generator=order).mul_(2 * bound).sub_(bound))
+    optimizer = torch.optim.Adam(head.parameters(), lr=3e-4)
+    for _ in range(20):
+        for rows in torch.split(torch.randperm(len(features), generator=order), 256):
+            optimizer.zero_grad()
+            torch.autograd.backward(F.cross_entropy(head(features[rows]), labels[rows]))
+            optimizer.step()
+    with torch.no_grad():
+        logits = head(features)
+    loss, accuracy = F.cross_entropy(logits, labels).item(), (logits.argmax(1) == labels).float().mean().item()
+    return head.requires_grad_(False), {"epochs": 20, "train_loss": loss, "train_accuracy": accuracy}
+
+
 def pgd(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, step_size: float, steps: int) -> tuple[Tensor, Tensor]:
     """Whether each image of x (N, 3, H, W) in [0, 1] is still right at the last iterate, and at every iterate.
 
@@ -210,20 +233,44 @@ def judge(
     train_limit: int | None = None,
     step_size: float = 0.01,
     steps: int = 20,
-) -> dict[str, object]:
-    """Clean accuracy and accuracy under PGD at each eps, as a record with n and Wilson intervals."""
+) -> dict[str, Any]:
+    """Clean accuracy and accuracy under PGD at each eps under both heads, as a record with n and Wilson intervals."""
     started = time.perf_counter()
     train_images, train_labels, names = read_folder(folder / "train", limit=train_limit)
     test_images, labels, test_names = read_folder(folder / "test", limit=limit)
     if names != test_names:
         raise ValueError(f"{folder}: the classes of train and test differ")
-    head, fit = fit_head(extract(encoder, train_images), train_labels, classes=len(names))
+    features = extract(encoder, train_images)
+    heads = {
+        "converged": fit_head(features, train_labels, classes=len(names)),
+        "short": fit_short(features, train_labels, classes=len(names)),
+    }
+    del features
     fitted = time.perf_counter()
-    model = nn.Sequential(encoder, head)
-    with torch.no_grad():
-        clean = torch.cat([model(to_float(block)).argmax(1) for block in torch.split(test_images, BATCH)]) == labels
+    return {
+        "threat": {"norm": "linf", "space": "image", "step_size": step_size, "steps": steps, "start": "zero"},
+        "head": {"kind": "linear", "features": "pre_feature", "train_images": len(train_labels)},
+        "heads": {
+            name: {
+                **fit,
+                "results": attacked(
+                    nn.Sequential(encoder, head), test_images, labels, eps=eps, step_size=step_size, steps=steps
+                ),
+            }
+            for name, (head, fit) in heads.items()
+        },
+        "seconds": {"heads": fitted - started, "attacks": time.perf_counter() - fitted},
+    }
 
-    def entry(last: Tensor, always: Tensor) -> dict[str, object]:
+
+def attacked(
+    model: nn.Module, images: Tensor, labels: Tensor, *, eps: list[str], step_size: float, steps: int
+) -> dict[str, dict[str, Any]]:
+    """Clean accuracy and accuracy under PGD at each eps, each with n and its interval."""
+    with torch.no_grad():
+        clean = torch.cat([model(to_float(block)).argmax(1) for block in torch.split(images, BATCH)]) == labels
+
+    def entry(last: Tensor, always: Tensor) -> dict[str, Any]:
         right, n = int(last.sum()), len(last)
         return {
             "accuracy": right / n,
@@ -240,7 +287,7 @@ def judge(
         for rows in torch.split(clean.nonzero().flatten(), BATCH):
             last[rows], always[rows] = pgd(
                 model,
-                to_float(test_images[rows]),
+                to_float(images[rows]),
                 labels[rows],
                 eps=float(Fraction(text)),
                 step_size=step_size,
@@ -248,12 +295,7 @@ def judge(
             )
         results[f"pgd-{steps} {text}"] = entry(last, always)
         print(f"pgd-{steps} {text}: {int(last.sum())} of {len(last)} right", file=sys.stderr)
-    return {
-        "threat": {"norm": "linf", "space": "image", "step_size": step_size, "steps": steps, "start": "zero"},
-        "head": {"kind": "linear", "features": "pre_feature", "train_images": len(train_labels), **fit},
-        "results": results,
-        "seconds": {"head": fitted - started, "attacks": time.perf_counter() - fitted},
-    }
+    return results
 
 
 def main() -> None:
@@ -270,7 +312,7 @@ def main() -> None:
     torch.manual_seed(0)
 
     records: dict[str, object] = {}
-    rows = [["encoder", "test", "accuracy", "95 % interval", "n"]]
+    rows = [["encoder", "head", "test", "accuracy", "95 % interval", "n"]]
     for path in options.encoder:
         record = judge(
             load_encoder(path, prefix=options.prefix),
@@ -280,12 +322,12 @@ def main() -> None:
             train_limit=options.train_limit,
         )
         records[str(path)] = record
-        results = record["results"]
-        assert isinstance(results, dict)
-        for name, entry in results.items():
-            low, high = entry["interval95"]
-            rows.append([path.stem, name, f"{entry['accuracy']:.4f}", f"{low:.4f}-{high:.4f}", str(entry["n"])])
-    emit({"machine": machine(), "encoders": records}, title="Linear head on frozen pre_feature outputs", rows=rows)
+        for head, fitted in record["heads"].items():
+            for name, entry in fitted["results"].items():
+                low, high = entry["interval95"]
+                cells = [path.stem, head, name, f"{entry['accuracy']:.4f}", f"{low:.4f}-{high:.4f}", str(entry["n"])]
+                rows.append(cells)
+    emit({"machine": machine(), "encoders": records}, title="Linear heads on frozen pre_feature outputs", rows=rows)
 
 
 if __name__ == "__main__":
