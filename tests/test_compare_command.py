@@ -570,6 +570,7 @@ def measure(store: Path, fold: str) -> tuple[float, float]:
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     loop, seconds, peak, torch = json.loads(done.stderr.splitlines()[-1])
     assert not torch
+    print(f"{fold}: {seconds:.1f} s of processor time, {peak:.0f} MiB")
     return seconds / max(1.0, loop / 0.09), peak
 
 

@@ -1,7 +1,7 @@
 """Holds the converged linear head of a run against scikit-learn's logistic regression on the same encoder.
 
-The other side shares nothing with ours: it reads the images, runs the encoder and fits the head by itself. Both minimise
-mean cross-entropy + l2 |W|^2, biases free, from zero to convergence.
+The other side shares nothing with ours: it reads the images, runs the encoder and fits the head by itself. Both
+minimise mean cross-entropy + l2 |W|^2, biases free, from zero to convergence.
 Example: cfamc probe runs/ID --head linear --protocol converged
 python tests/benchmarks/linear_agreement.py ~/.cache/cifar10-jpeg --run runs/ID
 """
