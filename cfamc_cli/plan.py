@@ -13,7 +13,7 @@ from typing import NamedTuple, assert_never
 
 from cfamc_cli.datasets import KNOWN_SETS
 from cfamc_cli.errors import CfamcError, ExitCode
-from cfamc_cli.recipe import DEPTHS, FreeAdversary, Model, NoAdversary, PgdAdversary, Recipe
+from cfamc_cli.recipe import DEPTHS, Cosine, FreeAdversary, Model, NoAdversary, PgdAdversary, Recipe
 
 PER_IMAGES = 1_000  # what counts refer to where the number of images is unknown
 _FLOAT = 4  # bytes of a float32
@@ -76,7 +76,7 @@ def plan(recipe: Recipe, images: int | None = None) -> Plan:
         images: Training images, where they were counted; else those of a known set, or 1,000 of a folder.
 
     Raises:
-        CfamcError: A batch is larger than that.
+        CfamcError: A batch is larger than that, or warm-up takes all updates.
     """
     if images is None:
         images = known_images(recipe)
@@ -91,6 +91,12 @@ def plan(recipe: Recipe, images: int | None = None) -> Plan:
         )
     batches = recipe.batches(count)
     updates = batches * recipe.replays
+    if images is not None and isinstance(recipe.schedule, Cosine) and recipe.schedule.warmup >= updates:
+        raise CfamcError(
+            f"schedule.warmup: {recipe.schedule.warmup} updates of warm-up leave nothing of a run of {updates}",
+            hint="lower schedule.warmup, or raise train.epochs",
+            exit_code=ExitCode.INVALID,
+        )
 
     # Per image: arithmetic of all its crops, and of those that a PGD step passes.
     costs = [group.count * flops_per_view(recipe.model, size=group.size) for group in recipe.crops]
@@ -99,8 +105,8 @@ def plan(recipe: Recipe, images: int | None = None) -> Plan:
             attacked, attack_cost = 0, 0  # a free adversary lives on the passes that train the weights
         case PgdAdversary(views="all", steps=steps):
             attacked, attack_cost = steps * recipe.views, steps * sum(costs)
-        case PgdAdversary(views="second", steps=steps):
-            attacked, attack_cost = steps * recipe.crops[1].count, steps * costs[1]
+        case PgdAdversary(views="second", steps=steps):  # of every group but the first
+            attacked, attack_cost = steps * (recipe.views - recipe.crops[0].count), steps * sum(costs[1:])
         case _ as never:
             assert_never(never)  # type: ignore[arg-type]
 

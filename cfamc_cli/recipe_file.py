@@ -37,7 +37,7 @@ _STAND_INS: dict[str, Any] = {
     "objective": {"name": "emp-ssl"},
     "adversary": {"name": "none"},
 }
-_OUTSIDE_THE_RUN = ("name", "data.root", "train.keep", "train.checkpoint_every")
+_OUTSIDE_THE_RUN = ("name", "data.root", "train.keep", "train.checkpoint_every", "train.log_every")
 
 
 @dataclass(frozen=True)

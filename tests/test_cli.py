@@ -157,6 +157,8 @@ def test_dry_run_prints_a_recipe_that_loads(capsys: pytest.CaptureFixture[str], 
     assert answer["recipe"] == recipe_file.load("cifar10").resolved()
     assert answer["plan"]["weight_updates"] == 10 * 500 * 3
     assert set(answer["plan"]) >= {"parameters", "view_passes", "flops", "memory"}
+    code, out, _ = run(capsys, "pretrain", "cifar10", "--dry-run", "--seeds", "3,5")
+    assert (code, out.splitlines()[-1]) == (0, "# runs            2, seeds 3, 5; counts are of each")
 
 
 def test_recipes(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,20 @@ def test_features_are_torchvisions(backbone: Literal["resnet18", "resnet34", "re
         torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("width", [2, 4, 7])
+def test_narrow_nets_train_on_large_maps(width: int) -> None:
+    torch.manual_seed(0)  # where the shortcut is a plain strided convolution, the heap breaks here
+    net = ResNet("resnet18", stem="cifar", width=width).to(memory_format=torch.channels_last)
+    x = torch.rand(64, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    for _ in range(3):
+        net(x).square().sum().backward()
+    shortcut = net.get_submodule("layer2.0.downsample.0")
+    assert isinstance(shortcut, nn.Conv2d)
+    maps = torch.rand(2, width, 15, 16, dtype=torch.float64)
+    plain = nn.functional.conv2d(maps, shortcut.weight.double(), stride=2)
+    torch.testing.assert_close(shortcut.double()(maps), plain)
+
+
 def test_the_cifar_stem_keeps_the_resolution() -> None:
     net = ResNet("resnet18", stem="cifar", width=4)
     reference = torchvision.models.resnet18(weights=None, num_classes=1)

@@ -89,6 +89,23 @@ def test_pgd_passes_are_counted_apart() -> None:
     assert second.flops == (second.view_passes + second.attack_view_passes) * second.flops_per_view
 
 
+def test_every_group_but_the_first_is_perturbed_as_the_second_view() -> None:
+    groups = "crops=[{count = 1, size = 32}, {count = 1, size = 32}, {count = 4, size = 16}]"
+    shown = plan(load("cifar10-simclr-crop-pgd", groups))
+    model = load("cifar10-simclr-crop-pgd").model
+    large, small = flops_per_view(model, size=32), flops_per_view(model, size=16)
+    assert shown.attack_view_passes == 5 * shown.view_passes * 5 // 6
+    assert shown.flops == shown.batches * 512 * (2 * large + 4 * small + 5 * (large + 4 * small))
+
+
+def test_warm_up_that_takes_all_updates_of_a_counted_folder_is_refused() -> None:
+    recipe = load("folder", "schedule.warmup=300", "train.epochs=1")
+    assert plan(recipe).per_thousand
+    assert plan(recipe, 10_100).weight_updates > 300
+    with pytest.raises(CfamcError, match=r"schedule\.warmup: 300 updates .* a run of 300"):
+        plan(recipe, 10_000)
+
+
 def test_groups_of_different_sizes() -> None:
     shown = plan(load("cifar10-laptop", "crops=[{count = 2, size = 32}, {count = 6, size = 16}]"))
     model = load("cifar10-laptop").model

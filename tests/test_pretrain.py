@@ -15,7 +15,7 @@ from fixed_inputs import checksum, crops, fill
 from tiny import tiny_recipe
 from torch import Tensor
 
-from cfamc_cli.engine import checkpoint, monitor
+from cfamc_cli.engine import checkpoint, journal, monitor
 from cfamc_cli.engine.adversary import build_adversary
 from cfamc_cli.engine.data import ImageSet
 from cfamc_cli.engine.distributed import World
@@ -43,12 +43,16 @@ class Listener(NullSink):
 
     records: list[Mapping[str, object]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    messages: list[str] = field(default_factory=list)
 
     def metrics(self, record: Mapping[str, object]) -> None:
         self.records.append(json.loads(json.dumps(record, allow_nan=False)))
 
     def warning(self, text: str) -> None:
         self.warnings.append(text)
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
 
     def positions(self) -> dict[str, int]:
         return {"metrics.jsonl": len(self.records)}
@@ -253,6 +257,19 @@ def test_records_hold_what_a_person_watches(tiny_images: ImageSet, tmp_path: Pat
     wanted = "kind step batch epoch lr loss gradient_norm invariance coding_rate delta_mean delta_at_bound"
     assert record.keys() == {*wanted.split(), "effective_rank", "feature_std"}
     assert (record["step"], record["epoch"]) == (9, 0.375)
+
+
+def test_few_labels_are_not_evaluated_on(
+    tiny_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal, "HELD_OUT", 20)
+    recipe = tiny_recipe("emp-ssl", "none", train={**SHORT, "evaluate_every": 1})
+    _, sink = trained(recipe, tiny_images, tmp_path / "all")
+    assert [record["n"] for record in sink.records if record["kind"] == "evaluation"] == [20, 20]
+    few = torch.where(torch.arange(64) < 39, tiny_images.require_labels(), -1)
+    _, sink = trained(recipe, ImageSet(**{**vars(tiny_images), "labels": few}), tmp_path / "few")
+    assert sink.messages == ["no online evaluation: it needs 40 labelled images of two classes"]
+    assert not [record for record in sink.records if record["kind"] == "evaluation"]
 
 
 @pytest.mark.parametrize("every", [0, 1, 3])

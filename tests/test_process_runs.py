@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from fixed_inputs import uniform
 from process import Child, Done, cfamc, recipe_text, warm
 
 TINY = ("--set", "train.epochs=0.25")  # two batches
@@ -168,9 +170,50 @@ def test_a_resumed_run_takes_what_may_change(tmp_path: Path) -> None:
     child.until(flag.exists)
     child.send(signal.SIGKILL)
     child.wait()
-    done = train(tmp_path, "--resume", "latest", "--set", "train.keep=1")
+    done = train(tmp_path, "--resume", "latest", "--set", "train.keep=1", "--set", "train.log_every=3")
     assert done.code == 0, done
     assert len(list((only_run(tmp_path) / "checkpoints").iterdir())) == 1
+
+
+def test_the_next_command_is_typed_in_the_same_place(tmp_path: Path) -> None:
+    store = tmp_path / "elsewhere" / "store"
+    done = train(tmp_path, *TINY, "--runs", str(store))
+    assert done.code == 0, done
+    assert done.err.splitlines()[-1] == f"next: cfamc attack {store / done.out.strip()} --eps 8/255"
+
+
+def test_a_run_starts_from_the_newest_run_before_it(tmp_path: Path) -> None:
+    first = train(tmp_path, *TINY).out.strip()
+    second = train(tmp_path, *TINY, "--set", "train.init=latest")
+    assert second.code == 0, second
+    assert f"starts from the encoder of {first}, step-00000006" in second.err
+    run = tmp_path / "runs" / second.out.strip()
+    assert record(run)["init"] == first
+    assert json.loads((run / "resolved.json").read_text())["train"]["init"] == first
+    other = train(tmp_path, *TINY, "--set", "train.init=latest", "--set", "model.width=16", "--json")
+    assert other.code == 4, other
+    assert "shape" in other.answer["error"]["message"]
+    assert len(list((tmp_path / "runs").iterdir())) == 2  # none was made for nothing
+
+
+def test_a_run_goes_on_from_another_folder(tmp_path: Path) -> None:
+    from torchvision.io import write_png
+
+    for index in range(16):
+        path = tmp_path / "images" / "train" / "ab"[index % 2] / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_png((uniform(3, 16, 16, key=f"image {index}") * 256).to(torch.uint8), str(path))
+    write_recipe(tmp_path, every=1)
+    flag = tmp_path / "flag"
+    words = ("pretrain", "recipe.toml", "--set", 'data={dataset="folder", root="images"}')
+    cache = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    child = warm().start(*words, cwd=tmp_path, env=cache, hook="wait_in_loss", values=[str(flag), 4, 60])
+    child.until(flag.exists)
+    child.send(signal.SIGKILL)
+    child.wait()
+    (tmp_path / "elsewhere").mkdir()
+    done = warm().run("pretrain", "--resume", str(only_run(tmp_path)), cwd=tmp_path / "elsewhere", env=cache)
+    assert done.code == 0, done
 
 
 def test_a_run_has_one_owner(tmp_path: Path) -> None:
@@ -267,6 +310,8 @@ def test_data_and_places_that_cannot_be_used(tmp_path: Path) -> None:
     assert unknown.code == 2, unknown
     device = train(tmp_path, "--device", "abacus", "--json")
     assert device.code == 2, device
+    nowhere = train(tmp_path, "--device", "meta", "--json")
+    assert nowhere.code == 2, nowhere
     init = train(tmp_path, "--set", "train.init=nowhere", "--json")
     assert init.code == 2, init
     assert not (tmp_path / "runs").exists()  # none of these made a run for nothing
@@ -278,7 +323,9 @@ def test_data_and_places_that_cannot_be_used(tmp_path: Path) -> None:
     alone = train(tmp_path, "--json", env={"RANK": "0", "WORLD_SIZE": "2"})
     assert alone.code == 1, alone
     assert "torchrun" in alone.answer["error"]["hint"]
-    for done in (missing, blocked, unknown, device, init, unborn, alone):
+    odd = train(tmp_path, "--json", env={"RANK": "0", "WORLD_SIZE": "several"})
+    assert odd.code == 1, odd
+    for done in (missing, blocked, unknown, device, nowhere, init, unborn, alone, odd):
         assert "Traceback" not in done.err
 
 

@@ -35,6 +35,8 @@ from cfamc_cli.records import (
 from cfamc_cli.store import RunFolder, cache_folder, create_run, default_store, find_run, lock
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from cfamc_cli.engine.data import ImageSet
     from cfamc_cli.engine.distributed import World
     from cfamc_cli.engine.pretrain import Trainer
@@ -102,7 +104,7 @@ def pretrain(
             )
         recipes_to_train = _recipes(reference, overrides, seeds)
         if dry_run:
-            _show_plan(recipes_to_train[0], options)
+            _show_plan(recipes_to_train, options)
             return
         results = _start(recipes_to_train, options)
     finished = [result for result in results if result is not None]  # other processes of torchrun say nothing
@@ -118,12 +120,15 @@ def _recipes(reference: str, overrides: Sequence[str], seeds: Sequence[int]) -> 
     return [recipe_file.load(reference, overrides=overrides, seed=seed) for seed in seeds]
 
 
-def _show_plan(recipe: Recipe, options: Options) -> None:
-    costs = plan(recipe)
+def _show_plan(recipes: Sequence[Recipe], options: Options) -> None:
+    """Print the first recipe and its cost; the others differ in their seed alone."""
+    recipe, costs, seeds = recipes[0], plan(recipes[0]), [recipe.seed for recipe in recipes]
     if options.as_json:
-        render.print_json({"recipe": recipe.resolved(), "plan": dataclasses.asdict(costs)})
+        render.print_json({"recipe": recipe.resolved(), "plan": dataclasses.asdict(costs), "seeds": seeds})
     else:
-        render.write_out(f"{recipe_file.to_toml(recipe)}\n{_costs_in_words(costs)}")
+        of_all = f"# runs            {len(seeds)}, seeds {', '.join(map(str, seeds))}; counts are of each\n"
+        words = _costs_in_words(costs) + (of_all if len(seeds) > 1 else "")
+        render.write_out(f"{recipe_file.to_toml(recipe)}\n{words}")
 
 
 def _costs_in_words(costs: Plan) -> str:
@@ -143,16 +148,16 @@ def _costs_in_words(costs: Plan) -> str:
 def _start(recipes: Sequence[Recipe], options: Options) -> list[Mapping[str, object] | None]:
     """Train one run per recipe; what ends one of them ends the rest, and names those that were finished."""
     store = default_store(options.runs)
-    for recipe in recipes:
-        if recipe.train.init is not None:
-            find_run(store, recipe.train.init)  # before a run is made for nothing
+    recipes = [_pinned(recipe, store) for recipe in recipes]
     results: list[Mapping[str, object] | None] = []
     with _session(options) as (world, signals):
         try:
             for recipe in recipes:
                 if results and (signal := signals.pending()):  # it came too late to cut the run before
                     raise Interrupted(signal)
-                data = _load(recipe, options, world)  # before a run is made for nothing
+                data = _load(recipe, options, world)  # this and the next two lines before a run is made for nothing
+                plan(recipe, images=len(data.images))
+                _starting_weights(recipe, store)
                 run = create_run(store, recipe.name, now=now()) if world.leads else None
                 results.append(_train(recipe, data, run, options, world=world, signals=signals, fresh=True))
         except (CfamcError, Interrupted) as end:
@@ -160,6 +165,37 @@ def _start(recipes: Sequence[Recipe], options: Options) -> list[Mapping[str, obj
             end.details |= {"finished": finished} if finished else {}
             raise
     return results
+
+
+def _pinned(recipe: Recipe, store: Path) -> Recipe:
+    """The recipe whose paths mean the same from any folder, and whose train.init is one certain run."""
+    data, train = recipe.data, recipe.train
+    if data.root is not None:
+        data = data.model_copy(update={"root": str(Path(data.root).expanduser().absolute())})
+    if train.init is not None:
+        source = find_run(store, train.init)
+        beside = source.path.resolve().parent == store.resolve()
+        train = train.model_copy(update={"init": source.id if beside else str(source.path.absolute())})
+    return recipe.model_copy(update={"data": data, "train": train})
+
+
+def _starting_weights(recipe: Recipe, store: Path) -> tuple[str, dict[str, Tensor]] | None:
+    """Where train.init says to start, in words, and the weights, which fit the recipe's encoder; None without it.
+
+    Raises:
+        CfamcError: There is no such run, no checkpoint of it can be read, or it is of another architecture.
+    """
+    if recipe.train.init is None:
+        return None
+    from cfamc_cli.engine import checkpoint
+    from cfamc_cli.engine.models import build_encoder
+    from cfamc_cli.engine.randomness import addressed_generator
+
+    source = find_run(store, recipe.train.init)
+    path, saved, _ = checkpoint.newest_valid(source.checkpoints)
+    encoder = build_encoder(recipe.model, generator=addressed_generator("init", recipe.seed))
+    checkpoint.load_state(encoder, saved.model, path=path)
+    return f"{source.id}, {path.name}", saved.model
 
 
 def _resume(reference: str, wanted: Recipe | None, options: Options) -> Mapping[str, object] | None:
@@ -259,7 +295,7 @@ def _train(
             keeper.end(trainer, outcome.status)
             if outcome.status == "interrupted":
                 raise Interrupted(outcome.signal)
-    return keeper.summary() if kept is not None else None
+    return keeper.summary(_reference(kept, options)) if kept is not None else None
 
 
 @contextmanager
@@ -270,8 +306,13 @@ def _naming(run: RunFolder, options: Options) -> Iterator[None]:
     except (CfamcError, Interrupted) as end:
         end.details.setdefault("run", run.id)
         if isinstance(end, Interrupted) and run.run_json.exists():  # else there is nothing yet to go on with
-            end.hint = f"go on with: cfamc pretrain --resume {run.id if options.runs is None else run.path}"
+            end.hint = f"go on with: cfamc pretrain --resume {_reference(run, options)}"
         raise
+
+
+def _reference(run: RunFolder, options: Options) -> str:
+    """What a next command calls the run by, typed in the same place."""
+    return run.id if options.runs is None else str(run.path)
 
 
 def _take_up(trainer: Trainer, run: RunFolder | None, options: Options, *, fresh: bool, keeper: _Keeper) -> None:
@@ -287,11 +328,12 @@ def _take_up(trainer: Trainer, run: RunFolder | None, options: Options, *, fresh
         keeper.cut_back(positions if isinstance(positions, dict) else {})
         return
     keeper.cut_back({})
-    if trainer.recipe.train.init is not None:
-        source = find_run(default_store(options.runs), trainer.recipe.train.init)
-        path, saved, _ = checkpoint.newest_valid(source.checkpoints)
-        checkpoint.load_state(trainer.encoder, saved.model, path=path)
-        keeper.sink.message(f"starts from the encoder of {source.id}, {path.name}")
+    store = default_store(options.runs) if run is None else run.path.parent
+    start = _starting_weights(trainer.recipe, store)
+    if start is not None:
+        source, weights = start
+        checkpoint.load_state(trainer.encoder, weights, path=Path(source))
+        keeper.sink.message(f"starts from the encoder of {source}")
 
 
 class _Keeper:
@@ -422,8 +464,8 @@ class _Keeper:
             save_record(self.run.run_json, self.record)
             self._written = time.monotonic()
 
-    def summary(self) -> Mapping[str, object]:
-        """Say how the run ended, and return run.json for stdout."""
+    def summary(self, reference: str) -> Mapping[str, object]:
+        """Say how the run ended and what can be done with `reference`, and return run.json for stdout."""
         assert self.record is not None, "only a process that keeps a run speaks"
         assert self.run is not None, "only a process that keeps a run speaks"
         record, say = self.record, self.sink.message
@@ -435,7 +477,7 @@ class _Keeper:
                     f"{evaluation.attack} {evaluation.eps} {render.interval(evaluation.robust)}  "
                     f"knn {render.interval(evaluation.knn)}  (% of {evaluation.clean.n} held-out training images)"
                 )
-        say(f"next: cfamc attack {self.run.id} --eps 8/255")
+        say(f"next: cfamc attack {reference} --eps 8/255")
         return record.model_dump(mode="json")
 
     def close(self) -> None:

@@ -39,7 +39,9 @@ class Journal:
         sink: Sink,
         updates: int,
         per_epoch: int,
+        share: int,
     ) -> None:
+        """Begin a run's journal; `share` is the number of images of a batch that this process has."""
         self.recipe, self.data, self.device, self.sink = recipe, data, device, sink
         self.updates, self.per_epoch = updates, per_epoch
         parts = ["invariance", "coding_rate"] if isinstance(recipe.objective, EmpSsl) else []
@@ -47,9 +49,7 @@ class Journal:
         self._rows: list[Tensor] = []
         attack_steps = recipe.adversary.steps if isinstance(recipe.adversary, PgdAdversary) else 0
         self._passes_per_update = 1 + attack_steps
-        self._grip_plan = monitor.schedule(
-            updates=updates, batch_size=recipe.train.batch_size, passes_per_update=self._passes_per_update
-        )
+        self._grip_plan = monitor.schedule(updates=updates, batch_size=share, passes_per_update=self._passes_per_update)
         self._evaluated: dict[str, float] = {}
         self.start(0)
 
@@ -93,7 +93,7 @@ class Journal:
             where = {"step": update, "batch": update // self.recipe.replays}
             raise Diverged(
                 f"training became non-finite at update {update}: loss {loss:g}, gradient norm {norm:g}, lr {lr:g}",
-                hint="the last good checkpoint stands; lower optimizer.lr, or set train.precision to float32",
+                hint="nothing of it was saved; lower optimizer.lr, or set train.precision to float32",
                 exit_code=ExitCode.DIVERGED,
                 details={**where, "lr": lr, "loss": repr(loss), "gradient_norm": repr(norm)},
             )
@@ -197,9 +197,9 @@ class Journal:
         if self.recipe.train.evaluate_every == 0:
             return True
         labels = self.data.labels
-        if labels is None or len(self.data.classes) < 2 or len(images) < 2 * HELD_OUT:
+        if labels is None or len(self.data.classes) < 2 or int((labels >= 0).sum()) < 2 * HELD_OUT:
             if step == 0:
-                self.sink.message(f"no online evaluation: it needs labels of two classes and {2 * HELD_OUT:,} images")
+                self.sink.message(f"no online evaluation: it needs {2 * HELD_OUT:,} labelled images of two classes")
             return True
         self.check_finite(encoder, step=step)
         adversary = self.recipe.adversary

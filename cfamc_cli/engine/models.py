@@ -62,10 +62,23 @@ class Bottleneck(nn.Module):
         return F.relu(x + shortcut, inplace=True)
 
 
+class _NarrowShortcut(nn.Conv2d):
+    """A strided 1x1 convolution that takes its pixels first.
+
+    Below 8 channels, oneDNN's weight gradient of the strided kind writes beyond its buffer (torch 2.14, AVX2,
+    channels_last), which ends the process.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        down, across = self.stride
+        return F.conv2d(x[..., ::down, ::across], self.weight, self.bias)
+
+
 def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential | None:
     if stride == 1 and inputs == outputs:
         return None
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+    convolution = _NarrowShortcut if inputs < 8 else nn.Conv2d
+    return nn.Sequential(convolution(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
 
 class ResNet(nn.Module):

@@ -89,7 +89,15 @@ class Trainer:
             self.encoder.compile()
         self.optimizer = LarsOptimizer(list(self.encoder.parameters()), recipe.optimizer)
         self.adversary = build_adversary(recipe.adversary)
-        self.journal = Journal(recipe, data, device=device, sink=sink, updates=self.updates, per_epoch=self.per_epoch)
+        self.journal = Journal(
+            recipe,
+            data,
+            device=device,
+            sink=sink,
+            updates=self.updates,
+            per_epoch=self.per_epoch,
+            share=batch_size // world.size,
+        )
 
     def train(self, folder: Path, *, stop: Callable[[], int]) -> Outcome:
         """Train from where the run stands to its end, or until `stop` returns a signal's number.
