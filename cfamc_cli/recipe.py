@@ -33,13 +33,28 @@ _RATIO = re.compile(r"([0-9]+(?:\.[0-9]+)?)/([0-9]+)", re.ASCII)
 
 
 def exact(value: object) -> str:
-    """Check a length in the image range [0, 1] and return its exact text.
+    """Check a length of a pixel's range [0, 1] and return its exact text.
 
     Args:
         value: Text such as "8/255" or "0.03", or a TOML float.
 
     Raises:
         ValueError: Not such a number, or outside [0, 1]; says what was probably meant.
+    """
+    text = length(value)
+    if fraction(text) > 1:
+        raise ValueError(_beyond_a_pixel(text))
+    return text
+
+
+def length(value: object) -> str:
+    """Check a length of images, which in L2 may be larger than 1, and return its exact text.
+
+    Args:
+        value: As for `exact`.
+
+    Raises:
+        ValueError: Not such a number.
     """
     if isinstance(value, bool) or not isinstance(value, str | float | int):
         raise ValueError('must be text such as "8/255" or a number such as 0.03')
@@ -53,12 +68,13 @@ def exact(value: object) -> str:
         raise ValueError(f"{text!r} is not a number such as 8/255 or 0.03 between 0 and 1")
     if ratio is not None and int(ratio[2]) == 0:
         raise ValueError(f"{text!r} divides by zero")
-    length = fraction(text)
-    if length > 1:
-        whole = length.denominator == 1 and length <= 255
-        meant = f"did you mean {int(length)}/255?" if whole else "images live in [0, 1]"
-        raise ValueError(f"{text} is larger than 1: {meant}")
     return text
+
+
+def _beyond_a_pixel(text: str) -> str:
+    value = fraction(text)
+    whole = value.denominator == 1 and value <= 255
+    return f"{text} is larger than 1: " + (f"did you mean {int(value)}/255?" if whole else "images live in [0, 1]")
 
 
 def fraction(text: str) -> Fraction:
@@ -104,6 +120,7 @@ def _at(field: str, message: str) -> PydanticCustomError:
 
 
 Exact = Annotated[str, BeforeValidator(exact)]
+Length = Annotated[str, BeforeValidator(length)]
 PathText = Annotated[str, Field(min_length=1), AfterValidator(_without_nul)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -385,6 +402,16 @@ class EpsAttack(Table):
             return raw
         return {key: value for key, value in _L2_DEFAULTS.items() if key in cls.model_fields} | raw
 
+    @model_validator(mode="after")
+    def _lengths_of_the_norm(self) -> Self:
+        given = {key: text for key in ("eps", "step_size") if isinstance(text := getattr(self, key, None), str)}
+        for key, text in given.items():
+            if getattr(self, "norm", None) == "linf" and fraction(text) > 1:
+                raise _at(key, _beyond_a_pixel(text))
+        if "step_size" in given and fraction(given["step_size"]) == 0:
+            raise _at("step_size", "must be above 0")
+        return self
+
 
 _L2_DEFAULTS = {"eps": "128/255", "step_size": "0.1"}
 
@@ -393,25 +420,19 @@ class PgdAttack(EpsAttack):
     """PGD on the cross-entropy of encoder + head."""
 
     name: Literal["pgd"]
-    eps: Exact = "8/255"
+    eps: Length = "8/255"
     norm: Literal["linf", "l2"] = "linf"
-    step_size: Exact = "0.01"
+    step_size: Length = "0.01"
     steps: Annotated[int, Field(ge=1, le=100_000)] = 20
     restarts: Annotated[int, Field(ge=1, le=1000)] = 1
-    start: Literal["zero", "random"] = "zero"
-
-    @model_validator(mode="after")
-    def _restarts_differ(self) -> PgdAttack:
-        if self.restarts > 1 and self.start == "zero":
-            raise _at("restarts", 'has no effect: every restart from "zero" is the same (set start = "random")')
-        return self
+    start: Literal["zero", "random"] = "zero"  # of the first run; restarts begin at random
 
 
 class FgsmAttack(EpsAttack):
     """One step along the gradient of the cross-entropy, arXiv:1412.6572."""
 
     name: Literal["fgsm"]
-    eps: Exact = "8/255"
+    eps: Length = "8/255"
     norm: Literal["linf", "l2"] = "linf"
 
 
@@ -419,7 +440,7 @@ class ApgdAttack(EpsAttack):
     """Auto-PGD on the cross-entropy or the difference of logits ratio, arXiv:2003.01690."""
 
     name: Literal["apgd-ce", "apgd-dlr"]
-    eps: Exact = "8/255"
+    eps: Length = "8/255"
     norm: Literal["linf", "l2"] = "linf"
     steps: Annotated[int, Field(ge=1, le=100_000)] = 100
     restarts: Annotated[int, Field(ge=1, le=1000)] = 1
@@ -429,7 +450,7 @@ class TargetedApgdAttack(EpsAttack):
     """Auto-PGD on the targeted difference of logits ratio, one run per target class, arXiv:2003.01690."""
 
     name: Literal["apgd-t"]
-    eps: Exact = "8/255"
+    eps: Length = "8/255"
     norm: Literal["linf", "l2"] = "linf"
     steps: Annotated[int, Field(ge=1, le=100_000)] = 100
     restarts: Annotated[int, Field(ge=1, le=1000)] = 1
@@ -440,7 +461,7 @@ class FabAttack(EpsAttack):
     """Targeted FAB, arXiv:1907.02044."""
 
     name: Literal["fab"]
-    eps: Exact = "8/255"
+    eps: Length = "8/255"
     norm: Literal["linf", "l2"] = "linf"
     steps: Annotated[int, Field(ge=1, le=100_000)] = 100
     targets: Annotated[int, Field(ge=1, le=100_000)] = 9
@@ -450,7 +471,7 @@ class SquareAttack(EpsAttack):
     """Square, a random search that sees logits only, arXiv:1912.00049."""
 
     name: Literal["square"]
-    eps: Exact = "8/255"
+    eps: Length = "8/255"
     norm: Literal["linf", "l2"] = "linf"
     queries: Annotated[int, Field(ge=1, le=1_000_000)] = 5000
 
@@ -459,9 +480,9 @@ class EmbeddingAttack(EpsAttack):
     """PGD on the distance of the features from those of the clean image: it needs no labels."""
 
     name: Literal["embedding"]
-    eps: Exact = "8/255"
+    eps: Length = "8/255"
     norm: Literal["linf", "l2"] = "linf"
-    step_size: Exact = "0.01"
+    step_size: Length = "0.01"
     steps: Annotated[int, Field(ge=1, le=100_000)] = 20
     restarts: Annotated[int, Field(ge=1, le=1000)] = 1
 
@@ -470,7 +491,7 @@ class AutoAttackAttack(EpsAttack):
     """AutoAttack, arXiv:2003.01690."""
 
     name: Literal["autoattack"]
-    eps: Exact = "8/255"
+    eps: Length = "8/255"
     norm: Literal["linf", "l2"] = "linf"
     version: Literal["standard", "rand"] = "standard"
 

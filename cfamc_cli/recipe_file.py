@@ -616,7 +616,8 @@ def _against_the_data(recipe: Recipe) -> Iterator[tuple[set[str], Problem]]:
 def differing_keys(a: Recipe, b: Recipe) -> list[str]:
     """The dotted keys in which two recipes describe different runs, sorted.
 
-    Left out is what may change when a run is resumed: its name, where the data lie, and how checkpoints are kept.
+    Left out is what may change when a run is resumed: its name, where the data lie, how checkpoints are kept, and how
+    often it logs.
     """
     left, right = dict(_leaves(a.resolved(), "")), dict(_leaves(b.resolved(), ""))
     keys = sorted(left.keys() | right.keys())

@@ -248,6 +248,7 @@ class ProbeRecord(ProbeResult):
         train_accuracy: On the samples the head was fitted to; None where that was not measured.
         classes: Per class of the test split, in label order; `confusion` has a row per true class.
         data: The [data] table that was read, the run's own or that of a transfer.
+        converged: Whether the protocol "converged" came to the optimum; None for the others.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -259,6 +260,7 @@ class ProbeRecord(ProbeResult):
     data: dict[str, JsonValue] = Field(default_factory=dict)
     train: DataUsed
     train_accuracy: Accuracy | None
+    converged: bool | None = None
     classes: tuple[ClassAccuracy, ...]
     confusion: tuple[tuple[Count, ...], ...]
     wall_seconds: Seconds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -24,8 +25,9 @@ from cfamc_cli.commands.attack_report import Result, curves
 from cfamc_cli.commands.attack_settings import Flags, asked_attacks, for_engine
 from cfamc_cli.commands.pretrain import Options, pretrain
 from cfamc_cli.commands.probe import Request, ensure_head, load_test_images, probe
+from cfamc_cli.engine import attacks as engine
 from cfamc_cli.engine import robust
-from cfamc_cli.engine.attacks import audit
+from cfamc_cli.engine.attacks import AutoAttack, Stage, audit, run_stage, stage_name
 from cfamc_cli.engine.checkpoint import read_tensors
 from cfamc_cli.engine.heads import load_classifier
 from cfamc_cli.engine.robust import Outcome
@@ -131,13 +133,14 @@ def test_any_flag_means_pgd_of_the_official_protocol() -> None:
     curve = asked_attacks(Flags(eps=("2/255", "0.01")), recipe())
     assert [(table.eps, table.model_dump()["steps"]) for table in curve] == [("2/255", 20), ("0.01", 20)]
     (again,) = asked_attacks(Flags(restarts=3), recipe())
-    assert again.model_dump()["start"] == "random"
+    assert (again.model_dump()["restarts"], again.model_dump()["start"]) == (3, "zero")
 
 
 def test_l2_has_defaults_of_its_own() -> None:
     (asked,) = asked_attacks(Flags(norm="l2"), recipe())
     assert (asked.eps, asked.model_dump()["step_size"]) == ("128/255", "0.1")
     assert asked_attacks(Flags(norm="l2", eps=("1",)), recipe())[0].eps == "1"
+    assert for_engine(asked_attacks(Flags(norm="l2", eps=("1.5",)), recipe())[0]).eps == 1.5
     assert recipe(attack=[{"name": "fgsm", "norm": "l2"}]).attack[0].eps == "128/255"
 
 
@@ -160,6 +163,8 @@ WRONG = [
     (("--eps", "nan"), "error: --eps: 'nan' is not a number such as 8/255 or 0.03 between 0 and 1"),
     (("--eps", "8/255", "--eps", "16/510"), "error: --eps: a radius is given twice"),
     (("--step-size", "x"), "error: --step-size: 'x' is not a number such as 8/255 or 0.03 between 0 and 1"),
+    (("--step-size", "2", "--norm", "linf"), "error: --step-size: 2 is larger than 1: did you mean 2/255?"),
+    (("--step-size", "0"), "error: --step-size: must be above 0"),
     (("--attack", "agpd-ce"), 'error: --attack: "agpd-ce" is no attack\nhint: did you mean "apgd-ce"?'),
     (("--attack", "fgsm", "--steps", "3"), "error: --steps has no effect on fgsm"),
     (("--attack", "square", "--step-size", "0.01"), "error: --step-size has no effect on square"),
@@ -315,7 +320,8 @@ def test_a_signal_ends_the_evaluation_and_loses_nothing(
 def test_another_limit_reuses_finished_blocks(attack: Attack, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     attack(*PGD)
     seen = cut_after(monkeypatch, 1000, how=die)
-    attack(*PGD, "--limit", "30")
+    _, _, err = attack(*PGD, "--limit", "30")
+    assert "blocks of 8 samples are evaluated whole: the last 4 of pgd-001 are attacked again" in err
     assert [outcome.block for outcome in seen] == [2, 2, 3, 3]  # the part of block 2 is done again, whole
     seen.clear()
     attack(*PGD, "--limit", "16")
@@ -458,6 +464,34 @@ def test_examples_are_drawn_and_survive_a_cut(attack: Attack, store: Path, monke
     attack(*wanted)  # they were not kept, and are made again
     assert (folder / "examples.png").read_bytes() == sheet
     assert (folder / "outcomes.json").read_bytes() == outcomes
+
+
+def test_only_stages_that_owe_an_example_are_run_again(
+    attack: Attack, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = functools.partial(AutoAttack, steps=3, queries=5, targets=2)
+    monkeypatch.setattr(engine, "AutoAttack", short)
+    wanted = ("--attack", "autoattack", "--eps", "2/255", "--limit", "8")
+    attack(*wanted)
+    seen = cut_after(monkeypatch, 1000, how=die)
+    run: list[str] = []
+
+    def noted(stage: Stage, *rest: Any, **more: Any) -> torch.Tensor:
+        run.append(stage_name(stage))
+        return run_stage(stage, *rest, **more)
+
+    monkeypatch.setattr(robust, "run_stage", noted)
+    attack(*wanted, "--save-examples", "1")
+    assert (run, len(seen)) == (["apgd-ce"], 1)
+    folder = the_run(store).attacks / "autoattack-001"
+    assert (folder / "examples.png").is_file()
+
+
+def test_an_audit_of_a_ball_without_radius_is_skipped(attack: Attack) -> None:
+    code, out, _ = attack("--eps", "0", "--limit", "8", "--audit", "--json")
+    assert code == 0
+    flags = {flag["name"]: flag["verdict"] for flag in json.loads(out)["results"][0]["flags"]}
+    assert (flags["eps-zero"], flags["audit"]) == ("passed", "skipped")
 
 
 def test_stored_examples_hold_at_every_batch_size(attack: Attack, store: Path) -> None:

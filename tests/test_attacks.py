@@ -121,6 +121,22 @@ def test_eps_zero_is_the_identity(norm: Norm, index: int) -> None:
     assert torch.equal(points, LINEAR.x)
 
 
+def test_averaged_gradients_go_on_beyond_the_border() -> None:
+    linear = Linear(classes=2)
+    eps = float(linear.radius("linf").median()) * 1.01
+    stage = Apgd(eps, steps=30, eot=2)
+    points = run_stage(stage, linear, linear.x, linear.y, embed=None, generator=generator())
+    direction = torch.autograd.grad(
+        nn.functional.cross_entropy(linear(z := linear.x.clone().requires_grad_()), linear.y), z
+    )[0].sign()
+    corner = (linear.x + eps * direction).clamp(0, 1)
+    crossed = linear.radius("linf") < eps  # a draw of noise would undo a point that only just crossed
+    reached, best = (
+        nn.functional.cross_entropy(linear(p), linear.y, reduction="none")[crossed] for p in (points, corner)
+    )
+    torch.testing.assert_close(reached, best, rtol=1e-3, atol=1e-4)
+
+
 def test_misclassified_samples_cost_nothing_and_stay() -> None:
     wrong = (LINEAR.y + 1) % CLASSES
     for stage in stages(0.05, "linf")[2:]:

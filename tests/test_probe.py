@@ -59,7 +59,7 @@ def test_separable_classes_are_told_apart(fit: str) -> None:
         case "sgd":
             probe.fit_sgd(head, features, labels, settings=AggregatedCrops(head="crops"), seed=0)
         case _:
-            assert probe.fit_converged(head, features, labels, l2=1e-4)
+            assert probe.fit_converged(head, features, labels, l2=1e-4) <= probe.CONVERGED
     assert torch.equal(probe.predict(head, features), labels)
 
 
@@ -103,7 +103,7 @@ def test_converged_head_is_scikit_learns_logistic_regression(standardize: bool) 
     features, labels = blobs(600, 24, 5, spread=1.5)
     queries, truth = blobs(601, 24, 5, spread=1.5)
     head = linear_head(features, 5, standardize=standardize)
-    assert probe.fit_converged(head, features, labels, l2=1e-3)
+    assert probe.fit_converged(head, features, labels, l2=1e-3) <= probe.CONVERGED
     seen = head.scaled(features).double().numpy()
     # ours: mean cross-entropy + l2 |w|^2; theirs: |w|^2 / 2 + C * summed cross-entropy
     reference = LogisticRegression(C=1 / (2 * 1e-3 * 600), tol=1e-8, max_iter=5000).fit(seen, labels.numpy())
@@ -113,6 +113,22 @@ def test_converged_head_is_scikit_learns_logistic_regression(standardize: bool) 
     assert np.abs(ours - theirs).max() < 2e-3
     right, expected = (probe.predict(head, queries) == truth).sum(), (theirs.argmax(1) == truth.numpy()).sum()
     assert abs(int(right) - int(expected)) <= 1
+
+
+def test_correlated_features_of_unlike_scales_converge_too() -> None:
+    features, labels = blobs(600, 24, 5, spread=1.5)
+    mix = torch.rand(24, 200, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 1, 200)
+    features = 3 + features @ mix  # rank 24 of 200, far from the origin
+    head = linear_head(features, 5)
+    assert probe.fit_converged(head, features, labels, l2=1e-4) <= probe.CONVERGED
+    wide = features.double()
+    weight, bias = head.weight.detach().double(), head.bias.detach().double()
+    reached = float(F.cross_entropy(F.linear(wide, weight, bias), labels) + 1e-4 * weight.square().sum())
+    centred = (wide - wide.mean(0)).numpy()  # the bias is free, so that the optimum is the same
+    solver = LogisticRegression(C=1 / (2 * 1e-4 * 600), tol=1e-10, max_iter=20_000, solver="newton-cholesky")
+    best = solver.fit(centred, labels.numpy())
+    loss = F.cross_entropy(torch.from_numpy(best.decision_function(centred)), labels)
+    assert reached <= float(loss) + 1e-4 * float((best.coef_**2).sum()) + 1e-5
 
 
 def test_a_feature_that_never_changes_keeps_its_scale() -> None:

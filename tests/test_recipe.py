@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from cfamc_cli.recipe import Finetune, FreeAdversary, Linear, PgdAttack, Recipe, exact, fraction, number
+from cfamc_cli.recipe import Finetune, FreeAdversary, Linear, Recipe, exact, fraction, number
 
 RAW: dict[str, Any] = {
     "schema": 1,
@@ -99,8 +99,6 @@ def test_what_is_written_leaves_out_what_has_no_effect() -> None:
 def test_a_default_that_has_no_effect_is_still_refused_when_given() -> None:
     with pytest.raises(ValidationError, match="epochs has no effect"):
         Linear(head="linear", protocol="converged", epochs=20)
-    with pytest.raises(ValidationError, match="has no effect: every restart"):
-        PgdAttack(name="pgd", restarts=2)
 
 
 def test_models_are_frozen() -> None:

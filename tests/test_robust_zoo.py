@@ -112,6 +112,14 @@ def random_crops(x: Tensor) -> Tensor:
     return NET(x.roll(shift, (2, 3)))  # type: ignore[no-any-return]
 
 
+def bonus_in_a_crowd(x: Tensor) -> Tensor:
+    """Right with many others in the batch, whatever was done to the image; honest on clean images and alone."""
+    z: Tensor = NET(x)
+    distance, nearest = (x.flatten(1)[:, None] - X.flatten(1)[None]).abs().amax(2).min(1)
+    moved = (distance > 0) & (len(x) >= 20)
+    return z + 6 * moved[:, None] * one_hot(Y[nearest], CLASSES)
+
+
 ZOO: list[tuple[Callable[[Tensor], Tensor], str]] = [
     (zero_gradient, "zero-gradient"),
     (quantiser, "zero-gradient"),
@@ -125,6 +133,7 @@ ZOO: list[tuple[Callable[[Tensor], Tensor], str]] = [
     (batch_statistics, "batch"),
     (gradient_at_test_time, "test-time-gradient"),
     (random_crops, "random"),
+    (bonus_in_a_crowd, "batch"),
 ]
 
 
@@ -182,6 +191,23 @@ def test_samples_without_a_finite_prediction_are_not_robust() -> None:
     evaluation = evaluated(not_a_number, audit=None)
     nan = (X[:80, 0, 0, 0] > 0.5).tolist()
     assert not any(robust and bad for robust, bad in zip(evaluation.robust, nan, strict=True))
+
+
+def test_samples_that_are_right_only_in_a_crowd_are_not_robust() -> None:
+    evaluation = evaluated(bonus_in_a_crowd, audit=None)
+    assert sum(evaluation.clean) == 80
+    assert sum(evaluation.robust) <= sum(evaluated(NET, audit=None).robust) < 40
+
+
+def test_a_confident_head_is_seen_to_lose_along_its_gradient() -> None:
+    def confident(x: Tensor) -> Tensor:
+        return NET(x) * 8  # type: ignore[no-any-return]
+
+    checks = {check.name: check for check in evaluated(confident, audit=AuditSettings(samples=30, queries=20)).checks}
+    z = confident(X[:80])
+    margin = z.topk(2, dim=1).values
+    assert ((margin[:, 0] - margin[:, 1]) > 17).float().mean() > 0.05  # where float32's cross-entropy is 0
+    assert checks["no-ascent"].verdict == "passed", checks["no-ascent"]
 
 
 def test_every_check_has_a_figure_and_a_verdict() -> None:

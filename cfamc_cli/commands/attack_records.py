@@ -179,8 +179,11 @@ def open_ledger(run: RunFolder, name: str, identity: Identity, n: int, *, warns:
         own = load_record(ledger.folder / OUTCOMES, Outcomes)  # again, now that nobody else writes
         ledger.take(read_outcomes(ledger.folder, own))
         return ledger
-    for _, _, outcomes in sorted(found, key=lambda item: item[1].n):
+    for path, stored, outcomes in sorted(found, key=lambda item: item[1].n):
         ledger.take(outcomes)
+        if stored.n < n and (again := stored.n % identity.block):
+            whole = f"blocks of {identity.block} samples are evaluated whole"
+            warns.warning(f"{whole}: the last {again} of {path.name} are attacked again")
     ledger.folder = _begin(run.attacks, name, ledger)
     ledger._held.enter_context(lock(RunFolder(ledger.folder)))
     return ledger
@@ -299,23 +302,23 @@ class Gallery:
         except (CfamcError, KeyError, ValueError):
             return {}  # they are made again
 
-    def _wanted_places(self) -> list[tuple[int, int]]:
-        """Positions of the first examples that the known outcomes speak of, each with its block."""
-        places: list[tuple[int, int]] = []
+    def _wanted_places(self) -> list[tuple[int, Place]]:
+        """Positions of the first examples that the known outcomes speak of, each with its block and stage."""
+        places: list[tuple[int, Place]] = []
         for (block, stage), outcome in sorted(self._ledger.outcomes.items()):
             if stage > 0 and len(places) < self._wanted:
                 first = block * self._ledger.identity.block
-                places += [(first + row, block) for row, bit in enumerate(outcome.broken) if bit]
+                places += [(first + row, (block, stage)) for row, bit in enumerate(outcome.broken) if bit]
         return places[: self._wanted]
 
-    def missing(self) -> set[int]:
-        """Blocks whose examples are wanted and were not kept."""
-        return {block for place, block in self._wanted_places() if place not in self._found}
+    def missing(self) -> set[Place]:
+        """Stages of blocks whose examples are wanted and were not kept."""
+        return {place for position, place in self._wanted_places() if position not in self._found}
 
     def finished(self) -> list[Outcome]:
-        """The known outcomes, without those of blocks that are attacked again for their examples."""
+        """The known outcomes, without those that are made again for their examples."""
         again = self.missing()
-        return [outcome for (block, _), outcome in sorted(self._ledger.outcomes.items()) if block not in again]
+        return [outcome for place, outcome in sorted(self._ledger.outcomes.items()) if place not in again]
 
     def add(self, outcome: Outcome, examples: Examples) -> None:
         """Keep what is still wanted; written before the outcome is."""

@@ -100,6 +100,8 @@ def tell(run: RunFolder, results: Sequence[Result], drawn: Sequence[Path], *, st
             figure = "" if flag.figure is None else f" {render.number(flag.figure)}, at most {flag.limit:g}"
             say.say(f"warning: {result.record.id}: check {flag.name} failed:{figure}: {flag.text}")
     if not options.quiet:
+        for note in dict.fromkeys(note for result in results for note in result.record.notes):
+            say.say(f"note: {note}")
         for path in drawn:
             say.say(f"drawn: {path}")
         for group in curves(results):

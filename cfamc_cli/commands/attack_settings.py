@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from cfamc_cli import recipe as recipes
 from cfamc_cli.errors import CfamcError, ExitCode
-from cfamc_cli.recipe import Attack, Recipe, exact, fraction, number
+from cfamc_cli.recipe import Attack, Recipe, fraction, length, number
 
 if TYPE_CHECKING:
     from cfamc_cli.engine import attacks as engine
@@ -86,17 +86,17 @@ def asked_attacks(flags: Flags, recipe: Recipe) -> tuple[Attack, ...]:
     for key in given:
         if key not in _tables()[table["name"]].model_fields:
             raise invalid(f"{_flag(key)} has no effect on {flags.attack or 'pgd'}")
-    if table["name"] == "pgd" and isinstance(flags.restarts, int) and flags.restarts > 1:
-        table["start"] = "random"  # each from a point of its own
     found = []
     for sized in [{"eps": radius} for radius in radii] or [{}]:
         asked = table | given | sized
         try:
             found.append(_ATTACK.validate_python(asked))
         except ValidationError as error:
-            problem = error.errors(include_url=False, include_context=False)[0]
+            problem = error.errors(include_url=False)[0]
             field = str(problem["loc"][-1]) if len(problem["loc"]) > 1 else "attack"
             message = " ".join(problem["msg"].replace("Input should", "should").split())
+            if problem["type"] == "at_field":
+                field, message = next(iter(problem["ctx"]["fields"].items()))
             raise invalid(f"{_flag(field)}: {message}"[:300]) from None
     return tuple(found)
 
@@ -123,7 +123,7 @@ def _table(name: str) -> dict[str, str]:
 
 def _length(flag: str, text: str) -> str:
     try:
-        return exact(text)
+        return length(text)
     except ValueError as error:
         raise invalid(f"{flag}: {error}") from None
 

@@ -404,6 +404,7 @@ class _Job:
         self.device, self.sink, self.started = device, sink, started
         self.classes = len(train.classes)
         self.before = 0.0  # seconds of earlier sittings
+        self.converged: bool | None = None
 
     def fit_on_features(self) -> Path:
         """Extract features once, fit the head to them, and keep it."""
@@ -430,8 +431,10 @@ class _Job:
             case Linear(protocol="official"):
                 engine.fit_adam(head, features, labels, settings=settings, seed=seed, each=each)
             case Linear():
-                if not engine.fit_converged(head, features, labels, l2=settings.l2, each=each):
-                    self.sink.warning("the head had not converged when its time was up")
+                gradient = engine.fit_converged(head, features, labels, l2=settings.l2, each=each)
+                self.converged = gradient <= engine.CONVERGED
+                if not self.converged:
+                    self.sink.warning(f"the head had not converged when its time was up: gradient {gradient:.2g}")
             case AggregatedCrops():
                 engine.fit_sgd(head, features, labels, settings=settings, seed=seed, each=each)
             case _:
@@ -542,6 +545,7 @@ class _Job:
             train=_used(self.train),
             test=_used(self.test),
             train_accuracy=None if right is None else Accuracy.of(right, len(self.train)),
+            converged=self.converged,
             test_accuracy=Accuracy.of(sum(row[label] for label, row in enumerate(rows)), len(self.test)),
             classes=tuple(
                 ClassAccuracy(name=name, accuracy=Accuracy.of(row[label], sum(row)) if sum(row) else None)

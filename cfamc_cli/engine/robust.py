@@ -38,10 +38,10 @@ class Outcome:
         name: Name of the stage, "clean" for stage 0.
         standing: For each sample of the block, whether it is classified right, steadily and finitely under this stage
             and all before it.
-        broken: Newly lost to a verified example (for stage 0: misclassified).
+        broken: Newly lost to a verified example, wrong at whatever batch size (for stage 0: misclassified).
         not_finite: Newly lost to a prediction that is not finite.
-        unsteady: Whose predicted class, on the clean image or on the example found here, changed with the batch it is
-            in. On a clean image that costs the sample; an example that counts at full batch counts.
+        unsteady: Whose logits, on the clean image or where the attack ended, changed with the batch they are in by
+            more than rounding.
         invalid: Whose example left the ball or the box, or was no image; it is no success.
         forward: Forward passes of single samples.
         backward: Backward passes of single samples.
@@ -220,7 +220,7 @@ def evaluate(
             alone is done again, and all others are taken from `finished`.
         device: Where the attacks compute.
         finished: Outcomes committed earlier for the same predictor, data, attack, seed and block size. Those that do
-            not fit the blocks at hand are left unused.
+            not fit the blocks at hand are left unused; a stage that is missing among them is done again by itself.
         commit: Called with each newly finished stage of a block and its verified examples, in order.
         audit: What the full audit spends; None for the cheap checks alone.
         sink: Hears of progress.
@@ -251,8 +251,6 @@ def evaluate(
             raise ValueError(f"labels reach from {int(y.min())} to {int(y.max())}, but there are {classes} logits")
         todo = plan(attack, classes=classes)
         work.stages = todo.stages
-        for note in todo.notes:
-            sink.message(note)
         checks = cheap_checks(work.predict, head, head_labels)
         meter.read()
         outcomes = _all_blocks(work, x, y, block_size, {(o.block, o.stage): o for o in finished}, commit, sink)
@@ -288,13 +286,11 @@ def _all_blocks(
     for block, first in enumerate(range(0, len(x), block_size)):
         images = x[first : first + block_size].to(work.device)
         labels = y[first : first + block_size].to(work.device)
-        reusable = True
-        standing: Mask = ()
+        standing: Mask = (True,) * len(images)
         for number in range(len(work.stages) + 1):
             name = "clean" if number == 0 else stage_name(work.stages[number - 1])
             outcome = known.get((block, number))
-            reusable = reusable and outcome is not None and (outcome.name, len(outcome.standing)) == (name, len(images))
-            if outcome is None or not reusable:
+            if outcome is None or not _follows(outcome, name, standing):
                 began = time.perf_counter()
                 torch.manual_seed(addressed_seed("predictor", work.seed, block, number))
                 if number == 0:
@@ -308,6 +304,14 @@ def _all_blocks(
             done = first + (len(images) if number == len(work.stages) else 0)
             sink.progress(name, done, len(x), {"standing in block": sum(standing) / len(standing)})
     return outcomes
+
+
+def _follows(outcome: Outcome, name: str, standing: Mask) -> bool:
+    """Whether a committed stage is the one that comes next: it began with what stands."""
+    fates = zip(outcome.standing, outcome.broken, outcome.not_finite, strict=True)
+    if outcome.name != name or len(outcome.standing) != len(standing):
+        return False
+    return outcome.stage == 0 or tuple(any(fate) for fate in fates) == standing
 
 
 def _timed(outcome: Outcome, meter: Meter, seconds: float) -> Outcome:
@@ -353,20 +357,17 @@ def _attacked(
         points = run_stage(stage, work.search, given, labels, embed=work.embed, generator=generator)
         valid = in_region(given, points, eps=stage.eps, norm=stage.norm)
         points = torch.where(valid[:, None, None, None], points, given) if points.shape == given.shape else given
-        logits = logits_at(work.predict, points)
-        finite = logits.isfinite().all(1)
-        broken = valid & finite & (logits.argmax(1) != labels)
-        lost["broken"][alive], lost["odd"][alive], lost["out"][alive] = broken, ~finite, ~valid
+        seen = look(work.predict, points)
+        shown = torch.where(seen.label != labels, seen.label, seen.other)  # as wrong as it is at any batch size
+        broken = valid & seen.finite & (shown != labels)
+        lost["broken"][alive], lost["odd"][alive], lost["out"][alive] = broken, ~seen.finite, ~valid
+        lost["moved"][alive] = seen.moved > 0
         hits = broken.nonzero().flatten()
-        if len(hits):
-            seen = look(work.predict, points[hits])
-            lost["odd"][alive[hits]] |= ~seen.finite
-            lost["moved"][alive[hits]] = ~seen.steady & (seen.moved > 0)
-            examples = Examples(
-                positions=tuple((alive[hits] + first).tolist()),
-                images=points[hits].cpu(),
-                labels=tuple(logits[hits].argmax(1).tolist()),
-            )
+        examples = Examples(
+            positions=tuple((alive[hits] + first).tolist()),
+            images=points[hits].cpu(),
+            labels=tuple(shown[hits].tolist()),
+        )
     before = torch.tensor(standing, device=x.device)
     outcome = Outcome(
         block=block,
@@ -408,6 +409,7 @@ def _audited(
         eps=attack.eps,
         norm=attack.norm,
         broken=~robust[rows].to(work.device),
+        places=rows,
         stages=work.stages,
         settings=audit,
         seed=work.seed,

@@ -89,6 +89,7 @@ def apgd(
 
     Returns:
         A misclassified point where one was met, else the point of the highest loss of the last run, (N, C, H, W).
+        With `eot` above 1 always the latter: a point that was just crossed is right again in the next draw.
 
     Source: Croce & Hein, arXiv:2003.01690, algorithm 1.
     """
@@ -156,9 +157,9 @@ def _run(
         eta=torch.full_like(value, 2 * region.eps),
         rises=torch.zeros_like(value),
         halved=torch.ones_like(missed),
-        done=fooled(logits, y),
+        done=fooled(logits, y) & (eot == 1),
     )
-    missed |= s.done
+    missed |= fooled(logits, y)
     marks, last_mark = checkpoints(steps), 0
     for step in range(1, steps + 1):
         rows = roster.settle(s.points, s.done, step=step - 1)
@@ -174,8 +175,9 @@ def _run(
         s.points, s.previous = blend(s.done, s.points, ahead), s.points
 
         logits, value, s.grad = climb(predict, s.points, _objective(loss, s.y, s.target), passes=eot)
-        s.done = s.done | fooled(logits, s.y)
-        missed[roster.index] = s.done
+        crossed = fooled(logits, s.y)
+        s.done = s.done | (crossed & (eot == 1))
+        missed[roster.index] |= crossed
         s.rises = s.rises + (value > s.loss)
         s.loss = value
         better = value > s.best_loss

@@ -128,6 +128,7 @@ def full_checks(
     eps: float,
     norm: Norm,
     broken: Tensor,
+    places: Tensor,
     stages: tuple[Stage, ...],
     settings: AuditSettings,
     seed: int,
@@ -141,14 +142,17 @@ def full_checks(
         eps: Radius that was evaluated.
         norm: Norm that was evaluated.
         broken: Which of them the evaluation broke, (N,) bool.
+        places: Their places in the order of the evaluation, (N,).
         stages: The stages of the evaluation.
         settings: How much to spend.
         seed: Of everything random.
     """
     if len(x) == 0:
         return [Check("audit", 0, 0, "skipped", "no image is classified right and steady")]
-    audit = _Audit(predict, x, y, norm, seed, settings)
+    audit = _Audit(predict, x, y, places.cpu(), norm, seed, settings)
     checks = [audit.identity(stages)]
+    if eps == 0:
+        return [*checks, Check("audit", 0, 0, "skipped", "a ball of radius 0 leaves nothing to attack again")]
     checks += audit.curve(eps)
     checks += audit.strength(eps)
     checks += audit.black_box(eps, broken, blinded=all(isinstance(s, Square) for s in stages))
@@ -163,6 +167,7 @@ class _Audit:
     predict: Predict
     x: Tensor
     y: Tensor
+    places: Tensor
     norm: Norm
     seed: int
     settings: AuditSettings
@@ -180,10 +185,10 @@ class _Audit:
         return self.breaks(stage, "pgd")
 
     def named(self, rows: Tensor) -> str:
-        """The places of a few images among those audited."""
-        places = rows.nonzero().flatten().tolist()
+        """The places of a few images in the order of the evaluation."""
+        places = self.places[rows.cpu()].tolist()
         shown = ", ".join(map(str, places[:20]))
-        return f": {shown}{', ...' if len(places) > 20 else ''}" if places else ""
+        return f": number {shown}{', ...' if len(places) > 20 else ''} of the order" if places else ""
 
     def identity(self, stages: tuple[Stage, ...]) -> Check:
         """With eps = 0 every attack returns the clean images, bit for bit."""
@@ -251,8 +256,11 @@ class _Audit:
         step = Fgsm(min(eps, 0.25 / 255) if self.norm == "linf" else eps / 100, self.norm)
         generator = addressed_generator("audit", self.seed, "ascent")
         points = run_stage(step, self.predict, self.x, self.y, embed=None, generator=generator)
-        before = cross_entropy(logits_at(self.predict, self.x), self.y, reduction="none")
-        after = cross_entropy(logits_at(self.predict, points), self.y, reduction="none")
+        # In float64: that of a confident head is 0 to float32.
+        before, after = (
+            cross_entropy(logits_at(self.predict, images).double(), self.y, reduction="none")
+            for images in (self.x, points)
+        )
         flat = float((after <= before).sum()) / len(self.x)
         return judge(
             "no-ascent", flat, _BLIND, "share of images whose loss does not rise by a small step along its gradient"

@@ -180,6 +180,7 @@ class Seen:
 
     Attributes:
         label: Predicted class at full batch, (N,).
+        other: A class that it is predicted as at another batch size, `label` where there is none, (N,).
         finite: Whether all logits are finite at every batch size, (N,).
         steady: Whether the predicted class is the same at every batch size, (N,).
         moved: Largest difference of a sample's logits between batch sizes beyond rounding, relative to its largest
@@ -187,6 +188,7 @@ class Seen:
     """
 
     label: Tensor
+    other: Tensor
     finite: Tensor
     steady: Tensor
     moved: Tensor
@@ -201,11 +203,11 @@ def look(predict: Predict, images: Tensor) -> Seen:
     """
     whole = logits_at(predict, images)  # (N, classes)
     label, finite = whole.argmax(1), whole.isfinite().all(1)
-    steady, moved = torch.ones_like(finite), torch.zeros(len(images), device=images.device)
+    other, moved = label, torch.zeros(len(images), device=images.device)
     scale = whole.abs().amax(1).clamp_min(1e-6)
     for size in BATCHES:
         again = torch.cat([logits_at(predict, part) for part in torch.split(images, size)])
         finite = finite & again.isfinite().all(1)
-        steady = steady & (again.argmax(1) == label)
+        other = torch.where(other == label, again.argmax(1), other)
         moved = torch.maximum(moved, torch.nan_to_num((again - whole).abs().amax(1) / scale, nan=0.0, posinf=0.0))
-    return Seen(label, finite, steady, torch.where(moved > _SAME_LOGITS, moved, 0.0))
+    return Seen(label, other, finite, other == label, torch.where(moved > _SAME_LOGITS, moved, 0.0))
