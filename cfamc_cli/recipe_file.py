@@ -382,7 +382,8 @@ def _meant(kind: str, value: Any, loc: Sequence[str | int]) -> str:
     if kind == "tuple_type" and isinstance(value, dict) and loc[-1] in ("crops", "attack"):
         return f" (did you mean [[{loc[-1]}]], with double brackets?)"
     if kind in ("float_type", "int_type") and isinstance(value, str) and re.fullmatch(r"[0-9.eE+-]{1,20}", value):
-        return f" (did you mean {value}, without quotes?)"
+        complete = re.sub(r"(?<![0-9])[.]", "0.", re.sub(r"[.](?![0-9])", ".0", value))  # TOML: digits on both sides
+        return f" (did you mean {complete}{', without quotes' if complete == value else ''}?)"
     if kind == "string_type" and isinstance(value, int | float) and not isinstance(value, bool):
         return " (in quotes it is text; from a shell: 'name=\"7\"')" if loc[-1] == "name" else ""
     return ""

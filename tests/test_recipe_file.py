@@ -263,6 +263,8 @@ def test_another_choice_leaves_stale_keys_and_the_hint_says_how_to_replace_the_t
     ("override", "expected"),
     [
         ('train.epochs="0.3"', 'train.epochs: must be a number, not the text "0.3" (did you mean 0.3, without quotes?)'),
+        ("train.epochs=.3", 'train.epochs: must be a number, not the text ".3" (did you mean 0.3?)'),
+        ("train.epochs=-3.", 'train.epochs: must be a number, not the text "-3." (did you mean -3.0?)'),
         ("train.epochs=soon", 'train.epochs: must be a number, not the text "soon"'),
         ("train.epochs=true", "train.epochs: must be a number, not true"),
         ("train.epochs=inf", "train.epochs: must be a finite number, not inf"),

@@ -193,12 +193,13 @@ def load_state(module: nn.Module, tensors: Mapping[str, Tensor], *, path: Path) 
     if missing or extra:
         parts = [f"{label} {', '.join(keys[:3])}" for label, keys in (("lacks", missing), ("has", extra)) if keys]
         raise _bad(path, f"another architecture: {' and '.join(parts)}")
-    for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape or tensor.dtype != expected[name].dtype:
+    for name, wanted in expected.items():  # in the network's order: a file's own is not stable
+        tensor = tensors[name]
+        if tensor.shape != wanted.shape or tensor.dtype != wanted.dtype:
             raise _bad(
                 path,
                 f"{name} is {tensor.dtype} {tuple(tensor.shape)} where "
-                f"{expected[name].dtype} {tuple(expected[name].shape)} is expected",
+                f"{wanted.dtype} {tuple(wanted.shape)} is expected",
             )
         if not torch.isfinite(tensor).all():
             raise _bad(path, f"{name} is not finite")

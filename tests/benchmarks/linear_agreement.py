@@ -32,9 +32,7 @@ def main() -> None:
 
     probes = [(path, json.loads(path.read_text())) for path in sorted(options.run.glob("probes/*/record.json"))]
     path, probe = next(
-        (path, record)
-        for path, record in probes
-        if record["settings"].get("protocol") == "converged" and not record["settings"]["standardize"]
+        (path, record) for path, record in probes if record["converged"] and not record["settings"]["standardize"]
     )
     l2 = probe["settings"]["l2"]
     ours = load_file(path.parent / "head.safetensors")
