@@ -154,6 +154,28 @@ def print_table(shown: Table) -> None:
     write_out(capture.get())
 
 
+def print_rows(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Iterable[int] = ()) -> None:
+    """Write rows to stdout as a table, or on a terminal too narrow for it each row as a list of its cells.
+
+    Raises:
+        CfamcError: As for `write_out`.
+    """
+    write_out(f"{clean(title)}\n")
+    shown = table("", columns, rows, right=right)
+    if fits(shown):
+        print_table(shown)
+        return
+    for row in rows:
+        listed = Table.grid(padding=(0, 2))
+        listed.add_column(no_wrap=True)
+        listed.add_column(overflow="fold")
+        for name, cell in zip(columns, row, strict=True):
+            if cell:
+                listed.add_row(Text(f"  {clean(name)}"), Text(clean(cell)))
+        print_table(listed)
+        write_out("\n")
+
+
 def fits(shown: Table) -> bool:
     """Whether stdout is wide enough for a table; anything but a terminal is."""
     console = Console()

@@ -6,7 +6,7 @@ import csv
 import io
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from cfamc_cli.compare import (
@@ -29,8 +29,8 @@ _WHICH: tuple[Which, ...] = ("clean", "robust")
 _MEASURED = ("", "run", "clean %", "robust %")
 _AGAINST = ("clean diff", "robust diff", "p", "shared")
 _COST = ("n", "time", "epochs", "views")
-RECIPE = "recipe"
-_SAID = (RECIPE, "note")
+SAID = ("recipe", "note")
+DISPENSABLE = (*SAID, "views", "epochs", "time")  # in the order in which a narrow terminal loses them
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,15 @@ class Sheet:
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...] = ()
     more: int = 0
+
+    def without(self, name: str) -> Sheet:
+        """The same rows without a column; itself where there is no such column."""
+        if name not in self.columns:
+            return self
+        at = self.columns.index(name)
+        right = tuple(index - (index > at) for index in self.right if index != at)
+        rows = tuple(row[:at] + row[at + 1 :] for row in self.rows)
+        return replace(self, columns=self.columns[:at] + self.columns[at + 1 :], right=right, rows=rows)
 
 
 def sheets(tables: Sequence[ComparedTable], *, with_published: bool, limit: int = 0) -> list[Sheet]:
@@ -180,7 +189,7 @@ def compact(count: int) -> str:
 
 def _sheet(table: ComparedTable, beside: Sequence[Published], limit: int) -> Sheet:
     held = any(row.against for row in table.rows)
-    columns = (*_MEASURED, *(_AGAINST if held else ()), *_COST, *_SAID)
+    columns = (*_MEASURED, *(_AGAINST if held else ()), *_COST, *SAID)
     empty = ("",) * len(_AGAINST) if held else ()
     rows = [
         (*_measured(row), *(_against_cells(row) if held else ()), *_cost(row), _recipe(table, row), _note(row))

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 import textwrap
@@ -159,6 +160,20 @@ def test_a_table_is_as_wide_as_it_needs_where_there_is_no_terminal(capsys: pytes
     render.print_table(render.table("T", ["a", "b", "c"], [cells], right=[1]))
     out = capsys.readouterr().out
     assert all(cell in out for cell in cells)
+
+
+def test_rows_become_lists_where_a_terminal_is_too_narrow(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    rows = [("one", "75.9 [75.0, 76.7]"), ("two", "")]
+    for width, expected in ((60, 1), (20, 0)):
+        monkeypatch.setenv("COLUMNS", str(width))
+        render.print_rows("T", ("name", "clean"), rows, right=(1,))
+        out = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+        assert ("one    75.9 [75.0, 76.7]" in out) == bool(expected)
+    assert "  name   one\n  clean  75.9 [75.0,\n         76.7]" in "\n".join(map(str.rstrip, out.splitlines()))
+    assert "  name  two" in out
 
 
 SPEAK = """

@@ -155,7 +155,7 @@ def _print_table(points: Sequence[Point]) -> None:
     ]
     title = f"{first.run}, head {first.probe}: {first.subset}; % with 95 % intervals"
     columns = ("attack", "threat", "clean", "robust", "worst case", "checks", "kept as")
-    render.print_table(render.table(title, columns, rows, right=(2, 3, 4)))
+    render.print_rows(title, columns, rows, right=(2, 3, 4))
 
 
 def _verdict(result: Result) -> str:

@@ -120,17 +120,28 @@ def _write_sheets(tables: Sequence[ComparedTable], spell: Callable[[Sheet], str]
 
 
 def _print(sheet: Sheet) -> None:
-    """Print a sheet; where the terminal is too narrow for it, what a row's recipe says goes below."""
-    rows = sheet.rows
-    shown = render.table(sheet.title, sheet.columns, rows, right=sheet.right)
-    below: list[str] = []
-    if sheets.RECIPE in sheet.columns and not render.fits(shown):
-        at = sheet.columns.index(sheets.RECIPE)
-        below = [f"{row[1]}: {row[at]}" for row in rows if row[at]]
-        rows = tuple(row[:at] + row[at + 1 :] for row in rows)
-        columns = sheet.columns[:at] + sheet.columns[at + 1 :]
-        shown = render.table(sheet.title, columns, rows, right=sheet.right)
-    render.print_table(shown)
+    """Print a sheet; on a terminal too narrow for it, recipes and notes go below, and columns of the cost go away."""
+    narrow = sheet
+    for name in sheets.DISPENSABLE:
+        if _fits(narrow):
+            break
+        narrow = narrow.without(name)
+    if not _fits(narrow):
+        narrow = sheet  # it becomes a list, which has room for everything
+    render.print_rows(narrow.title, narrow.columns, narrow.rows, right=narrow.right)
+    gone = [name for name in sheet.columns if name not in narrow.columns]
+    said = [name for name in gone if name in sheets.SAID]
+    below = [
+        f"{row[1]}: {'; '.join(cells)}"
+        for row in sheet.rows
+        if (cells := [row[sheet.columns.index(name)] for name in said if row[sheet.columns.index(name)]])
+    ]
+    if costs := [name for name in gone if name not in said]:
+        below.append(f"Too wide for this terminal: {', '.join(costs)}; --format csv has them.")
     if sheet.more:
         below.append(f"{sheet.more:,} more rows; --limit 0 shows all")
     render.write_out("".join(f"{render.clean(line)}\n" for line in [*below, *sheet.notes, ""]))
+
+
+def _fits(sheet: Sheet) -> bool:
+    return render.fits(render.table("", sheet.columns, sheet.rows, right=sheet.right))

@@ -627,14 +627,14 @@ def _show(record: ProbeRecord) -> None:
         render.duration(record.wall_seconds),
     ]
     columns = ("head", "features", "train images", "train %", "test images", "test % [95 %]", "time")
-    render.print_table(render.table(f"Clean accuracy, run {record.run}", columns, [row], right=(3, 5, 6)))
+    render.print_rows(f"Clean accuracy, run {record.run}", columns, [row], right=(3, 5, 6))
     measured = [(part.name, part.accuracy) for part in record.classes if part.accuracy is not None]
     title = "Test accuracy by class"
     if len(measured) > _MOST_CLASSES:
         measured = sorted(measured, key=lambda item: item[1].value)[: _MOST_CLASSES // 2]
         title = f"The {len(measured)} weakest of {len(record.classes)} classes"
     rows = [(name, f"{accuracy.n:,}", render.interval(accuracy)) for name, accuracy in measured]
-    render.print_table(render.table(title, ("class", "n", "test % [95 %]"), rows, right=(1, 2)))
+    render.print_rows(title, ("class", "n", "test % [95 %]"), rows, right=(1, 2))
 
 
 @contextmanager
