@@ -24,6 +24,8 @@ def machine() -> dict[str, object]:
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return {
         "cpu": models[0] if models else platform.processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "bfloat16": torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
         "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
