@@ -43,6 +43,7 @@ def serve_ours(size: Size, folder: Path, extra: list[str]) -> None:
     gate = Gate()
     from cfamc_cli import recipe_file
     from cfamc_cli.engine import data
+    from cfamc_cli.engine.device import pick_device
     from cfamc_cli.engine.distributed import World
     from cfamc_cli.engine.pretrain import Trainer
     from cfamc_cli.engine.sink import NullSink
@@ -65,7 +66,7 @@ def serve_ours(size: Size, folder: Path, extra: list[str]) -> None:
         cache.mkdir(exist_ok=True)
         images = data.load(recipe.data, "train", seed=recipe.seed, cache=cache, sink=NullSink())
         after_data = resident()
-        trainer = PacedTrainer(recipe, images, device=torch.device("cpu"), world=World(), sink=NullSink())
+        trainer = PacedTrainer(recipe, images, device=pick_device("cpu"), world=World(), sink=NullSink())
         gate.ready(pid=os.getpid(), precision=trainer.precision)
         try:
             trainer.train(Path(checkpoints), stop=lambda: 0)
