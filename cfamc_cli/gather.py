@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -149,8 +150,8 @@ class _Reader:
             return
         self.found.folders[run.id] = folder
         before = len(self.found.entries)
-        heads = self._probes(folder, run)
-        self._attacks(folder, run, heads)
+        heads = self._probes(folder, run, record)
+        self._attacks(folder, run, record, heads)
         if len(self.found.entries) == before:
             self._online(record, run)
 
@@ -159,7 +160,9 @@ class _Reader:
         if recipe is None:
             recipe = {} if record.imported is not None else self._recipe(folder.resolved_json)
             self._recipes[record.recipe_digest] = recipe
-        origin = [record.recipe_digest, record.data.fingerprint if record.data else "", record.init or ""]
+        # with data.limit each seed draws images of its own from the same set
+        images = record.data.fingerprint if record.data is not None and recipe.get("data.limit") is None else ""
+        origin = [record.recipe_digest, images, record.init or ""]
         return Run(
             id=record.id,
             name=record.name,
@@ -185,11 +188,12 @@ class _Reader:
                 recipe.update(self._settings(table, name))
         return {key: value for key, value in recipe.items() if key not in _NOT_THE_ENCODER}
 
-    def _probes(self, folder: RunFolder, run: Run) -> dict[str, Settings]:
+    def _probes(self, folder: RunFolder, run: Run, trained: RunRecord) -> dict[str, Settings]:
         """Add the results of all heads, and return the settings of each."""
         heads = {}
-        for name, record in self._records(folder, "probes", ProbeResult):
-            heads[name] = self._settings(record.settings, "head", without=("head", "features"))
+        for name, record in self._records(folder, "probes", ProbeResult, trained):
+            settings = {**record.settings, "images": record.train.n}
+            heads[name] = self._settings(settings, "head", without=("head", "features"))
             self.found.entries.append(
                 Entry(
                     run=run,
@@ -208,8 +212,8 @@ class _Reader:
             )
         return heads
 
-    def _attacks(self, folder: RunFolder, run: Run, heads: Mapping[str, Settings]) -> None:
-        for name, record in self._records(folder, "attacks", AttackResult):
+    def _attacks(self, folder: RunFolder, run: Run, trained: RunRecord, heads: Mapping[str, Settings]) -> None:
+        for name, record in self._records(folder, "attacks", AttackResult, trained):
             settings = self._settings(record.settings, "", without=_NOT_THE_ATTACK)
             self.found.entries.append(
                 Entry(
@@ -265,7 +269,9 @@ class _Reader:
             )
         )
 
-    def _records(self, run: RunFolder, kind: str, model: type[Result]) -> Iterator[tuple[str, Result]]:
+    def _records(
+        self, run: RunFolder, kind: str, model: type[Result], trained: RunRecord
+    ) -> Iterator[tuple[str, Result]]:
         """Read the finished items of a run, and name the others; plain strings, for Path objects take longer."""
         folder = f"{run.path}/{kind}"
         try:
@@ -279,9 +285,15 @@ class _Reader:
         for name in names:
             path = f"{folder}/{name}/record.json"
             try:
-                yield name, load_record(path, model)
+                record = load_record(path, model)
             except CfamcError as error:
                 self._leave_out(f"{run.id} {kind}/{name}", error.message if Path(path).exists() else "unfinished")
+                continue
+            if _is_of_final_encoder(record, run, trained):
+                yield name, record
+            else:
+                made = f"{record.created:%Y-%m-%d %H:%M} UTC"
+                self._leave_out(f"{run.id} {kind}/{name}", f"made on {made}, and the encoder was trained on since")
 
     def _leave_out(self, what: str, why: str) -> None:
         self.found.left_out.append((what, why))
@@ -311,6 +323,23 @@ class _Reader:
             return
         for key, item in items:
             self._flatten(item, f"{prefix}.{key}" if prefix else str(key), found)
+
+
+def _is_of_final_encoder(record: ProbeResult | AttackResult, run: RunFolder, trained: RunRecord) -> bool:
+    """Whether a result is of the encoder that its run ended with; checkpoints are looked at only in doubt."""
+    if record.created - timedelta(seconds=record.wall_seconds) >= trained.updated:
+        return True
+    final = final_encoder_digest(run)
+    return record.created >= trained.updated if final is None else record.encoder_digest == final
+
+
+def final_encoder_digest(run: RunFolder) -> str | None:
+    """SHA-256 of the encoder in the newest checkpoint, as its manifest tells it; None where there is none to read."""
+    try:
+        newest = max(run.checkpoints.glob("step-*/manifest.json"), key=lambda path: int(path.parent.name[5:]))
+        return str(json.loads(read_bytes(newest))["files"]["model.safetensors"]["sha256"])
+    except (CfamcError, OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
 
 
 @lru_cache(maxsize=1000)

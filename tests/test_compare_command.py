@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import textwrap
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import pytest
 
 from cfamc_cli.commands.compare import compare
 from cfamc_cli.errors import CfamcError, ExitCode
+from cfamc_cli.gather import final_encoder_digest
 from cfamc_cli.records import (
     Accuracy,
     AttackRecord,
@@ -294,6 +295,71 @@ def test_seeds_fold(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
         store, D, name="a", seed=2, data=data("train", 50_000, "other")
     )  # not the same images: not the same recipe
     assert names(result(capsys, [], store)) == [[B, "a (2 seeds)", D]]
+
+
+def test_seeds_that_draw_their_own_part_of_the_data_fold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed, run_id in enumerate((A, B)):
+        drawn = data("train", 1000).model_copy(update={"fingerprint": f"{seed:064x}"})
+        recipe = {"data": {"dataset": "cifar10", "limit": 1000}}
+        add_attack(make_run(tmp_path, run_id, seed=seed, recipe=recipe, data=drawn))
+    assert names(result(capsys, [], tmp_path)) == [["a (2 seeds)"]]
+
+
+def save_digest(run: Path, step: int, digest: str) -> None:
+    """What a comparison reads of a checkpoint."""
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text(json.dumps({"files": {"model.safetensors": {"sha256": digest}}}))
+
+
+@pytest.mark.parametrize(
+    ("minutes", "digests", "kept"),
+    [
+        (1, [], True),
+        (-1, [], False),
+        (-1, ["ee"], True),  # taken up once more with nothing left to do
+        (-1, ["ee", "ff"], False),
+        (0.1, ["ee", "ff"], False),  # its head was begun before the training ended
+        (1, ["ff"], True),  # made long after: checkpoints are not looked at
+    ],
+)
+def test_results_of_an_encoder_that_was_trained_on_are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], minutes: float, digests: list[str], kept: bool
+) -> None:
+    made = make_run(tmp_path, A)
+    add_probe(made, created=NOON + timedelta(minutes=minutes))
+    add_attack(made, created=NOON + timedelta(minutes=minutes), wall_seconds=30.0)
+    for step, digest in enumerate(digests):
+        save_digest(made, 10 * step, digest)
+    found = result(capsys, [], tmp_path)
+    assert len(found["tables"]) == (2 if kept else 0)
+    if not kept:
+        reasons = {item["what"]: item["why"] for item in found["left_out"]}
+        for item in ("probes/linear-001", "attacks/pgd-001"):
+            assert reasons[f"{A} {item}"].endswith("UTC, and the encoder was trained on since")
+
+
+def test_the_manifest_of_a_checkpoint_tells_the_digest_of_its_encoder(tmp_path: Path) -> None:
+    from torch import nn
+
+    from cfamc_cli.engine import checkpoint
+
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    for step in (99_999_999, 100_000_000):  # by number, not by name
+        nn.init.constant_(module[1].weight, step)
+        saved = checkpoint.Checkpoint(module.state_dict(), {}, {"step": step})
+        checkpoint.save(tmp_path / "checkpoints", step, saved)
+    assert final_encoder_digest(RunFolder(tmp_path)) == checkpoint.digest_of(module)
+    assert final_encoder_digest(RunFolder(tmp_path / "none")) is None
+
+
+def test_a_head_fitted_to_fewer_images_hides_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = make_run(tmp_path, A)
+    add_probe(made)
+    add_probe(made, "linear-002", train=data("train", 500), test_accuracy=Accuracy.of(400, 1000))
+    (table,) = result(capsys, [], tmp_path)["tables"]
+    rows = [(row["recipe"]["head.images"], row["clean"]["value"]) for row in table["rows"]]
+    assert rows == [(50_000, 0.7), (500, 0.4)]
 
 
 def test_what_was_never_attacked_shows_its_online_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
