@@ -83,6 +83,7 @@ def outcomes_reader(found: Gathered) -> OutcomesOf:
         return outcomes
 
     def outcomes_of(entry: Entry) -> Outcomes | None:
+        entry = entry.whole or entry
         if entry.robust is None:
             return None
         counts = (entry.clean.correct, entry.robust.correct, entry.robust.n)
@@ -237,6 +238,7 @@ class _Reader:
                     robust=record.robust,
                     order=self._text(record.order_digest),
                     failed=tuple(flag.name for flag in record.flags if flag.verdict == "failed"),
+                    attack=settings,
                 )
             )
 

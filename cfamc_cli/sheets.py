@@ -27,7 +27,7 @@ MOST_KEYS = 6  # recipe keys that a cell spells out
 _NOT_OURS = "published, not measured here"
 _WHICH: tuple[Which, ...] = ("clean", "robust")
 _MEASURED = ("", "run", "clean %", "robust %")
-_AGAINST = ("clean diff", "robust diff", "p", "shared")
+_AGAINST = ("clean diff", "clean p", "robust diff", "robust p", "shared")
 _COST = ("n", "time", "epochs", "views")
 RECIPE = "recipe"
 _SAID = (RECIPE, "note")
@@ -138,6 +138,7 @@ def as_json(
                 "condition": asdict(table.condition),
                 "not_comparable_with_the_first": table.apart,
                 "verdict": table.verdict,
+                "notes": list(table.notes),
                 "keys": list(table.keys),
                 "rows": [_json_row(table, row) for row in table.rows],
             }
@@ -188,6 +189,7 @@ def _sheet(table: ComparedTable, beside: Sequence[Published], limit: int) -> She
     ]
     rows += [(*_published(row), *empty, *_published_cost(row), "", _NOT_OURS) for row in beside]
     notes = [table.verdict] if table.verdict else []
+    notes += table.notes
     if table.apart:
         notes.append(f"Not comparable with the first table: {table.apart}.")
     if any(row.front for row in table.rows):
@@ -210,7 +212,7 @@ def _apart(tables: Sequence[ComparedTable], limit: int) -> Sheet:
     rows = [
         (
             row.label,
-            f"{(row.robust or row.clean).n:,}",
+            f"{row.n:,}",
             figure_text(row.clean),
             figure_text(row.robust),
             table.condition.title(),
@@ -235,7 +237,7 @@ def _measured(row: Row) -> tuple[str, ...]:
 def _cost(row: Row) -> tuple[str, ...]:
     seconds = sum(each.run.seconds for each in row.entries) / len(row.entries)
     run = row.entries[0].run
-    return (f"{(row.robust or row.clean).n:,}", duration(seconds), f"{run.epochs:g}", compact(run.view_passes))
+    return (f"{row.n:,}", duration(seconds), f"{run.epochs:g}", compact(run.view_passes))
 
 
 def _recipe(table: ComparedTable, row: Row) -> str:
@@ -254,20 +256,21 @@ def _published_cost(row: Published) -> tuple[str, ...]:
 
 def _against_cells(row: Row) -> tuple[str, ...]:
     parts = row.against or {}
-    last = parts.get("robust", parts.get("clean"))
-    return (
-        *(_points(parts.get(which)) for which in ("clean", "robust")),
-        probability(last.p).removeprefix("= ") if last is not None and last.p is not None else "",
-        f"{last.shared:,}" if last is not None and last.shared is not None else "",
-    )
+    shared = max((part.shared or 0 for part in parts.values()), default=0)
+    return (*(cell for which in _WHICH for cell in _points(parts.get(which))), f"{shared:,}" if shared else "")
 
 
-def _points(difference: Difference | None) -> str:
-    return "" if difference is None else f"{100 * difference.value:+.1f}"
+def _points(difference: Difference | None) -> tuple[str, str]:
+    if difference is None:
+        return "", ""
+    p = "" if difference.p is None else probability(difference.p).removeprefix("= ")
+    return f"{100 * difference.value:+.1f}", p
 
 
 def _note(row: Row) -> str:
     parts = ["baseline"] if row.baseline else []
+    if any(entry.whole for entry in row.entries):
+        parts.append(f"cut from n {' '.join(f'{(entry.whole or entry).n:,}' for entry in row.entries)}")
     if row.failed:
         parts.append(f"not trusted: {', '.join(row.failed)}")
     last = (row.against or {}).get("robust", (row.against or {}).get("clean"))
@@ -292,6 +295,7 @@ def _json_row(table: ComparedTable, row: Row) -> dict[str, object]:
         "steps": row.run.steps,
         "view_passes": row.run.view_passes,
         "seconds": [entry.run.seconds for entry in row.entries],
+        "n_measured": [(entry.whole or entry).n for entry in row.entries],
         "clean": _json_figure(row.clean),
         "robust": _json_figure(row.robust) if row.robust else None,
         "front": row.front,
@@ -319,7 +323,7 @@ def _flat(table: ComparedTable, row: Row) -> dict[str, object]:
         "steps": row.run.steps,
         "view_passes": row.run.view_passes,
         "seconds": sum(entry.run.seconds for entry in row.entries) / len(row.entries),
-        "n": (row.robust or row.clean).n,
+        "n": row.n,
         "front": row.front,
         "baseline": row.baseline,
         "failed_checks": " ".join(row.failed),

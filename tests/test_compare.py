@@ -201,10 +201,41 @@ def test_runs_with_different_n_are_compared_on_the_samples_they_share() -> None:
     assert "on 200 shared samples: more than chance (McNemar p < 0.0001)" in table.verdict
     row, other = table.rows
     assert difference(row, other, which="robust", outcomes_of=no_outcomes).shared is None
-    elsewhere = [first, entry("b", 1.0, 0.4, n=200, order="aa")]
-    unordered = tabulate(elsewhere, fold=True, baseline="b", outcomes_of=lambda entry: known[entry.run.id])
-    assert unordered[0].rows[0].against is not None
-    assert unordered[0].rows[0].against["robust"].shared is None
+    assert table.notes == (
+        "All rows on the first 200 samples, which they share: --where 'n>200' compares those with more.",
+    )
+
+
+def test_rank_fold_and_front_are_of_the_shared_samples() -> None:
+    """a is the best on its 400 samples, and the worst on the first 100 of them; both of its seeds are cut."""
+    late = pack_bits([i >= 100 for i in range(400)])
+    stage = StageOutcome(name="pgd", done=400, robust=late)
+    outcomes = Outcomes(n=400, block=1, order_digest="0f", data_fingerprint="", done=400, clean=late, stages=(stage,))
+    whole = [entry(f"a{k}", 0.75, 0.75, seed=k, family="a", n=400, order="0f") for k in range(2)]
+    other = [entry("b", 0.5, 0.4, n=100, order="0f"), entry("c", 0.4, 0.3, n=100, order="0f")]
+
+    def outcomes_of(entry: Entry) -> Outcomes | None:
+        return outcomes if entry in whole else None
+
+    (table,) = tabulate([*whole, *other], fold=True, baseline=None, outcomes_of=outcomes_of)
+    assert [(row.label, row.front) for row in table.rows] == [("b", True), ("c", False), ("a (2 seeds)", False)]
+    folded = table.rows[2]
+    assert (folded.clean.value, folded.clean.n, folded.clean.std, folded.n) == (0.0, 100, 0.0, 100)
+    assert [entry.whole for entry in folded.entries] == whole
+    assert table.verdict.startswith("b leads c by 10.0 points")
+
+
+@pytest.mark.parametrize("order", ["0f", "aa"])
+def test_what_cannot_be_cut_to_the_shared_samples_is_apart(order: str) -> None:
+    """Without outcomes, or in another order."""
+    entries = [entry("a", 0.9, 0.8, n=500, order=order), entry("d", 0.9, 0.8, n=500, order=order)]
+    entries += [entry(name, 0.5, 0.4, n=200, order="0f") for name in "bce"]
+    first, second = tabulate(entries, fold=True, baseline="b", outcomes_of=no_outcomes)
+    assert {row.label for row in first.rows} == {"b", "c", "e"}
+    assert first.notes == ()
+    assert [row.label for row in second.rows] == ["a", "d"]
+    assert second.apart == "n 500, and no outcomes on the 200 samples that others share"
+    assert second.notes == ("No differences: there is no result of the baseline b among these.",)
 
 
 def test_what_is_not_trusted_is_shown_but_never_wins() -> None:

@@ -265,6 +265,32 @@ def test_an_empty_folder_is_no_failure(tmp_path: Path, capsys: pytest.CaptureFix
         assert json.loads(captured.out)["tables"] == []
 
 
+def test_runs_of_different_n_are_cut_to_the_shared_samples(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    late = [i >= 100 for i in range(400)]
+    add_attack(make_run(store, C, name="c", digest="cc"), clean=late, robust=late)
+    few = [i % 2 == 0 for i in range(100)]
+    add_attack(make_run(store, D, name="d", digest="dd"), clean=few, robust=few)
+    (table,) = result(capsys, [], store, baseline=D)["tables"]
+    assert [row["label"] for row in table["rows"]] == [D, B, A, C]
+    assert {row["clean"]["n"] for row in table["rows"]} == {100}
+    assert [row["n_measured"] for row in table["rows"]] == [[100], [1000], [1000], [400]]
+    assert [row["against"] and row["against"]["robust"]["shared"] for row in table["rows"]] == [None, 100, 100, 100]
+    assert "--where 'n>100'" in table["notes"][0]
+    assert names(result(capsys, [], store, where=["n>400"])) == [[B, A]]
+    run([], store, output="markdown")
+    assert "cut from n 1,000" in capsys.readouterr().out
+
+
+def test_clean_and_robust_differences_have_a_p_of_their_own(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = [i % 10 < 7 for i in range(1000)]
+    add_attack(make_run(store, C, digest="cc"), clean=few, robust=[False] * 1000)  # as right as A where it is clean
+    run([], store, output="markdown", baseline=A)
+    head, _, *rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    at = head.index("clean diff")
+    assert head[at : at + 5] == ["clean diff", "clean p", "robust diff", "robust p", "shared"]
+    assert rows[2][at : at + 5] == ["+0.0", "1", "-23.4", r"\< 0.0001", "1,000"]
+
+
 def test_other_eps_spaces_and_attacks_stand_apart(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     add_attack(store / A, "pgd-002", eps="4/255")
     add_attack(store / A, "pgd-003", space="crops")
@@ -344,9 +370,10 @@ def test_the_manifest_of_a_checkpoint_tells_the_digest_of_its_encoder(tmp_path: 
 
     from cfamc_cli.engine import checkpoint
 
-    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    norm = nn.BatchNorm2d(4)
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), norm)
     for step in (99_999_999, 100_000_000):  # by number, not by name
-        nn.init.constant_(module[1].weight, step)
+        nn.init.constant_(norm.weight, step)
         saved = checkpoint.Checkpoint(module.state_dict(), {}, {"step": step})
         checkpoint.save(tmp_path / "checkpoints", step, saved)
     assert final_encoder_digest(RunFolder(tmp_path)) == checkpoint.digest_of(module)
@@ -602,10 +629,10 @@ def test_markdown_and_latex_and_csv_have_a_cell_for_each_column(
 ) -> None:
     run([], store, output="markdown", baseline=A)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {15}
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {16}
     run([], store, output="latex", baseline=A)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith(r"\\")]
-    assert {len(re.findall(r"(?<!\\)&", line)) for line in lines} == {13}
+    assert {len(re.findall(r"(?<!\\)&", line)) for line in lines} == {14}
     run([], store, output="csv", baseline=A)
     rows = list(csv.reader(io.StringIO(capsys.readouterr().out)))
     assert len({len(row) for row in rows}) == 1
