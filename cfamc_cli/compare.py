@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from fractions import Fraction
 from typing import Literal, TypeAlias
@@ -62,7 +62,7 @@ class Condition:
         """What keeps the two apart, such as "eps 4/255, not 8/255"."""
         if bool(self.attack) != bool(other.attack):
             return ["attacked, not clean" if self.attack else "clean images, not attacked"]
-        pairs = ((field.name, getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
+        pairs = ((part.name, getattr(self, part.name), getattr(other, part.name)) for part in fields(self))
         return [
             f"{name} {mine[:60] or 'none'}, not {theirs[:60] or 'none'}"
             for name, mine, theirs in pairs
@@ -76,8 +76,10 @@ class Run:
 
     Attributes:
         family: Equal for the seeds of one recipe on the same training data from the same start.
-        recipe: Its resolved recipe, flat: "adversary.name", "crops.0.count".
+        recipe: What makes the encoder in its resolved recipe, flat: "adversary.name", "crops.0.count".
         seconds: Wall time of pretraining.
+        knn: Accuracy of nearest neighbours in the last online evaluation.
+        asked: What only a filter or a sort key asks for: "loss", "memory", the rest of the recipe.
     """
 
     id: str
@@ -89,6 +91,8 @@ class Run:
     steps: int
     view_passes: int
     seconds: float
+    knn: float | None = None
+    asked: Mapping[str, Scalar] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from cfamc_cli.compare import Condition, Entry, OutcomesOf, Run, Scalar, Settings
 from cfamc_cli.errors import CfamcError, ExitCode
-from cfamc_cli.files import explained, read_bytes
+from cfamc_cli.files import explained, read_bytes, read_jsonl
 from cfamc_cli.records import AttackResult, Outcomes, ProbeResult, RunRecord, load_record
 from cfamc_cli.store import RunFolder, find_run, list_runs
 
@@ -46,17 +46,18 @@ class Gathered:
     folders: dict[str, RunFolder] = field(default_factory=dict)
 
 
-def gather(references: Sequence[str], store: Path) -> Gathered:
+def gather(references: Sequence[str], store: Path, *, keys: Collection[str] = ()) -> Gathered:
     """Read the runs that are asked for.
 
     Args:
         references: Stores, paths of runs, ids or beginnings of ids; the store itself where there is none.
         store: Where ids are looked up.
+        keys: What is filtered and sorted by; some of it lies in files that are read for no other purpose.
 
     Raises:
         CfamcError: A reference means nothing; exit code 2.
     """
-    reader = _Reader()
+    reader = _Reader(keys)
     with _uncollected():
         for reference in references or [str(store)]:
             for run in _runs(reference, store):
@@ -122,8 +123,11 @@ def _runs(reference: str, store: Path) -> list[RunFolder]:
 class _Reader:
     """Collects results; equal settings are kept once, for ten thousand runs share most of theirs."""
 
-    def __init__(self) -> None:
+    def __init__(self, keys: Collection[str]) -> None:
         self.found = Gathered()
+        self._metrics = {"loss", "memory"}.intersection(keys)
+        apart = tuple(key for key in _NOT_THE_ENCODER if "." in key)
+        self._settings_asked = [key for key in keys if key.startswith(("probe.", "attack.", *apart))]
         self._recipes: dict[str, Mapping[str, Scalar]] = {}
         self._scalars: dict[tuple[type, Scalar], Scalar] = {}
         self._texts: dict[str, str] = {}
@@ -174,9 +178,23 @@ class _Reader:
             steps=record.totals.steps,
             view_passes=record.totals.view_passes,
             seconds=record.wall_seconds,
+            knn=record.evaluation.knn.value if record.evaluation and record.evaluation.knn else None,
+            asked=self._asked(folder),
         )
 
-    def _recipe(self, path: Path) -> dict[str, Scalar]:
+    def _asked(self, folder: RunFolder) -> dict[str, Scalar]:
+        """The last loss and the largest memory of training, and the recipe's other settings, where asked for."""
+        asked: dict[str, Scalar] = {}
+        if self._settings_asked:
+            recipe = self._recipe(folder.resolved_json, whole=True)
+            asked |= {key: recipe[key] for key in self._settings_asked if key in recipe}
+        if "loss" in self._metrics:
+            asked["loss"] = next(reversed(_trained(folder.metrics, "loss")), None)
+        if "memory" in self._metrics:
+            asked["memory"] = max((size / 2**20 for size in _trained(folder.timing, "peak_memory")), default=None)
+        return asked
+
+    def _recipe(self, path: Path, *, whole: bool = False) -> dict[str, Scalar]:
         try:
             resolved = json.loads(read_bytes(path))
         except (ValueError, RecursionError) as error:
@@ -185,9 +203,9 @@ class _Reader:
             raise CfamcError(f"{path}: not a recipe", exit_code=ExitCode.BAD_DATA)
         recipe: dict[str, Scalar] = {}
         for name, table in resolved.items():
-            if name not in _NOT_THE_ENCODER:
+            if whole or name not in _NOT_THE_ENCODER:
                 recipe.update(self._settings(table, name))
-        return {key: value for key, value in recipe.items() if key not in _NOT_THE_ENCODER}
+        return {key: value for key, value in recipe.items() if whole or key not in _NOT_THE_ENCODER}
 
     def _probes(self, folder: RunFolder, run: Run, trained: RunRecord) -> dict[str, Settings]:
         """Add the results of all heads, and return the settings of each."""
@@ -342,6 +360,16 @@ def final_encoder_digest(run: RunFolder) -> str | None:
         return str(json.loads(read_bytes(newest))["files"]["model.safetensors"]["sha256"])
     except (CfamcError, OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
+
+
+def _trained(path: Path, quantity: str) -> list[float]:
+    """What the training wrote of a quantity; nothing where that cannot be read."""
+    try:
+        records = read_jsonl(path).records
+    except CfamcError:
+        return []
+    values = [record.get(quantity) for record in records if record.get("kind") == "train"]
+    return [float(value) for value in values if isinstance(value, int | float)]
 
 
 @lru_cache(maxsize=1000)

@@ -23,7 +23,7 @@ from cfamc_cli.compare import (
 )
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.records import Accuracy, Outcomes, StageOutcome, pack_bits
-from cfamc_cli.selection import filtered, sort_key
+from cfamc_cli.selection import filtered, row_filter, sort_key
 
 PGD = Condition(
     dataset="cifar10",
@@ -294,7 +294,7 @@ def test_filters(filters: list[str], left: str) -> None:
     ("text", "message", "hint"),
     [
         ("robust", "cannot read the filter 'robust'", "write KEY=VALUE"),
-        ("robus>3", "no result has a key 'robus'", "did you mean robust?"),
+        ("robus>3", "no result has a key 'robus'", "did you mean robust or "),
         ("name<b", "cannot compare 'a' with 'b'", "use = or !="),
         ("__import__('os')=1", "no result has a key", ""),
     ],
@@ -330,3 +330,41 @@ def test_sort_keys_that_mean_nothing() -> None:
     for text in ("nothing", "robust:up"):
         with pytest.raises(CfamcError):
             sort_key(ENTRIES, text)
+
+
+@pytest.mark.parametrize(
+    ("filters", "left"),
+    [
+        (["robust_diff>0"], "cb"),  # the baseline stays: the others are held against it
+        (["robust_diff>=-10", "clean_diff>0"], "ba"),
+        (["robust_p<0.05"], "b"),  # nothing was paired
+    ],
+)
+def test_filters_on_differences(filters: list[str], left: str) -> None:
+    keep = row_filter(filters, baseline="b")
+    assert filtered(ENTRIES, filters) == ENTRIES
+    (table,) = tabulate(ENTRIES, fold=True, baseline="b", outcomes_of=no_outcomes, keep=keep)
+    assert "".join(row.run.id for row in table.rows) == left
+    assert bool(table.verdict) == (len(left) > 1)
+
+
+def test_sorting_by_differences() -> None:
+    for key, expected in (("clean_diff", "abc"), ("robust_diff", "cba"), ("robust_diff:asc", "abc")):
+        order = sort_key(ENTRIES, key, baseline="b")
+        (table,) = tabulate(ENTRIES, fold=True, baseline="b", outcomes_of=no_outcomes, order=order)
+        assert "".join(row.run.id for row in table.rows) == expected
+
+
+def test_differences_need_a_baseline() -> None:
+    assert row_filter(["robust>3"], baseline=None) is None
+    for ask in (lambda: row_filter(["clean_diff>3"], baseline=None), lambda: sort_key(ENTRIES, "clean_diff")):
+        with pytest.raises(CfamcError, match="clean_diff is a difference to a baseline") as caught:
+            ask()
+        assert caught.value.exit_code == ExitCode.INVALID
+
+
+def test_seeds_are_sorted_by_their_mean() -> None:
+    entries = [entry(f"a{seed}", 0.7, seed=seed, family="f", condition=CLEAN) for seed in (0, 9)]
+    entries.append(entry("b", 0.7, seed=1, condition=CLEAN))
+    (table,) = tabulate(entries, fold=True, baseline=None, outcomes_of=no_outcomes, order=sort_key(entries, "time"))
+    assert [row.label for row in table.rows] == ["b", "a (2 seeds)"]

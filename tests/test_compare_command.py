@@ -291,6 +291,59 @@ def test_clean_and_robust_differences_have_a_p_of_their_own(store: Path, capsys:
     assert rows[2][at : at + 5] == ["+0.0", "1", "-23.4", r"\< 0.0001", "1,000"]
 
 
+@pytest.mark.parametrize(
+    ("where", "left"),
+    [
+        ("attack.steps=20", [[B, A]]),
+        ("attack.step_size<0.01", []),
+        ("time>=700", [[B, A]]),
+        ("knn>20", [[B]]),
+        ("loss<-100", [[A]]),  # of the last batch: the file's torn line is not read
+        ("memory>1000", [[A]]),
+        ("memory<=2048", [[A]]),
+        ("probe.head=linear", [[B]]),
+        ("data.root=here", [[B]]),
+        ("train.keep>1", [[B]]),
+        ("adversary.steps=5", [[B]]),
+    ],
+)
+def test_filters_reach_every_metric_and_recipe_key(
+    store: Path, capsys: pytest.CaptureFixture[str], where: str, left: list[list[str]]
+) -> None:
+    add_metrics(store / A)
+    knn = Evaluation(epoch=1.0, knn=Accuracy.of(300, 1000), clean=None, robust=None, eps="8/255", attack="pgd-10")
+    recipe = {"adversary": {"name": "pgd", "steps": 5}, "probe": {"head": "linear"}, "data": {"root": "here"}}
+    make_run(store, B, name="b", digest="bb", recipe=recipe | {"train": {"keep": 2}}, evaluation=knn)
+    found = result(capsys, [], store, where=[where])
+    assert names(found) == left
+    for table in found["tables"]:
+        assert not {"probe.head", "data.root", "train.keep", "loss"}.intersection(table["keys"])
+
+
+def test_a_baseline_without_a_row_is_refused(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    add_attack(make_run(store, C, name="a"), created=NOON + timedelta(hours=1))  # the seed of A once more
+    make_run(store, D, digest="dd")
+    for baseline, where, message, hint in (
+        (B, ["robust<30"], "no result of it passes --where", "loosen the filters"),
+        (A, [], f"{C} attacks/pgd-001 stands for it", "--no-fold"),
+        (D, [], "nothing was measured on it yet", "name another run"),
+    ):
+        with pytest.raises(CfamcError, match=f"there is nothing of the baseline {baseline} to compare with") as caught:
+            run([], store, baseline=baseline, where=where)
+        assert message in caught.value.message
+        assert hint in caught.value.hint
+        assert caught.value.exit_code == ExitCode.INVALID
+    assert capsys.readouterr().out == ""
+    assert names(result(capsys, [], store, baseline=A, fold=False)) == [[B, A, C]]
+
+
+def test_a_table_without_the_baseline_says_so(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    add_attack(store / B, "pgd-002", eps="4/255")
+    first, second = result(capsys, [], store, baseline=A)["tables"]
+    assert first["notes"] == []
+    assert second["notes"] == [f"No differences: there is no result of the baseline {A} among these."]
+
+
 def test_other_eps_spaces_and_attacks_stand_apart(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     add_attack(store / A, "pgd-002", eps="4/255")
     add_attack(store / A, "pgd-003", space="crops")
@@ -561,6 +614,8 @@ def add_metrics(run: Path) -> None:
                 {"kind": "evaluation", **where, "n": 1000, "knn": 300, "clean": 200 + step // 5, "robust": 100}
             )
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"torn')
+    memory = [{"kind": "train", "peak_memory": 2**20 * mebibytes} for mebibytes in (1024, 2048, 512)]
+    (run / "timing.jsonl").write_text("".join(json.dumps(line) + "\n" for line in memory))
 
 
 def test_the_page_holds_everything_and_nothing_from_outside(store: Path, tmp_path: Path) -> None:
@@ -590,7 +645,9 @@ def test_pictures(store: Path, tmp_path: Path, suffix: str, magic: bytes) -> Non
     assert data == (tmp_path / f"two{suffix}").read_bytes()
 
 
-def test_pictures_that_cannot_be(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pictures_that_cannot_be(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(CfamcError, match=r"cannot draw '\.gif'") as caught:
         run([], store, plot=tmp_path / "a.gif")
     assert caught.value.exit_code == ExitCode.INVALID
@@ -601,6 +658,9 @@ def test_pictures_that_cannot_be(store: Path, tmp_path: Path, monkeypatch: pytes
     with pytest.raises(CfamcError, match="pictures need matplotlib") as caught:
         run([], store, plot=tmp_path / "a.png")
     assert "cfamc[plots]" in caught.value.hint
+    with pytest.raises(CfamcError):
+        run([], store, html=tmp_path)
+    assert capsys.readouterr().out == ""  # the error is the one object on stdout
     run([], store, html=tmp_path / "page.html")
     assert "No pictures: pictures need matplotlib" in (tmp_path / "page.html").read_text()
 
