@@ -535,17 +535,21 @@ _PUBLISHED = {  # arXiv:2501.03507, ResNet-18, linear head: epochs, minutes, the
 }
 
 
-def published(dataset: Literal["cifar10", "cifar100"], eps: Literal["4/255", "8/255"]) -> list[Published]:
-    """Return the published table of one data set and one size of attack, PGD in image space under a linear head.
+def published() -> dict[Condition, list[Published]]:
+    """Return the published tables by what they were measured under; digest of the data and steps are not published.
 
     Source:
         Ghofrani and Jamshidi, Cost-Free Adversarial Multi-Crop Self-Supervised Learning, arXiv:2501.03507.
     """
-    rows = []
-    for system, (epochs, minutes, *accuracies) in _PUBLISHED.items():
-        clean, four, eight = accuracies[0 if dataset == "cifar10" else 1]
-        rows.append(Published(system, epochs, minutes, clean, four if eps == "4/255" else eight))
-    return rows
+    tables = {}
+    for at, dataset in enumerate(("cifar10", "cifar100")):
+        for size, eps in enumerate(("4/255", "8/255"), start=1):
+            condition = Condition(dataset, "test", "", "linear", "pre_feature", "image", "linf", eps, "pgd")
+            tables[condition] = [
+                Published(system, epochs, minutes, accuracies[at][0], accuracies[at][size])
+                for system, (epochs, minutes, *accuracies) in _PUBLISHED.items()
+            ]
+    return tables
 
 
 def exact_number(text: str) -> float | None:

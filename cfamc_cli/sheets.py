@@ -6,7 +6,7 @@ import csv
 import io
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from cfamc_cli.compare import (
@@ -65,25 +65,21 @@ def sheets(tables: Sequence[ComparedTable], *, with_published: bool, limit: int 
     made = [_sheet(table, published_beside(table.condition) if with_published else [], limit) for table in shown]
     if alone:
         made.append(_apart(alone, limit))
-    if with_published and not any(published_beside(table.condition) for table in shown):
+    if with_published:
+        beside = {_as_published(table.condition) for table in shown}
         made += [
-            _published_sheet(f"{dataset} test, linear head, PGD, linf {eps} in image space", published(dataset, eps))
-            for dataset in ("cifar10", "cifar100")
-            for eps in ("4/255", "8/255")
+            _published_sheet(condition, rows) for condition, rows in published().items() if condition not in beside
         ]
     return made
 
 
 def published_beside(condition: Condition) -> list[Published]:
-    """The published rows that a table may show beside its own: same data set, head, eps and kind of attack."""
-    attack = (condition.head, condition.space, condition.norm, condition.attack)
-    if attack != ("linear", "image", "linf", "pgd") or condition.eps not in ("4/255", "8/255"):
-        return []
-    match condition.dataset:
-        case "cifar10" | "cifar100" as dataset:
-            return published(dataset, "4/255" if condition.eps == "4/255" else "8/255")
-        case _:
-            return []
+    """The published rows that a table may show beside its own: all is the same but what is not published."""
+    return published().get(_as_published(condition), [])
+
+
+def _as_published(condition: Condition) -> Condition:
+    return replace(condition, fingerprint="", settings="")
 
 
 def markdown(sheet: Sheet) -> str:
@@ -114,9 +110,7 @@ def comma_separated(tables: Sequence[ComparedTable], *, with_published: bool) ->
     keys = list(dict.fromkeys(key for table in tables for key in table.keys))
     records = [_flat(table, row) for table in tables for row in table.rows]
     if with_published:
-        records += [
-            _flat_published(table.condition, row) for table in tables for row in published_beside(table.condition)
-        ]
+        records += [_flat_published(condition, row) for condition, rows in published().items() for row in rows]
     columns = [*_flat_names(), *keys]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -148,10 +142,9 @@ def as_json(
     }
     if with_published:
         made["published"] = [
-            {"dataset": dataset, "eps": eps, **asdict(row)}
-            for dataset in ("cifar10", "cifar100")
-            for eps in ("4/255", "8/255")
-            for row in published(dataset, eps)
+            {"origin": _NOT_OURS, **asdict(condition), **asdict(row)}
+            for condition, rows in published().items()
+            for row in rows
         ]
     return made
 
@@ -224,7 +217,8 @@ def _apart(tables: Sequence[ComparedTable], limit: int) -> Sheet:
     return Sheet(title, columns, (1, 2, 3), tuple(rows), more=_more(everyone, limit))
 
 
-def _published_sheet(title: str, rows: Sequence[Published]) -> Sheet:
+def _published_sheet(condition: Condition, rows: Sequence[Published]) -> Sheet:
+    title = f"{condition.dataset} test, linear head, PGD, linf {condition.eps} in image space"
     cells = tuple((*_published(row), *_published_cost(row), _NOT_OURS) for row in rows)
     note = "arXiv:2501.03507, ResNet-18; nothing in this table was measured here."
     return Sheet(f"Published: {title}", (*_MEASURED, *_COST, "note"), tuple(range(2, 8)), cells, (note,))
@@ -310,7 +304,7 @@ def _flat_names() -> list[str]:
     against = [f"{which}_{part}" for which in ("clean", "robust") for part in ("diff", "p", "shared")]
     condition = list(Condition.__dataclass_fields__)
     run = ["label", "runs", "seeds", "epochs", "steps", "view_passes", "seconds", "n"]
-    return [*condition, *run, *figures, "front", "baseline", *against, "failed_checks", "origin"]
+    return [*condition, *run, *figures, "front", "baseline", *against, "failed_checks", "apart", "origin"]
 
 
 def _flat(table: ComparedTable, row: Row) -> dict[str, object]:
@@ -327,6 +321,7 @@ def _flat(table: ComparedTable, row: Row) -> dict[str, object]:
         "front": row.front,
         "baseline": row.baseline,
         "failed_checks": " ".join(row.failed),
+        "apart": table.apart,
         "origin": "measured",
         **differing(row, table.keys),
     }
@@ -343,8 +338,6 @@ def _flat(table: ComparedTable, row: Row) -> dict[str, object]:
 def _flat_published(condition: Condition, row: Published) -> dict[str, object]:
     return {
         **asdict(condition),
-        "fingerprint": "",
-        "settings": "",
         "label": row.system,
         "epochs": row.epochs,
         "seconds": 60 * row.minutes,

@@ -254,11 +254,12 @@ def test_only_the_keys_that_differ_are_shown() -> None:
 
 
 def test_published_rows() -> None:
-    rows = {row.system: row for row in published("cifar10", "8/255")}
-    assert len(rows) == 7
+    tables = {(condition.dataset, condition.eps): rows for condition, rows in published().items()}
+    assert [len(rows) for rows in tables.values()] == [7] * 4
+    rows = {row.system: row for row in tables["cifar10", "8/255"]}
     ours = rows["CF-AMC-SSL, 16 crops, m = 3"]
     assert (ours.clean, ours.robust, ours.minutes, ours.epochs) == (75.88, 33.34, 97, 10)
-    assert published("cifar100", "4/255")[0].robust == 14.38
+    assert tables["cifar100", "4/255"][0].robust == 14.38
 
 
 ENTRIES = [

@@ -523,15 +523,44 @@ def test_runs_that_vanish_while_they_are_read(
 def test_published_rows_are_marked(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run([], store, output="markdown", published=True)
     out = capsys.readouterr().out
-    assert out.count("published, not measured here") == 7
+    sheets = {sheet.splitlines()[0]: sheet.count("published, not measured here") for sheet in out.split("### ")[1:]}
+    assert list(sheets.values()) == [7, 7, 7, 7]
+    beside, *own = sheets
+    assert beside.startswith("cifar10 test")
+    assert all(title.startswith("Published: cifar10") for title in own)
+    assert not any("8/255" in title and "cifar10 " in title for title in own)
     assert "| CF-AMC-SSL, 16 crops, m = 3 |" in out
     run([], store, output="csv", published=True)
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert [row["origin"] for row in rows].count("measured") == 2
     assert not any(row["front"] == "True" for row in rows if row["origin"] != "measured")
-    add_attack(store / A, data=data("test", 1000, "folder"))
-    run([A], store, output="markdown", published=True)
-    assert capsys.readouterr().out.count("published, not measured here") == 28  # tables of their own
+    told = [(row["dataset"], row["eps"]) for row in rows if row["origin"] == "published, not measured here"]
+    assert sorted(told) == sorted([(f"cifar10{more}", eps) for more in ("", "0") for eps in ("4/255", "8/255")] * 7)
+    origins = [row["origin"] for row in result(capsys, [], store, published=True)["published"]]
+    assert origins == ["published, not measured here"] * 28
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data": data("test", 1000, "folder")},
+        {"data": data("train", 1000)},
+        {"features": "backbone"},
+        {"head": "crops"},
+        {"attack": "autoattack"},
+        {"space": "crops"},
+        {"eps": "2/255"},
+    ],
+)
+def test_published_rows_stand_beside_what_was_measured_alike_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any]
+) -> None:
+    add_attack(make_run(tmp_path, A), **changes)
+    run([], tmp_path, output="markdown", published=True)
+    first, *own = capsys.readouterr().out.split("### ")[1:]
+    assert "published" not in first
+    assert len(own) == 4
+    assert all(sheet.startswith("Published: ") and "nothing in this table was measured here" in sheet for sheet in own)
 
 
 HOSTILE = {
