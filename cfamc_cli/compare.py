@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from fractions import Fraction
 from typing import Literal, TypeAlias
@@ -62,7 +62,7 @@ class Condition:
         """What keeps the two apart, such as "eps 4/255, not 8/255"."""
         if bool(self.attack) != bool(other.attack):
             return ["attacked, not clean" if self.attack else "clean images, not attacked"]
-        pairs = ((field.name, getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
+        pairs = ((part.name, getattr(self, part.name), getattr(other, part.name)) for part in fields(self))
         return [
             f"{name} {mine[:60] or 'none'}, not {theirs[:60] or 'none'}"
             for name, mine, theirs in pairs
@@ -76,8 +76,10 @@ class Run:
 
     Attributes:
         family: Equal for the seeds of one recipe on the same training data from the same start.
-        recipe: Its resolved recipe, flat: "adversary.name", "crops.0.count".
+        recipe: What makes the encoder in its resolved recipe, flat: "adversary.name", "crops.0.count".
         seconds: Wall time of pretraining.
+        knn: Accuracy of nearest neighbours in the last online evaluation.
+        asked: What only a filter or a sort key asks for: "loss", "memory", the rest of the recipe.
     """
 
     id: str
@@ -89,6 +91,8 @@ class Run:
     steps: int
     view_passes: int
     seconds: float
+    knn: float | None = None
+    asked: Mapping[str, Scalar] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +104,8 @@ class Entry:
         head: Settings of the head, as ("head.epochs", 20).
         order: Digest of the order that the samples were taken from; empty where outcomes were not kept.
         failed: Names of the checks that say the number cannot be trusted.
+        attack: Settings of the attack, as ("steps", 20).
+        whole: The result as it was measured, where this is a part of its samples.
     """
 
     run: Run
@@ -111,9 +117,13 @@ class Entry:
     robust: Accuracy | None = None
     order: str = ""
     failed: tuple[str, ...] = ()
+    attack: Settings = ()
+    whole: Entry | None = None
 
-    def accuracy(self, which: Which) -> Accuracy | None:
-        return self.clean if which == "clean" else self.robust
+    @property
+    def n(self) -> int:
+        """How many samples it was measured on."""
+        return (self.robust or self.clean).n
 
 
 OutcomesOf: TypeAlias = Callable[[Entry], Outcomes | None]
@@ -124,7 +134,7 @@ class Figure:
     """A fraction of one run with its Wilson 95 % interval, or the mean of several seeds with their spread.
 
     Attributes:
-        n: Samples of each run; of the smallest where they differ.
+        n: Samples of each run.
         runs: How many runs the value is the mean of.
         std: Sample standard deviation over runs; None for one run.
         low: Lower end of the interval; None for several runs, as is `high`.
@@ -140,8 +150,7 @@ class Figure:
     @classmethod
     def of(cls, accuracies: Sequence[Accuracy]) -> Figure:
         """The figure of one run, or of several."""
-        values = [accuracy.value for accuracy in accuracies]
-        n = min(accuracy.n for accuracy in accuracies)
+        values, n = [accuracy.value for accuracy in accuracies], accuracies[0].n
         if len(values) == 1:
             return cls(values[0], n, 1, None, accuracies[0].low, accuracies[0].high)
         mean = sum(values) / len(values)
@@ -192,6 +201,11 @@ class Row:
         return self.entries[0].run
 
     @property
+    def n(self) -> int:
+        """Samples of each of the results."""
+        return self.entries[0].n
+
+    @property
     def failed(self) -> tuple[str, ...]:
         return tuple(sorted({name for entry in self.entries for name in entry.failed}))
 
@@ -200,6 +214,7 @@ class Row:
 
 
 SortKey: TypeAlias = Callable[[Row], tuple[bool, float, str]]
+Keep: TypeAlias = Callable[[Row], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +225,7 @@ class ComparedTable:
         keys: Recipe keys in which the rows differ.
         verdict: Who leads and whether that is more than chance, in one sentence; empty for a single row.
         apart: Why it may not be compared with the first table; empty for that one.
+        notes: What else a reader must know, in sentences.
     """
 
     condition: Condition
@@ -217,6 +233,7 @@ class ComparedTable:
     keys: tuple[str, ...]
     verdict: str
     apart: str
+    notes: tuple[str, ...] = ()
 
 
 def tabulate(
@@ -226,8 +243,11 @@ def tabulate(
     baseline: str | None,
     outcomes_of: OutcomesOf,
     order: SortKey | None = None,
+    keep: Keep | None = None,
 ) -> list[ComparedTable]:
     """Sort results into tables of what may be compared, the one with the most rows first.
+
+    Results of one condition that were measured on different numbers of samples are cut to those that all share.
 
     Args:
         entries: Results of any runs.
@@ -235,15 +255,25 @@ def tabulate(
         baseline: Id of the run that the others are held against.
         outcomes_of: Reads the per-sample outcomes of a result; None where it has none.
         order: Sort key of rows; the best robust, then clean accuracy first unless given.
+        keep: Tells of a row with its differences whether it stays; the baseline always does.
     """
-    groups: dict[Condition, list[Entry]] = defaultdict(list)
+    conditions: dict[Condition, list[Entry]] = defaultdict(list)
     for entry in entries:
-        groups[entry.condition].append(entry)
-    lines = {condition: _rows(members, fold=fold) for condition, members in groups.items()}
-    leading = sorted(lines, key=lambda condition: (-len(lines[condition]), *condition.rank()))
+        conditions[entry.condition].append(entry)
+    groups = []
+    for members in conditions.values():
+        for group in _on_shared_samples(members, outcomes_of):
+            rows = _rows(group.entries, fold=fold)
+            if baseline is not None:
+                rows = _held_against(rows, baseline, outcomes_of)
+            if keep is not None:
+                rows = [row for row in rows if row.baseline or keep(row)]
+            if rows:
+                groups.append((group, rows))
+    groups.sort(key=lambda item: (bool(item[0].apart), -len(item[1]), *item[0].condition.rank()))
     return [
-        _table(condition, lines[condition], leading[0], baseline=baseline, outcomes_of=outcomes_of, order=order)
-        for condition in leading
+        _table(group, rows, groups[0][0], baseline=baseline, outcomes_of=outcomes_of, order=order)
+        for group, rows in groups
     ]
 
 
@@ -260,14 +290,52 @@ def find_superseded(entries: Sequence[Entry], *, fold: bool) -> dict[int, str]:
         key = (who, entry.condition, entry.head)
         other = kept.setdefault(key, index)
         if other != index:
-            size = [(entries[i].robust or entries[i].clean).n for i in (other, index)]
-            newer = (size[1], entry.created) >= (size[0], entries[other].created)
+            newer = (entry.n, entry.created) >= (entries[other].n, entries[other].created)
             old, kept[key] = (other, index) if newer else (index, other)
             replaced[old] = f"{entries[kept[key]].run.id} {entries[kept[key]].result}"
     return replaced
 
 
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Results that may be ranked; `apart` says why they are not with the others of their condition."""
+
+    entries: list[Entry]
+    apart: str
+
+    @property
+    def condition(self) -> Condition:
+        return self.entries[0].condition
+
+
+def _on_shared_samples(entries: list[Entry], outcomes_of: OutcomesOf) -> list[_Group]:
+    """Cut results of one condition to the samples that all share; those that cannot be cut are apart."""
+    if len({entry.n for entry in entries}) == 1:
+        return [_Group(entries, "")]
+    ((order, _),) = Counter(entry.order for entry in entries).most_common(1)
+    n = min(entry.n for entry in entries if entry.order == order)
+    groups: dict[str, list[Entry]] = defaultdict(list)
+    for entry in entries:
+        cut = _cut(entry, n, outcomes_of) if entry.order == order else None
+        why = "" if cut else f"n {entry.n:,}, and no outcomes on the {n:,} samples that others share"
+        groups[why].append(cut or entry)
+    return [_Group(members, why) for why, members in groups.items()]
+
+
+def _cut(entry: Entry, n: int, outcomes_of: OutcomesOf) -> Entry | None:
+    """The result on the first `n` samples of its order; None where it is not known what became of each."""
+    if entry.n == n:
+        return entry
+    outcomes = outcomes_of(entry) if entry.order else None
+    if outcomes is None:
+        return None
+    mask = (1 << n) - 1
+    clean, robust = (Accuracy.of((_right(outcomes, which) & mask).bit_count(), n) for which in ("clean", "robust"))
+    return replace(entry, clean=clean, robust=robust, whole=entry)
+
+
 def _rows(entries: Sequence[Entry], *, fold: bool) -> list[Row]:
+    """One row a run, or the seeds of a recipe; the best first."""
     families: dict[object, list[Entry]] = defaultdict(list)
     for entry in entries:
         families[(entry.run.family if fold else entry.run.id, entry.head)].append(entry)
@@ -278,35 +346,50 @@ def _rows(entries: Sequence[Entry], *, fold: bool) -> list[Row]:
         clean = Figure.of([entry.clean for entry in members])
         label = members[0].run.id if len(members) == 1 else f"{members[0].run.name} ({len(members)} seeds)"
         rows.append(Row(tuple(members), label, clean, Figure.of(robust) if robust else None))
+    rows.sort(key=_best_first)
     taken = Counter(row.label for row in rows)
     return [replace(row, label=f"{row.label} {row.entries[0].result}") if taken[row.label] > 1 else row for row in rows]
 
 
 def _table(
-    condition: Condition,
+    group: _Group,
     rows: list[Row],
-    first: Condition,
+    first: _Group,
     *,
     baseline: str | None,
     outcomes_of: OutcomesOf,
     order: SortKey | None,
 ) -> ComparedTable:
-    ranked = sorted(rows, key=_best_first)
-    trusted = [row for row in ranked if not row.failed]
+    trusted = [row for row in rows if not row.failed]
     verdict = _verdict(trusted, outcomes_of) if len(trusted) > 1 else ""
-    if len(trusted) > 1 and condition.attack:
+    if len(trusted) > 1 and group.condition.attack:
         points = [(row.clean.value, row.robust.value if row.robust else 0.0) for row in trusted]
         front = {row.label for row, on_front in zip(trusted, pareto_front(points), strict=True) if on_front}
-        ranked = [replace(row, front=row.label in front) for row in ranked]
-    held = [row for row in ranked if baseline is not None and any(entry.run.id == baseline for entry in row.entries)]
-    if held:
-        ranked = [_against(row, held[0], outcomes_of) for row in ranked]
+        rows = [replace(row, front=row.label in front) for row in rows]
     if order is not None:
-        ranked.sort(key=order)
-    apart = "" if condition == first else "; ".join(condition.differences(first))
+        rows = sorted(rows, key=order)
+    apart = [] if group is first else [*group.condition.differences(first.condition), *filter(None, [group.apart])]
+    notes = []
+    if any(entry.whole for entry in group.entries):
+        n = group.entries[0].n
+        notes.append(
+            f"All rows on the first {n:,} samples, which they share: --where 'n>{n}' compares those with more."
+        )
+    if baseline is not None and not any(row.baseline for row in rows):
+        notes.append(f"No differences: there is no result of the baseline {baseline} among these.")
     return ComparedTable(
-        condition, tuple(ranked), differing_keys([entry for row in ranked for entry in row.entries[:1]]), verdict, apart
+        group.condition,
+        tuple(rows),
+        differing_keys([entry for row in rows for entry in row.entries[:1]]),
+        verdict,
+        "; ".join(apart),
+        tuple(notes),
     )
+
+
+def _held_against(rows: list[Row], baseline: str, outcomes_of: OutcomesOf) -> list[Row]:
+    held = [row for row in rows if any(entry.run.id == baseline for entry in row.entries)]
+    return [_against(row, held[0], outcomes_of) for row in rows] if held else rows
 
 
 def _best_first(row: Row) -> tuple[float, float, str]:
@@ -452,17 +535,21 @@ _PUBLISHED = {  # arXiv:2501.03507, ResNet-18, linear head: epochs, minutes, the
 }
 
 
-def published(dataset: Literal["cifar10", "cifar100"], eps: Literal["4/255", "8/255"]) -> list[Published]:
-    """Return the published table of one data set and one size of attack, PGD in image space under a linear head.
+def published() -> dict[Condition, list[Published]]:
+    """Return the published tables by what they were measured under; digest of the data and steps are not published.
 
     Source:
         Ghofrani and Jamshidi, Cost-Free Adversarial Multi-Crop Self-Supervised Learning, arXiv:2501.03507.
     """
-    rows = []
-    for system, (epochs, minutes, *accuracies) in _PUBLISHED.items():
-        clean, four, eight = accuracies[0 if dataset == "cifar10" else 1]
-        rows.append(Published(system, epochs, minutes, clean, four if eps == "4/255" else eight))
-    return rows
+    tables = {}
+    for at, dataset in enumerate(("cifar10", "cifar100")):
+        for size, eps in enumerate(("4/255", "8/255"), start=1):
+            condition = Condition(dataset, "test", "", "linear", "pre_feature", "image", "linf", eps, "pgd")
+            tables[condition] = [
+                Published(system, epochs, minutes, accuracies[at][0], accuracies[at][size])
+                for system, (epochs, minutes, *accuracies) in _PUBLISHED.items()
+            ]
+    return tables
 
 
 def exact_number(text: str) -> float | None:

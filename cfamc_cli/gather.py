@@ -5,9 +5,10 @@ from __future__ import annotations
 import gc
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TypeVar
 
 from cfamc_cli.compare import Condition, Entry, OutcomesOf, Run, Scalar, Settings
 from cfamc_cli.errors import CfamcError, ExitCode
-from cfamc_cli.files import explained, read_bytes
+from cfamc_cli.files import explained, read_bytes, read_jsonl
 from cfamc_cli.records import AttackResult, Outcomes, ProbeResult, RunRecord, load_record
 from cfamc_cli.store import RunFolder, find_run, list_runs
 
@@ -45,17 +46,18 @@ class Gathered:
     folders: dict[str, RunFolder] = field(default_factory=dict)
 
 
-def gather(references: Sequence[str], store: Path) -> Gathered:
+def gather(references: Sequence[str], store: Path, *, keys: Collection[str] = ()) -> Gathered:
     """Read the runs that are asked for.
 
     Args:
         references: Stores, paths of runs, ids or beginnings of ids; the store itself where there is none.
         store: Where ids are looked up.
+        keys: What is filtered and sorted by; some of it lies in files that are read for no other purpose.
 
     Raises:
         CfamcError: A reference means nothing; exit code 2.
     """
-    reader = _Reader()
+    reader = _Reader(keys)
     with _uncollected():
         for reference in references or [str(store)]:
             for run in _runs(reference, store):
@@ -82,6 +84,7 @@ def outcomes_reader(found: Gathered) -> OutcomesOf:
         return outcomes
 
     def outcomes_of(entry: Entry) -> Outcomes | None:
+        entry = entry.whole or entry
         if entry.robust is None:
             return None
         counts = (entry.clean.correct, entry.robust.correct, entry.robust.n)
@@ -120,8 +123,11 @@ def _runs(reference: str, store: Path) -> list[RunFolder]:
 class _Reader:
     """Collects results; equal settings are kept once, for ten thousand runs share most of theirs."""
 
-    def __init__(self) -> None:
+    def __init__(self, keys: Collection[str]) -> None:
         self.found = Gathered()
+        self._metrics = {"loss", "memory"}.intersection(keys)
+        apart = tuple(key for key in _NOT_THE_ENCODER if "." in key)
+        self._settings_asked = [key for key in keys if key.startswith(("probe.", "attack.", *apart))]
         self._recipes: dict[str, Mapping[str, Scalar]] = {}
         self._scalars: dict[tuple[type, Scalar], Scalar] = {}
         self._texts: dict[str, str] = {}
@@ -149,8 +155,8 @@ class _Reader:
             return
         self.found.folders[run.id] = folder
         before = len(self.found.entries)
-        heads = self._probes(folder, run)
-        self._attacks(folder, run, heads)
+        heads = self._probes(folder, run, record)
+        self._attacks(folder, run, record, heads)
         if len(self.found.entries) == before:
             self._online(record, run)
 
@@ -159,7 +165,9 @@ class _Reader:
         if recipe is None:
             recipe = {} if record.imported is not None else self._recipe(folder.resolved_json)
             self._recipes[record.recipe_digest] = recipe
-        origin = [record.recipe_digest, record.data.fingerprint if record.data else "", record.init or ""]
+        # with data.limit each seed draws images of its own from the same set
+        images = record.data.fingerprint if record.data is not None and recipe.get("data.limit") is None else ""
+        origin = [record.recipe_digest, images, record.init or ""]
         return Run(
             id=record.id,
             name=record.name,
@@ -170,9 +178,23 @@ class _Reader:
             steps=record.totals.steps,
             view_passes=record.totals.view_passes,
             seconds=record.wall_seconds,
+            knn=record.evaluation.knn.value if record.evaluation and record.evaluation.knn else None,
+            asked=self._asked(folder),
         )
 
-    def _recipe(self, path: Path) -> dict[str, Scalar]:
+    def _asked(self, folder: RunFolder) -> dict[str, Scalar]:
+        """The last loss and the largest memory of training, and the recipe's other settings, where asked for."""
+        asked: dict[str, Scalar] = {}
+        if self._settings_asked:
+            recipe = self._recipe(folder.resolved_json, whole=True)
+            asked |= {key: recipe[key] for key in self._settings_asked if key in recipe}
+        if "loss" in self._metrics:
+            asked["loss"] = next(reversed(_trained(folder.metrics, "loss")), None)
+        if "memory" in self._metrics:
+            asked["memory"] = max((size / 2**20 for size in _trained(folder.timing, "peak_memory")), default=None)
+        return asked
+
+    def _recipe(self, path: Path, *, whole: bool = False) -> dict[str, Scalar]:
         try:
             resolved = json.loads(read_bytes(path))
         except (ValueError, RecursionError) as error:
@@ -181,15 +203,16 @@ class _Reader:
             raise CfamcError(f"{path}: not a recipe", exit_code=ExitCode.BAD_DATA)
         recipe: dict[str, Scalar] = {}
         for name, table in resolved.items():
-            if name not in _NOT_THE_ENCODER:
+            if whole or name not in _NOT_THE_ENCODER:
                 recipe.update(self._settings(table, name))
-        return {key: value for key, value in recipe.items() if key not in _NOT_THE_ENCODER}
+        return {key: value for key, value in recipe.items() if whole or key not in _NOT_THE_ENCODER}
 
-    def _probes(self, folder: RunFolder, run: Run) -> dict[str, Settings]:
+    def _probes(self, folder: RunFolder, run: Run, trained: RunRecord) -> dict[str, Settings]:
         """Add the results of all heads, and return the settings of each."""
         heads = {}
-        for name, record in self._records(folder, "probes", ProbeResult):
-            heads[name] = self._settings(record.settings, "head", without=("head", "features"))
+        for name, record in self._records(folder, "probes", ProbeResult, trained):
+            settings = {**record.settings, "images": record.train.n}
+            heads[name] = self._settings(settings, "head", without=("head", "features"))
             self.found.entries.append(
                 Entry(
                     run=run,
@@ -208,8 +231,8 @@ class _Reader:
             )
         return heads
 
-    def _attacks(self, folder: RunFolder, run: Run, heads: Mapping[str, Settings]) -> None:
-        for name, record in self._records(folder, "attacks", AttackResult):
+    def _attacks(self, folder: RunFolder, run: Run, trained: RunRecord, heads: Mapping[str, Settings]) -> None:
+        for name, record in self._records(folder, "attacks", AttackResult, trained):
             settings = self._settings(record.settings, "", without=_NOT_THE_ATTACK)
             self.found.entries.append(
                 Entry(
@@ -233,6 +256,7 @@ class _Reader:
                     robust=record.robust,
                     order=self._text(record.order_digest),
                     failed=tuple(flag.name for flag in record.flags if flag.verdict == "failed"),
+                    attack=settings,
                 )
             )
 
@@ -265,7 +289,9 @@ class _Reader:
             )
         )
 
-    def _records(self, run: RunFolder, kind: str, model: type[Result]) -> Iterator[tuple[str, Result]]:
+    def _records(
+        self, run: RunFolder, kind: str, model: type[Result], trained: RunRecord
+    ) -> Iterator[tuple[str, Result]]:
         """Read the finished items of a run, and name the others; plain strings, for Path objects take longer."""
         folder = f"{run.path}/{kind}"
         try:
@@ -279,9 +305,15 @@ class _Reader:
         for name in names:
             path = f"{folder}/{name}/record.json"
             try:
-                yield name, load_record(path, model)
+                record = load_record(path, model)
             except CfamcError as error:
                 self._leave_out(f"{run.id} {kind}/{name}", error.message if Path(path).exists() else "unfinished")
+                continue
+            if _is_of_final_encoder(record, run, trained):
+                yield name, record
+            else:
+                made = f"{record.created:%Y-%m-%d %H:%M} UTC"
+                self._leave_out(f"{run.id} {kind}/{name}", f"made on {made}, and the encoder was trained on since")
 
     def _leave_out(self, what: str, why: str) -> None:
         self.found.left_out.append((what, why))
@@ -311,6 +343,33 @@ class _Reader:
             return
         for key, item in items:
             self._flatten(item, f"{prefix}.{key}" if prefix else str(key), found)
+
+
+def _is_of_final_encoder(record: ProbeResult | AttackResult, run: RunFolder, trained: RunRecord) -> bool:
+    """Whether a result is of the encoder that its run ended with; checkpoints are looked at only in doubt."""
+    if record.created - timedelta(seconds=record.wall_seconds) >= trained.updated:
+        return True
+    final = final_encoder_digest(run)
+    return record.created >= trained.updated if final is None else record.encoder_digest == final
+
+
+def final_encoder_digest(run: RunFolder) -> str | None:
+    """SHA-256 of the encoder in the newest checkpoint, as its manifest tells it; None where there is none to read."""
+    try:
+        newest = max(run.checkpoints.glob("step-*/manifest.json"), key=lambda path: int(path.parent.name[5:]))
+        return str(json.loads(read_bytes(newest))["files"]["model.safetensors"]["sha256"])
+    except (CfamcError, OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+def _trained(path: Path, quantity: str) -> list[float]:
+    """What the training wrote of a quantity; nothing where that cannot be read."""
+    try:
+        records = read_jsonl(path).records
+    except CfamcError:
+        return []
+    values = [record.get(quantity) for record in records if record.get("kind") == "train"]
+    return [float(value) for value in values if isinstance(value, int | float)]
 
 
 @lru_cache(maxsize=1000)

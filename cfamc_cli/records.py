@@ -226,6 +226,7 @@ class ProbeResult(Record):
     Attributes:
         head: Kind of head.
         settings: Its resolved settings.
+        encoder_digest: Of the encoder that the head reads.
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -236,8 +237,11 @@ class ProbeResult(Record):
     head: HeadKind
     features: Features
     settings: dict[str, JsonValue]
+    encoder_digest: Hex
+    train: DataUsed
     test: DataUsed
     test_accuracy: Accuracy
+    wall_seconds: Seconds
 
 
 class ProbeRecord(ProbeResult):
@@ -255,15 +259,12 @@ class ProbeRecord(ProbeResult):
 
     recipe_digest: Hex
     seed: int
-    encoder_digest: Hex
     head_digest: Hex | None
     data: dict[str, JsonValue] = Field(default_factory=dict)
-    train: DataUsed
     train_accuracy: Accuracy | None
     converged: bool | None = None
     classes: tuple[ClassAccuracy, ...]
     confusion: tuple[tuple[Count, ...], ...]
-    wall_seconds: Seconds
     environment: Environment
 
 
@@ -337,6 +338,7 @@ class AttackResult(Record):
         data: The samples attacked: the first `data.n` of an order that the data fixes; the fingerprint is that of the
             whole split.
         order_digest: Of that whole order.
+        encoder_digest: Of the encoder that was attacked.
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -352,9 +354,11 @@ class AttackResult(Record):
     settings: dict[str, JsonValue]
     data: DataUsed
     order_digest: Hex
+    encoder_digest: Hex
     clean: Accuracy
     robust: Accuracy
     flags: tuple[Flag, ...]
+    wall_seconds: Seconds
 
 
 class AttackRecord(AttackResult):
@@ -372,13 +376,11 @@ class AttackRecord(AttackResult):
     seed: int
     subset: str
     notes: tuple[str, ...] = ()
-    encoder_digest: Hex
     head_digest: Hex | None
     classes: tuple[ClassRobustness, ...]
     stages: tuple[Stage, ...]
     forward: Count
     backward: Count
-    wall_seconds: Seconds
     environment: Environment
 
 

@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-from cfamc_cli.compare import Entry, Row, Scalar, SortKey, exact_number
+from cfamc_cli.compare import Entry, Keep, Row, Scalar, SortKey, Which, exact_number
 from cfamc_cli.errors import CfamcError, ExitCode
 
 _FILTER = re.compile(r"\s*([^=<>!\s]+)\s*(<=|>=|!=|=|<|>)\s*(.*?)\s*", re.DOTALL)
@@ -20,8 +20,26 @@ _COMPARE: Mapping[str, Callable[[float, float], bool]] = {
 }
 
 
+_DIFFERENCES: Mapping[str, tuple[Which, str]] = {  # keys of a row that is held against a baseline
+    "clean_diff": ("clean", "value"),
+    "clean_p": ("clean", "p"),
+    "robust_diff": ("robust", "value"),
+    "robust_p": ("robust", "p"),
+}
+_LARGEST_FIRST = ("clean", "robust", "knn", "clean_diff", "robust_diff")
+
+
+def keys_of(filters: Sequence[str], sort: str) -> set[str]:
+    """The keys that filters and sort key name.
+
+    Raises:
+        CfamcError: A filter cannot be read; exit code 2.
+    """
+    return {_parts(text)[0] for text in filters} | {sort.partition(":")[0]}
+
+
 def fields_of(entry: Entry) -> dict[str, Scalar]:
-    """Everything that results can be filtered and sorted by; accuracies in percent, time in seconds."""
+    """Everything that results can be filtered and sorted by; accuracies in percent, time in seconds, memory in MiB."""
     run, condition = entry.run, entry.condition
     known: dict[str, Scalar] = {
         "run": run.id,
@@ -31,11 +49,13 @@ def fields_of(entry: Entry) -> dict[str, Scalar]:
         "steps": run.steps,
         "views": run.view_passes,
         "seconds": run.seconds,
+        "time": run.seconds,
+        "knn": None if run.knn is None else 100 * run.knn,
         "dataset": condition.dataset,
         "split": condition.split,
         "head": condition.head,
         "features": condition.features,
-        "n": (entry.robust or entry.clean).n,
+        "n": entry.n,
         "clean": 100 * entry.clean.value,
     }
     if entry.robust is not None:
@@ -45,8 +65,9 @@ def fields_of(entry: Entry) -> dict[str, Scalar]:
             "norm": condition.norm,
             "eps": condition.eps,
             "attack": condition.attack,
+            **{f"attack.{key}": value for key, value in entry.attack},
         }
-    return {**entry.run.recipe, **dict(entry.head), **known}
+    return {**run.asked, **run.recipe, **dict(entry.head), **known}
 
 
 def filtered(entries: Sequence[Entry], filters: Sequence[str]) -> list[Entry]:
@@ -57,32 +78,49 @@ def filtered(entries: Sequence[Entry], filters: Sequence[str]) -> list[Entry]:
     """
     kept = list(entries)
     for text in filters:
-        found = _FILTER.fullmatch(text)
-        if found is None:
-            raise _invalid(f"cannot read the filter {text!r:.200}", "write KEY=VALUE, with = != < <= > or >=")
-        key, operator, value = found.groups()
-        _check_key(entries, key)
-        kept = [entry for entry in kept if _passes(fields_of(entry).get(key), operator, value, text)]
+        key, operator, value = _parts(text)
+        if key not in _DIFFERENCES:
+            _check_key(entries, key)
+            kept = [entry for entry in kept if _passes(fields_of(entry).get(key), operator, value, text)]
     return kept
 
 
-def sort_key(entries: Sequence[Entry], text: str) -> SortKey:
+def row_filter(filters: Sequence[str], *, baseline: str | None) -> Keep | None:
+    """Make a test of rows from the filters on differences to the baseline; None where there is no such filter.
+
+    Raises:
+        CfamcError: There is such a filter and no baseline; exit code 2.
+    """
+    wanted = [(text, *_parts(text)) for text in filters]
+    wanted = [each for each in wanted if each[1] in _DIFFERENCES]
+    for _, key, _, _ in wanted:
+        _need_baseline(key, baseline)
+
+    def keep(row: Row) -> bool:
+        return all(_passes(_difference(row, key), operator, value, text) for text, key, operator, value in wanted)
+
+    return keep if wanted else None
+
+
+def sort_key(entries: Sequence[Entry], text: str, *, baseline: str | None = None) -> SortKey:
     """Make a sort key from "KEY", "KEY:asc" or "KEY:desc"; accuracies fall and the rest rises unless told.
 
     Raises:
-        CfamcError: No result has the key; exit code 2.
+        CfamcError: No result has the key, or it is a difference and there is no baseline; exit code 2.
     """
     key, _, direction = text.partition(":")
-    direction = direction or ("desc" if key in ("clean", "robust") else "asc")
+    direction = direction or ("desc" if key in _LARGEST_FIRST else "asc")
     if direction not in ("asc", "desc"):
         raise _invalid(f"cannot sort in the direction {direction!r:.200}", "write KEY:asc or KEY:desc")
-    _check_key(entries, key)
+    if key in _DIFFERENCES:
+        _need_baseline(key, baseline)
+    else:
+        _check_key(entries, key)
     sign = -1 if direction == "desc" else 1
 
     def rank(row: Row) -> tuple[bool, float, str]:
         """Rows without the key come last, whole numbers before texts."""
-        figure = {"clean": row.clean, "robust": row.robust}.get(key)
-        value = figure.value if figure is not None else fields_of(row.entries[0]).get(key)
+        value = _difference(row, key) if key in _DIFFERENCES else _value(row, key)
         number = _number(value)
         if number is not None:
             return (False, sign * number, "")
@@ -91,6 +129,34 @@ def sort_key(entries: Sequence[Entry], text: str) -> SortKey:
         return (False, 0.0, str(value) if sign > 0 else "".join(chr(0x10FFFF - ord(c)) for c in str(value)))
 
     return rank
+
+
+def _value(row: Row, key: str) -> Scalar:
+    """The mean over the seeds of a row where they all have numbers, else what the first has."""
+    values = [fields_of(entry).get(key) for entry in row.entries]
+    numbers = [number for value in values if (number := _number(value)) is not None]
+    return sum(numbers) / len(numbers) if len(numbers) == len(values) else values[0]
+
+
+def _difference(row: Row, key: str) -> Scalar:
+    """In points of accuracy, or a p-value; 0 and no p for the baseline itself."""
+    which, quantity = _DIFFERENCES[key]
+    found = (row.against or {}).get(which)
+    if found is None:
+        return 0.0 if row.baseline and quantity == "value" else None
+    return 100 * found.value if quantity == "value" else found.p
+
+
+def _need_baseline(key: str, baseline: str | None) -> None:
+    if baseline is None:
+        raise _invalid(f"{key} is a difference to a baseline, and there is none", "name one with --baseline RUN")
+
+
+def _parts(text: str) -> tuple[str, str, str]:
+    found = _FILTER.fullmatch(text)
+    if found is None:
+        raise _invalid(f"cannot read the filter {text!r:.200}", "write KEY=VALUE, with = != < <= > or >=")
+    return found[1], found[2], found[3]
 
 
 def _passes(mine: Scalar, operator: str, given: str, text: str) -> bool:
@@ -114,7 +180,7 @@ def _number(value: Scalar) -> float | None:
 
 
 def _check_key(entries: Sequence[Entry], key: str) -> None:
-    known: set[str] = set()
+    known = set(_DIFFERENCES)
     for entry in entries:
         known.update(fields_of(entry))
     if entries and key not in known:

@@ -27,7 +27,7 @@ MOST_KEYS = 6  # recipe keys that a cell spells out
 _NOT_OURS = "published, not measured here"
 _WHICH: tuple[Which, ...] = ("clean", "robust")
 _MEASURED = ("", "run", "clean %", "robust %")
-_AGAINST = ("clean diff", "robust diff", "p", "shared")
+_AGAINST = ("clean diff", "clean p", "robust diff", "robust p", "shared")
 _COST = ("n", "time", "epochs", "views")
 SAID = ("recipe", "note")
 DISPENSABLE = (*SAID, "views", "epochs", "time")  # in the order in which a narrow terminal loses them
@@ -74,25 +74,21 @@ def sheets(tables: Sequence[ComparedTable], *, with_published: bool, limit: int 
     made = [_sheet(table, published_beside(table.condition) if with_published else [], limit) for table in shown]
     if alone:
         made.append(_apart(alone, limit))
-    if with_published and not any(published_beside(table.condition) for table in shown):
+    if with_published:
+        beside = {_as_published(table.condition) for table in shown}
         made += [
-            _published_sheet(f"{dataset} test, linear head, PGD, linf {eps} in image space", published(dataset, eps))
-            for dataset in ("cifar10", "cifar100")
-            for eps in ("4/255", "8/255")
+            _published_sheet(condition, rows) for condition, rows in published().items() if condition not in beside
         ]
     return made
 
 
 def published_beside(condition: Condition) -> list[Published]:
-    """The published rows that a table may show beside its own: same data set, head, eps and kind of attack."""
-    attack = (condition.head, condition.space, condition.norm, condition.attack)
-    if attack != ("linear", "image", "linf", "pgd") or condition.eps not in ("4/255", "8/255"):
-        return []
-    match condition.dataset:
-        case "cifar10" | "cifar100" as dataset:
-            return published(dataset, "4/255" if condition.eps == "4/255" else "8/255")
-        case _:
-            return []
+    """The published rows that a table may show beside its own: all is the same but what is not published."""
+    return published().get(_as_published(condition), [])
+
+
+def _as_published(condition: Condition) -> Condition:
+    return replace(condition, fingerprint="", settings="")
 
 
 def markdown(sheet: Sheet) -> str:
@@ -123,9 +119,7 @@ def comma_separated(tables: Sequence[ComparedTable], *, with_published: bool) ->
     keys = list(dict.fromkeys(key for table in tables for key in table.keys))
     records = [_flat(table, row) for table in tables for row in table.rows]
     if with_published:
-        records += [
-            _flat_published(table.condition, row) for table in tables for row in published_beside(table.condition)
-        ]
+        records += [_flat_published(condition, row) for condition, rows in published().items() for row in rows]
     columns = [*_flat_names(), *keys]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -147,6 +141,7 @@ def as_json(
                 "condition": asdict(table.condition),
                 "not_comparable_with_the_first": table.apart,
                 "verdict": table.verdict,
+                "notes": list(table.notes),
                 "keys": list(table.keys),
                 "rows": [_json_row(table, row) for row in table.rows],
             }
@@ -156,10 +151,9 @@ def as_json(
     }
     if with_published:
         made["published"] = [
-            {"dataset": dataset, "eps": eps, **asdict(row)}
-            for dataset in ("cifar10", "cifar100")
-            for eps in ("4/255", "8/255")
-            for row in published(dataset, eps)
+            {"origin": _NOT_OURS, **asdict(condition), **asdict(row)}
+            for condition, rows in published().items()
+            for row in rows
         ]
     return made
 
@@ -197,6 +191,7 @@ def _sheet(table: ComparedTable, beside: Sequence[Published], limit: int) -> She
     ]
     rows += [(*_published(row), *empty, *_published_cost(row), "", _NOT_OURS) for row in beside]
     notes = [table.verdict] if table.verdict else []
+    notes += table.notes
     if table.apart:
         notes.append(f"Not comparable with the first table: {table.apart}.")
     if any(row.front for row in table.rows):
@@ -219,7 +214,7 @@ def _apart(tables: Sequence[ComparedTable], limit: int) -> Sheet:
     rows = [
         (
             row.label,
-            f"{(row.robust or row.clean).n:,}",
+            f"{row.n:,}",
             figure_text(row.clean),
             figure_text(row.robust),
             table.condition.title(),
@@ -231,7 +226,8 @@ def _apart(tables: Sequence[ComparedTable], limit: int) -> Sheet:
     return Sheet(title, columns, (1, 2, 3), tuple(rows), more=_more(everyone, limit))
 
 
-def _published_sheet(title: str, rows: Sequence[Published]) -> Sheet:
+def _published_sheet(condition: Condition, rows: Sequence[Published]) -> Sheet:
+    title = f"{condition.dataset} test, linear head, PGD, linf {condition.eps} in image space"
     cells = tuple((*_published(row), *_published_cost(row), _NOT_OURS) for row in rows)
     note = "arXiv:2501.03507, ResNet-18; nothing in this table was measured here."
     return Sheet(f"Published: {title}", (*_MEASURED, *_COST, "note"), tuple(range(2, 8)), cells, (note,))
@@ -244,7 +240,7 @@ def _measured(row: Row) -> tuple[str, ...]:
 def _cost(row: Row) -> tuple[str, ...]:
     seconds = sum(each.run.seconds for each in row.entries) / len(row.entries)
     run = row.entries[0].run
-    return (f"{(row.robust or row.clean).n:,}", duration(seconds), f"{run.epochs:g}", compact(run.view_passes))
+    return (f"{row.n:,}", duration(seconds), f"{run.epochs:g}", compact(run.view_passes))
 
 
 def _recipe(table: ComparedTable, row: Row) -> str:
@@ -263,20 +259,21 @@ def _published_cost(row: Published) -> tuple[str, ...]:
 
 def _against_cells(row: Row) -> tuple[str, ...]:
     parts = row.against or {}
-    last = parts.get("robust", parts.get("clean"))
-    return (
-        *(_points(parts.get(which)) for which in ("clean", "robust")),
-        probability(last.p).removeprefix("= ") if last is not None and last.p is not None else "",
-        f"{last.shared:,}" if last is not None and last.shared is not None else "",
-    )
+    shared = max((part.shared or 0 for part in parts.values()), default=0)
+    return (*(cell for which in _WHICH for cell in _points(parts.get(which))), f"{shared:,}" if shared else "")
 
 
-def _points(difference: Difference | None) -> str:
-    return "" if difference is None else f"{100 * difference.value:+.1f}"
+def _points(difference: Difference | None) -> tuple[str, str]:
+    if difference is None:
+        return "", ""
+    p = "" if difference.p is None else probability(difference.p).removeprefix("= ")
+    return f"{100 * difference.value:+.1f}", p
 
 
 def _note(row: Row) -> str:
     parts = ["baseline"] if row.baseline else []
+    if any(entry.whole for entry in row.entries):
+        parts.append(f"cut from n {' '.join(f'{(entry.whole or entry).n:,}' for entry in row.entries)}")
     if row.failed:
         parts.append(f"not trusted: {', '.join(row.failed)}")
     last = (row.against or {}).get("robust", (row.against or {}).get("clean"))
@@ -301,6 +298,7 @@ def _json_row(table: ComparedTable, row: Row) -> dict[str, object]:
         "steps": row.run.steps,
         "view_passes": row.run.view_passes,
         "seconds": [entry.run.seconds for entry in row.entries],
+        "n_measured": [(entry.whole or entry).n for entry in row.entries],
         "clean": _json_figure(row.clean),
         "robust": _json_figure(row.robust) if row.robust else None,
         "front": row.front,
@@ -315,7 +313,7 @@ def _flat_names() -> list[str]:
     against = [f"{which}_{part}" for which in ("clean", "robust") for part in ("diff", "p", "shared")]
     condition = list(Condition.__dataclass_fields__)
     run = ["label", "runs", "seeds", "epochs", "steps", "view_passes", "seconds", "n"]
-    return [*condition, *run, *figures, "front", "baseline", *against, "failed_checks", "origin"]
+    return [*condition, *run, *figures, "front", "baseline", *against, "failed_checks", "apart", "origin"]
 
 
 def _flat(table: ComparedTable, row: Row) -> dict[str, object]:
@@ -328,10 +326,11 @@ def _flat(table: ComparedTable, row: Row) -> dict[str, object]:
         "steps": row.run.steps,
         "view_passes": row.run.view_passes,
         "seconds": sum(entry.run.seconds for entry in row.entries) / len(row.entries),
-        "n": (row.robust or row.clean).n,
+        "n": row.n,
         "front": row.front,
         "baseline": row.baseline,
         "failed_checks": " ".join(row.failed),
+        "apart": table.apart,
         "origin": "measured",
         **differing(row, table.keys),
     }
@@ -348,8 +347,6 @@ def _flat(table: ComparedTable, row: Row) -> dict[str, object]:
 def _flat_published(condition: Condition, row: Published) -> dict[str, object]:
     return {
         **asdict(condition),
-        "fingerprint": "",
-        "settings": "",
         "label": row.system,
         "epochs": row.epochs,
         "seconds": 60 * row.minutes,

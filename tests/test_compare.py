@@ -23,7 +23,7 @@ from cfamc_cli.compare import (
 )
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.records import Accuracy, Outcomes, StageOutcome, pack_bits
-from cfamc_cli.selection import filtered, sort_key
+from cfamc_cli.selection import filtered, row_filter, sort_key
 
 PGD = Condition(
     dataset="cifar10",
@@ -201,10 +201,41 @@ def test_runs_with_different_n_are_compared_on_the_samples_they_share() -> None:
     assert "on 200 shared samples: more than chance (McNemar p < 0.0001)" in table.verdict
     row, other = table.rows
     assert difference(row, other, which="robust", outcomes_of=no_outcomes).shared is None
-    elsewhere = [first, entry("b", 1.0, 0.4, n=200, order="aa")]
-    unordered = tabulate(elsewhere, fold=True, baseline="b", outcomes_of=lambda entry: known[entry.run.id])
-    assert unordered[0].rows[0].against is not None
-    assert unordered[0].rows[0].against["robust"].shared is None
+    assert table.notes == (
+        "All rows on the first 200 samples, which they share: --where 'n>200' compares those with more.",
+    )
+
+
+def test_rank_fold_and_front_are_of_the_shared_samples() -> None:
+    """a is the best on its 400 samples, and the worst on the first 100 of them; both of its seeds are cut."""
+    late = pack_bits([i >= 100 for i in range(400)])
+    stage = StageOutcome(name="pgd", done=400, robust=late)
+    outcomes = Outcomes(n=400, block=1, order_digest="0f", data_fingerprint="", done=400, clean=late, stages=(stage,))
+    whole = [entry(f"a{k}", 0.75, 0.75, seed=k, family="a", n=400, order="0f") for k in range(2)]
+    other = [entry("b", 0.5, 0.4, n=100, order="0f"), entry("c", 0.4, 0.3, n=100, order="0f")]
+
+    def outcomes_of(entry: Entry) -> Outcomes | None:
+        return outcomes if entry in whole else None
+
+    (table,) = tabulate([*whole, *other], fold=True, baseline=None, outcomes_of=outcomes_of)
+    assert [(row.label, row.front) for row in table.rows] == [("b", True), ("c", False), ("a (2 seeds)", False)]
+    folded = table.rows[2]
+    assert (folded.clean.value, folded.clean.n, folded.clean.std, folded.n) == (0.0, 100, 0.0, 100)
+    assert [entry.whole for entry in folded.entries] == whole
+    assert table.verdict.startswith("b leads c by 10.0 points")
+
+
+@pytest.mark.parametrize("order", ["0f", "aa"])
+def test_what_cannot_be_cut_to_the_shared_samples_is_apart(order: str) -> None:
+    """Without outcomes, or in another order."""
+    entries = [entry("a", 0.9, 0.8, n=500, order=order), entry("d", 0.9, 0.8, n=500, order=order)]
+    entries += [entry(name, 0.5, 0.4, n=200, order="0f") for name in "bce"]
+    first, second = tabulate(entries, fold=True, baseline="b", outcomes_of=no_outcomes)
+    assert {row.label for row in first.rows} == {"b", "c", "e"}
+    assert first.notes == ()
+    assert [row.label for row in second.rows] == ["a", "d"]
+    assert second.apart == "n 500, and no outcomes on the 200 samples that others share"
+    assert second.notes == ("No differences: there is no result of the baseline b among these.",)
 
 
 def test_what_is_not_trusted_is_shown_but_never_wins() -> None:
@@ -223,11 +254,12 @@ def test_only_the_keys_that_differ_are_shown() -> None:
 
 
 def test_published_rows() -> None:
-    rows = {row.system: row for row in published("cifar10", "8/255")}
-    assert len(rows) == 7
+    tables = {(condition.dataset, condition.eps): rows for condition, rows in published().items()}
+    assert [len(rows) for rows in tables.values()] == [7] * 4
+    rows = {row.system: row for row in tables["cifar10", "8/255"]}
     ours = rows["CF-AMC-SSL, 16 crops, m = 3"]
     assert (ours.clean, ours.robust, ours.minutes, ours.epochs) == (75.88, 33.34, 97, 10)
-    assert published("cifar100", "4/255")[0].robust == 14.38
+    assert tables["cifar100", "4/255"][0].robust == 14.38
 
 
 ENTRIES = [
@@ -263,7 +295,7 @@ def test_filters(filters: list[str], left: str) -> None:
     ("text", "message", "hint"),
     [
         ("robust", "cannot read the filter 'robust'", "write KEY=VALUE"),
-        ("robus>3", "no result has a key 'robus'", "did you mean robust?"),
+        ("robus>3", "no result has a key 'robus'", "did you mean robust or "),
         ("name<b", "cannot compare 'a' with 'b'", "use = or !="),
         ("__import__('os')=1", "no result has a key", ""),
     ],
@@ -299,3 +331,41 @@ def test_sort_keys_that_mean_nothing() -> None:
     for text in ("nothing", "robust:up"):
         with pytest.raises(CfamcError):
             sort_key(ENTRIES, text)
+
+
+@pytest.mark.parametrize(
+    ("filters", "left"),
+    [
+        (["robust_diff>0"], "cb"),  # the baseline stays: the others are held against it
+        (["robust_diff>=-10", "clean_diff>0"], "ba"),
+        (["robust_p<0.05"], "b"),  # nothing was paired
+    ],
+)
+def test_filters_on_differences(filters: list[str], left: str) -> None:
+    keep = row_filter(filters, baseline="b")
+    assert filtered(ENTRIES, filters) == ENTRIES
+    (table,) = tabulate(ENTRIES, fold=True, baseline="b", outcomes_of=no_outcomes, keep=keep)
+    assert "".join(row.run.id for row in table.rows) == left
+    assert bool(table.verdict) == (len(left) > 1)
+
+
+def test_sorting_by_differences() -> None:
+    for key, expected in (("clean_diff", "abc"), ("robust_diff", "cba"), ("robust_diff:asc", "abc")):
+        order = sort_key(ENTRIES, key, baseline="b")
+        (table,) = tabulate(ENTRIES, fold=True, baseline="b", outcomes_of=no_outcomes, order=order)
+        assert "".join(row.run.id for row in table.rows) == expected
+
+
+def test_differences_need_a_baseline() -> None:
+    assert row_filter(["robust>3"], baseline=None) is None
+    for ask in (lambda: row_filter(["clean_diff>3"], baseline=None), lambda: sort_key(ENTRIES, "clean_diff")):
+        with pytest.raises(CfamcError, match="clean_diff is a difference to a baseline") as caught:
+            ask()
+        assert caught.value.exit_code == ExitCode.INVALID
+
+
+def test_seeds_are_sorted_by_their_mean() -> None:
+    entries = [entry(f"a{seed}", 0.7, seed=seed, family="f", condition=CLEAN) for seed in (0, 9)]
+    entries.append(entry("b", 0.7, seed=1, condition=CLEAN))
+    (table,) = tabulate(entries, fold=True, baseline=None, outcomes_of=no_outcomes, order=sort_key(entries, "time"))
+    assert [row.label for row in table.rows] == ["b", "a (2 seeds)"]

@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import textwrap
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import pytest
 
 from cfamc_cli.commands.compare import compare
 from cfamc_cli.errors import CfamcError, ExitCode
+from cfamc_cli.gather import final_encoder_digest
 from cfamc_cli.records import (
     Accuracy,
     AttackRecord,
@@ -264,6 +265,85 @@ def test_an_empty_folder_is_no_failure(tmp_path: Path, capsys: pytest.CaptureFix
         assert json.loads(captured.out)["tables"] == []
 
 
+def test_runs_of_different_n_are_cut_to_the_shared_samples(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    late = [i >= 100 for i in range(400)]
+    add_attack(make_run(store, C, name="c", digest="cc"), clean=late, robust=late)
+    few = [i % 2 == 0 for i in range(100)]
+    add_attack(make_run(store, D, name="d", digest="dd"), clean=few, robust=few)
+    (table,) = result(capsys, [], store, baseline=D)["tables"]
+    assert [row["label"] for row in table["rows"]] == [D, B, A, C]
+    assert {row["clean"]["n"] for row in table["rows"]} == {100}
+    assert [row["n_measured"] for row in table["rows"]] == [[100], [1000], [1000], [400]]
+    assert [row["against"] and row["against"]["robust"]["shared"] for row in table["rows"]] == [None, 100, 100, 100]
+    assert "--where 'n>100'" in table["notes"][0]
+    assert names(result(capsys, [], store, where=["n>400"])) == [[B, A]]
+    run([], store, output="markdown")
+    assert "cut from n 1,000" in capsys.readouterr().out
+
+
+def test_clean_and_robust_differences_have_a_p_of_their_own(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = [i % 10 < 7 for i in range(1000)]
+    add_attack(make_run(store, C, digest="cc"), clean=few, robust=[False] * 1000)  # as right as A where it is clean
+    run([], store, output="markdown", baseline=A)
+    head, _, *rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    at = head.index("clean diff")
+    assert head[at : at + 5] == ["clean diff", "clean p", "robust diff", "robust p", "shared"]
+    assert rows[2][at : at + 5] == ["+0.0", "1", "-23.4", r"\< 0.0001", "1,000"]
+
+
+@pytest.mark.parametrize(
+    ("where", "left"),
+    [
+        ("attack.steps=20", [[B, A]]),
+        ("attack.step_size<0.01", []),
+        ("time>=700", [[B, A]]),
+        ("knn>20", [[B]]),
+        ("loss<-100", [[A]]),  # of the last batch: the file's torn line is not read
+        ("memory>1000", [[A]]),
+        ("memory<=2048", [[A]]),
+        ("probe.head=linear", [[B]]),
+        ("data.root=here", [[B]]),
+        ("train.keep>1", [[B]]),
+        ("adversary.steps=5", [[B]]),
+    ],
+)
+def test_filters_reach_every_metric_and_recipe_key(
+    store: Path, capsys: pytest.CaptureFixture[str], where: str, left: list[list[str]]
+) -> None:
+    add_metrics(store / A)
+    knn = Evaluation(epoch=1.0, knn=Accuracy.of(300, 1000), clean=None, robust=None, eps="8/255", attack="pgd-10")
+    recipe = {"adversary": {"name": "pgd", "steps": 5}, "probe": {"head": "linear"}, "data": {"root": "here"}}
+    make_run(store, B, name="b", digest="bb", recipe=recipe | {"train": {"keep": 2}}, evaluation=knn)
+    found = result(capsys, [], store, where=[where])
+    assert names(found) == left
+    for table in found["tables"]:
+        assert not {"probe.head", "data.root", "train.keep", "loss"}.intersection(table["keys"])
+
+
+def test_a_baseline_without_a_row_is_refused(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    add_attack(make_run(store, C, name="a"), created=NOON + timedelta(hours=1))  # the seed of A once more
+    make_run(store, D, digest="dd")
+    for baseline, where, message, hint in (
+        (B, ["robust<30"], "no result of it passes --where", "loosen the filters"),
+        (A, [], f"{C} attacks/pgd-001 stands for it", "--no-fold"),
+        (D, [], "nothing was measured on it yet", "name another run"),
+    ):
+        with pytest.raises(CfamcError, match=f"there is nothing of the baseline {baseline} to compare with") as caught:
+            run([], store, baseline=baseline, where=where)
+        assert message in caught.value.message
+        assert hint in caught.value.hint
+        assert caught.value.exit_code == ExitCode.INVALID
+    assert capsys.readouterr().out == ""
+    assert names(result(capsys, [], store, baseline=A, fold=False)) == [[B, A, C]]
+
+
+def test_a_table_without_the_baseline_says_so(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    add_attack(store / B, "pgd-002", eps="4/255")
+    first, second = result(capsys, [], store, baseline=A)["tables"]
+    assert first["notes"] == []
+    assert second["notes"] == [f"No differences: there is no result of the baseline {A} among these."]
+
+
 def test_other_eps_spaces_and_attacks_stand_apart(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     add_attack(store / A, "pgd-002", eps="4/255")
     add_attack(store / A, "pgd-003", space="crops")
@@ -294,6 +374,72 @@ def test_seeds_fold(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
         store, D, name="a", seed=2, data=data("train", 50_000, "other")
     )  # not the same images: not the same recipe
     assert names(result(capsys, [], store)) == [[B, "a (2 seeds)", D]]
+
+
+def test_seeds_that_draw_their_own_part_of_the_data_fold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed, run_id in enumerate((A, B)):
+        drawn = data("train", 1000).model_copy(update={"fingerprint": f"{seed:064x}"})
+        recipe = {"data": {"dataset": "cifar10", "limit": 1000}}
+        add_attack(make_run(tmp_path, run_id, seed=seed, recipe=recipe, data=drawn))
+    assert names(result(capsys, [], tmp_path)) == [["a (2 seeds)"]]
+
+
+def save_digest(run: Path, step: int, digest: str) -> None:
+    """What a comparison reads of a checkpoint."""
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text(json.dumps({"files": {"model.safetensors": {"sha256": digest}}}))
+
+
+@pytest.mark.parametrize(
+    ("minutes", "digests", "kept"),
+    [
+        (1, [], True),
+        (-1, [], False),
+        (-1, ["ee"], True),  # taken up once more with nothing left to do
+        (-1, ["ee", "ff"], False),
+        (0.1, ["ee", "ff"], False),  # its head was begun before the training ended
+        (1, ["ff"], True),  # made long after: checkpoints are not looked at
+    ],
+)
+def test_results_of_an_encoder_that_was_trained_on_are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], minutes: float, digests: list[str], kept: bool
+) -> None:
+    made = make_run(tmp_path, A)
+    add_probe(made, created=NOON + timedelta(minutes=minutes))
+    add_attack(made, created=NOON + timedelta(minutes=minutes), wall_seconds=30.0)
+    for step, digest in enumerate(digests):
+        save_digest(made, 10 * step, digest)
+    found = result(capsys, [], tmp_path)
+    assert len(found["tables"]) == (2 if kept else 0)
+    if not kept:
+        reasons = {item["what"]: item["why"] for item in found["left_out"]}
+        for item in ("probes/linear-001", "attacks/pgd-001"):
+            assert reasons[f"{A} {item}"].endswith("UTC, and the encoder was trained on since")
+
+
+def test_the_manifest_of_a_checkpoint_tells_the_digest_of_its_encoder(tmp_path: Path) -> None:
+    from torch import nn
+
+    from cfamc_cli.engine import checkpoint
+
+    norm = nn.BatchNorm2d(4)
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), norm)
+    for step in (99_999_999, 100_000_000):  # by number, not by name
+        nn.init.constant_(norm.weight, step)
+        saved = checkpoint.Checkpoint(module.state_dict(), {}, {"step": step})
+        checkpoint.save(tmp_path / "checkpoints", step, saved)
+    assert final_encoder_digest(RunFolder(tmp_path)) == checkpoint.digest_of(module)
+    assert final_encoder_digest(RunFolder(tmp_path / "none")) is None
+
+
+def test_a_head_fitted_to_fewer_images_hides_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = make_run(tmp_path, A)
+    add_probe(made)
+    add_probe(made, "linear-002", train=data("train", 500), test_accuracy=Accuracy.of(400, 1000))
+    (table,) = result(capsys, [], tmp_path)["tables"]
+    rows = [(row["recipe"]["head.images"], row["clean"]["value"]) for row in table["rows"]]
+    assert rows == [(50_000, 0.7), (500, 0.4)]
 
 
 def test_what_was_never_attacked_shows_its_online_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -377,15 +523,44 @@ def test_runs_that_vanish_while_they_are_read(
 def test_published_rows_are_marked(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run([], store, output="markdown", published=True)
     out = capsys.readouterr().out
-    assert out.count("published, not measured here") == 7
+    sheets = {sheet.splitlines()[0]: sheet.count("published, not measured here") for sheet in out.split("### ")[1:]}
+    assert list(sheets.values()) == [7, 7, 7, 7]
+    beside, *own = sheets
+    assert beside.startswith("cifar10 test")
+    assert all(title.startswith("Published: cifar10") for title in own)
+    assert not any("8/255" in title and "cifar10 " in title for title in own)
     assert "| CF-AMC-SSL, 16 crops, m = 3 |" in out
     run([], store, output="csv", published=True)
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert [row["origin"] for row in rows].count("measured") == 2
     assert not any(row["front"] == "True" for row in rows if row["origin"] != "measured")
-    add_attack(store / A, data=data("test", 1000, "folder"))
-    run([A], store, output="markdown", published=True)
-    assert capsys.readouterr().out.count("published, not measured here") == 28  # tables of their own
+    told = [(row["dataset"], row["eps"]) for row in rows if row["origin"] == "published, not measured here"]
+    assert sorted(told) == sorted([(f"cifar10{more}", eps) for more in ("", "0") for eps in ("4/255", "8/255")] * 7)
+    origins = [row["origin"] for row in result(capsys, [], store, published=True)["published"]]
+    assert origins == ["published, not measured here"] * 28
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data": data("test", 1000, "folder")},
+        {"data": data("train", 1000)},
+        {"features": "backbone"},
+        {"head": "crops"},
+        {"attack": "autoattack"},
+        {"space": "crops"},
+        {"eps": "2/255"},
+    ],
+)
+def test_published_rows_stand_beside_what_was_measured_alike_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any]
+) -> None:
+    add_attack(make_run(tmp_path, A), **changes)
+    run([], tmp_path, output="markdown", published=True)
+    first, *own = capsys.readouterr().out.split("### ")[1:]
+    assert "published" not in first
+    assert len(own) == 4
+    assert all(sheet.startswith("Published: ") and "nothing in this table was measured here" in sheet for sheet in own)
 
 
 HOSTILE = {
@@ -468,6 +643,8 @@ def add_metrics(run: Path) -> None:
                 {"kind": "evaluation", **where, "n": 1000, "knn": 300, "clean": 200 + step // 5, "robust": 100}
             )
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"torn')
+    memory = [{"kind": "train", "peak_memory": 2**20 * mebibytes} for mebibytes in (1024, 2048, 512)]
+    (run / "timing.jsonl").write_text("".join(json.dumps(line) + "\n" for line in memory))
 
 
 def test_the_page_holds_everything_and_nothing_from_outside(store: Path, tmp_path: Path) -> None:
@@ -497,7 +674,9 @@ def test_pictures(store: Path, tmp_path: Path, suffix: str, magic: bytes) -> Non
     assert data == (tmp_path / f"two{suffix}").read_bytes()
 
 
-def test_pictures_that_cannot_be(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pictures_that_cannot_be(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(CfamcError, match=r"cannot draw '\.gif'") as caught:
         run([], store, plot=tmp_path / "a.gif")
     assert caught.value.exit_code == ExitCode.INVALID
@@ -508,6 +687,9 @@ def test_pictures_that_cannot_be(store: Path, tmp_path: Path, monkeypatch: pytes
     with pytest.raises(CfamcError, match="pictures need matplotlib") as caught:
         run([], store, plot=tmp_path / "a.png")
     assert "cfamc[plots]" in caught.value.hint
+    with pytest.raises(CfamcError):
+        run([], store, html=tmp_path)
+    assert capsys.readouterr().out == ""  # the error is the one object on stdout
     run([], store, html=tmp_path / "page.html")
     assert "No pictures: pictures need matplotlib" in (tmp_path / "page.html").read_text()
 
@@ -538,10 +720,10 @@ def test_markdown_and_latex_and_csv_have_a_cell_for_each_column(
 ) -> None:
     run([], store, output="markdown", baseline=A)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {15}
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {16}
     run([], store, output="latex", baseline=A)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith(r"\\")]
-    assert {len(re.findall(r"(?<!\\)&", line)) for line in lines} == {13}
+    assert {len(re.findall(r"(?<!\\)&", line)) for line in lines} == {14}
     run([], store, output="csv", baseline=A)
     rows = list(csv.reader(io.StringIO(capsys.readouterr().out)))
     assert len({len(row) for row in rows}) == 1

@@ -11,9 +11,11 @@ from cfamc_cli.compare import ComparedTable, Entry, find_superseded, tabulate
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.files import write_bytes, write_text
 from cfamc_cli.gather import Gathered, gather, outcomes_reader
-from cfamc_cli.selection import filtered, sort_key
+from cfamc_cli.selection import filtered, keys_of, row_filter, sort_key
 from cfamc_cli.sheets import Format, Sheet
 from cfamc_cli.store import default_store, find_run
+
+_PICTURES = (".png", ".svg", ".pdf")
 
 
 def compare(
@@ -35,7 +37,7 @@ def compare(
     Args:
         references: Stores, runs, ids or beginnings of ids; the store where there is none.
         runs: The store; CFAMC_RUNS or ./runs where it is None.
-        where: Filters, such as "adversary.name=free" or "robust>=30"; all must hold.
+        where: Filters, such as "adversary.name=free", "robust>=30" or "clean_diff>0"; all must hold.
         sort: "KEY", "KEY:asc" or "KEY:desc"; empty for the most robust first.
         baseline: Run that the others are held against.
         published: Whether to add the rows of the published table.
@@ -46,25 +48,32 @@ def compare(
         html: Page to write.
 
     Raises:
-        CfamcError: A reference, filter or sort key means nothing, or a file cannot be written.
+        CfamcError: A reference, filter or sort key means nothing, the baseline has no row, or a file cannot be
+            written.
     """
+    if plot is not None and plot.suffix not in _PICTURES:
+        raise CfamcError(f"cannot draw {plot.suffix!r:.20}", hint="use .png, .svg or .pdf", exit_code=ExitCode.INVALID)
     store = default_store(runs)
-    found = gather(references, store)
-    entries = _single(filtered(found.entries, where), found, fold=fold)
+    found = gather(references, store, keys=keys_of(where, sort))
+    passing = filtered(found.entries, where)
+    entries = _single(passing, found, fold=fold)
+    held = _baseline_id(baseline, found, store)
+    if held is not None and not any(entry.run.id == held for entry in entries):
+        raise _no_row(held, found, passing)
     tables = tabulate(
         entries,
         fold=fold,
-        baseline=_baseline_id(baseline, found, store),
+        baseline=held,
         outcomes_of=outcomes_reader(found),
-        order=sort_key(entries, sort) if sort else None,
+        order=sort_key(entries, sort, baseline=held) if sort else None,
+        keep=row_filter(where, baseline=held),
     )
     console = render.talk()
     for what, why in found.left_out:
         console.say(f"left out: {what}: {why}")
     if not entries:
         console.say("nothing to compare: no finished run with a measured result")
-    _write(tables, found, output=output, published=published, limit=limit)
-    if plot is not None:
+    if plot is not None:  # files first: where one cannot be written, stdout has nothing but the error
         from cfamc_cli.plots import overview  # matplotlib takes a second to load
 
         write_bytes(plot, overview(tables, found, suffix=plot.suffix))
@@ -72,6 +81,7 @@ def compare(
         from cfamc_cli.page import page
 
         write_text(html, page(tables, found, with_published=published))
+    _write(tables, found, output=output, published=published, limit=limit)
 
 
 def _single(entries: Sequence[Entry], found: Gathered, *, fold: bool) -> list[Entry]:
@@ -96,6 +106,19 @@ def _baseline_id(reference: str | None, found: Gathered, store: Path) -> str | N
             f"the baseline {reference!r:.200} is not among the runs that are compared", exit_code=ExitCode.INVALID
         )
     return matches[0]
+
+
+def _no_row(baseline: str, found: Gathered, passing: Sequence[Entry]) -> CfamcError:
+    """Why there is nothing of the baseline to hold the others against."""
+    reasons = [why for what, why in found.left_out if what.split(" ")[0] == baseline]
+    why, hint = reasons[-1] if reasons else "nothing was measured on it", "name another run, or leave --baseline out"
+    if any(entry.run.id == baseline for entry in passing):
+        hint = "name the other run, or keep both with --no-fold"
+    elif any(entry.run.id == baseline for entry in found.entries):
+        why, hint = "no result of it passes --where", "loosen the filters, or name another run"
+    return CfamcError(
+        f"there is nothing of the baseline {baseline} to compare with: {why}", hint=hint, exit_code=ExitCode.INVALID
+    )
 
 
 def _write(tables: Sequence[ComparedTable], found: Gathered, *, output: Format, published: bool, limit: int) -> None:
