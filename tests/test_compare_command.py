@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from cfamc_cli import sheets
 from cfamc_cli.commands.compare import compare
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.records import (
@@ -545,6 +546,14 @@ def test_markdown_and_latex_and_csv_have_a_cell_for_each_column(
     assert len({len(row) for row in rows}) == 1
 
 
+@pytest.mark.parametrize("label", ["*", "[1em]"])
+def test_no_latex_command_takes_the_start_of_a_row_for_its_argument(label: str) -> None:
+    text = sheets.latex(sheets.Sheet("title", (label, "n"), (1,), ((label, "1"), (label, "2"))))
+    body = text.partition("\\toprule")[2]
+    assert not re.search(r"(\\\\|\\[a-z]+)\s*[*\[]", body)
+    assert body.count(f"{{{label[0]}}}{label[1:]} & ") == 3
+
+
 MEASURE = """
     import json, sys, time
     start = time.process_time()
@@ -552,7 +561,8 @@ MEASURE = """
         pass
     loop = time.process_time() - start
     from pathlib import Path
-    from cfamc_cli.commands.compare import compare
+    from cfamc_cli import sheets
+from cfamc_cli.commands.compare import compare
     compare(
         [], runs=Path(sys.argv[1]), where=[], sort="", baseline=None, published=False, fold=sys.argv[2] == "fold",
         limit=50, output="rich", plot=None, html=None,
