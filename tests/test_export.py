@@ -347,13 +347,13 @@ def left(folder: Path) -> list[str]:
 def test_a_file_that_computes_something_else_is_removed(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    right = export._read_back
+    right = export.read_back
 
     def slightly_wrong(*arguments: Any, **named: Any) -> tuple[str, export.Forward]:
         reader, forward = right(*arguments, **named)
         return reader, lambda x: forward(x) * (1.01 if len(x) == 7 else 1)
 
-    monkeypatch.setattr(export, "_read_back", slightly_wrong)
+    monkeypatch.setattr(export, "read_back", slightly_wrong)
     assert made.export(tmp_path / "exports/out") == ExitCode.FAILED
     assert left(tmp_path / "exports") == []
     message = capsys.readouterr().err.splitlines()

@@ -152,7 +152,7 @@ def write(subject: Subject, path: Path, images: Tensor, *, wanted: Format) -> Ag
     """
     _save(subject, path, images, wanted=wanted)
     try:
-        reader, forward = _read_back(subject, path, wanted=wanted)
+        reader, forward = read_back(subject, path, wanted=wanted)
     except Exception as error:  # whatever a library raises at a file that it cannot read
         cause = " ".join(str(error).split())[:200] or type(error).__name__
         raise CfamcError(f"{path.name} cannot be read back: {cause}") from error
@@ -233,8 +233,12 @@ def _traced(module: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
     return program
 
 
-def _read_back(subject: Subject, path: Path, *, wanted: Format) -> tuple[str, Forward]:
-    """Who reads the file, and what it computes; no tensor of the live model is part of that."""
+def read_back(subject: Subject, path: Path, *, wanted: Format) -> tuple[str, Forward]:
+    """Read a file that `write` left, by its own library; no tensor of the live model is part of that.
+
+    Returns:
+        The library with its version, and what the file computes: (n, 3, S, S) in [0, 1] on the CPU to (n, F) or (n, C).
+    """
     match wanted:
         case "safetensors":
             reader, twin = _twin(subject)
