@@ -67,6 +67,7 @@ def page(tables: Sequence[ComparedTable], found: Gathered, *, with_published: bo
     parts = [_sheet(sheet) for sheet in sheets(tables, with_published=with_published)]
     if not tables:
         parts = ["<p>Nothing to compare.</p>"]
+    drawn = _pictures(tables, found)  # may leave out more
     left_out = "".join(f"<li>{_text(what)}: {_text(why)}</li>" for what, why in found.left_out)
     if left_out:
         left_out = f"<h2>Left out</h2><ul class=soft>{left_out}</ul>"
@@ -79,7 +80,7 @@ def page(tables: Sequence[ComparedTable], found: Gathered, *, with_published: bo
         f"<h1>Comparison of encoders</h1>\n"
         f'<p class="soft">{len(found.folders)} runs, {now():%Y-%m-%d %H:%M} UTC, cfamc {_text(__version__)}. '
         "Accuracies in percent with Wilson 95 % intervals, or mean +- standard deviation over seeds.</p>\n"
-        f"{''.join(parts)}{_pictures(tables, found)}{_runs(tables, found)}{left_out}\n</body>\n</html>\n"
+        f"{''.join(parts)}{drawn}{_runs(tables, found)}{left_out}\n</body>\n</html>\n"
     )
 
 
