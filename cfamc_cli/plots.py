@@ -35,9 +35,10 @@ _COLOURS = (
 MOST_LINES = len(_COLOURS)  # rows that a picture shows as lines or names
 _NUMBER = (int, float)
 _LARGEST = 1e100  # that is drawn
+_CLEAN = "clean accuracy (%)"
 _CURVES = {  # kind of record, quantity, unit
     "Training loss": ("train", "loss", "loss"),
-    "Online accuracy while training": ("evaluation", "clean", "clean accuracy (%)"),
+    "Online accuracy while training": ("evaluation", "clean", _CLEAN),
 }
 _FORMATS = (".png", ".svg", ".pdf")
 _STYLE: dict[Any, Any] = {
@@ -154,7 +155,8 @@ def _scatter(axes: Axes, *, table: ComparedTable, looks: Mapping[str, Look]) -> 
     front = sorted((100 * row.clean.value, 100 * row.robust.value) for row in table.rows if row.front and row.robust)
     if len(front) > 1:  # to the left of each point nothing better is known
         axes.plot(*zip(*front, strict=True), "--", drawstyle="steps-pre", color="0.6", linewidth=1, zorder=0)
-    axes.set(xlabel="clean accuracy (%)", ylabel=_robust_label(table), title="Clean against robust accuracy")
+    robust = f"robust accuracy (%), {_attack(table)}"
+    axes.set(xlabel=_CLEAN, ylabel=robust, title="Clean against robust accuracy")
 
 
 def _time(axes: Axes, *, table: ComparedTable, looks: Mapping[str, Look]) -> None:
@@ -163,7 +165,7 @@ def _time(axes: Axes, *, table: ComparedTable, looks: Mapping[str, Look]) -> Non
         _point(axes, row, looks, x=minutes, figure=row.clean, hollow=True)
         if row.robust is not None:
             _point(axes, row, looks, x=minutes, figure=row.robust)
-    shown = "accuracy (%), hollow: clean" + (f"\nfilled: {_robust_label(table)}" if table.condition.attack else "")
+    shown = f"accuracy (%): clean hollow, robust filled\n{_attack(table)}" if table.condition.attack else _CLEAN
     axes.set(xlabel="training time (min)", ylabel=shown, title="Accuracy against training time")
     axes.set_xlim(left=0)
 
@@ -280,9 +282,9 @@ def _lines(axes: Axes, lines: Lines, looks: Mapping[str, Look], *, marker: str) 
             )
 
 
-def _robust_label(table: ComparedTable) -> str:
+def _attack(table: ComparedTable) -> str:
     condition = table.condition
-    return f"robust accuracy (%), {clean(condition.attack)[:20]} {condition.norm} {clean(condition.eps)[:12]}"
+    return f"{clean(condition.attack)[:20]} {condition.norm} {clean(condition.eps)[:12]}"
 
 
 def _label(text: str) -> str:

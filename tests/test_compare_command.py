@@ -488,6 +488,12 @@ def test_the_page_holds_everything_and_nothing_from_outside(store: Path, tmp_pat
     for part in (A, B, "Some CPU", "&quot;replays&quot;: 3", "leads", "published, not measured here", "default-src"):
         assert part in text
     assert not re.search(r"https?://", text)
+    for cell in (
+        f'<td class="name" data-column="run">{A}</td>',
+        '<td class="number" data-column="n">1,000</td>',
+        '<td class="long" data-column="recipe">adversary.name=free, adversary.replays=3</td>',
+    ):
+        assert cell in text  # columns are sized by what they hold, and named where they are stacked
 
 
 @pytest.mark.slow
@@ -531,7 +537,7 @@ def test_time_is_held_against_clean_and_robust_accuracy(store: Path) -> None:
     from matplotlib.container import ErrorbarContainer
 
     axes = drawn(store, "Accuracy against training time")
-    points = [bars.lines[0] for bars in axes.containers if isinstance(bars, ErrorbarContainer)]
+    points: list[Any] = [bars.lines[0] for bars in axes.containers if isinstance(bars, ErrorbarContainer)]
     hollow, filled = (
         [point.get_ydata()[0] for point in points if (point.get_markerfacecolor() == "white") == clean]
         for clean in (True, False)
@@ -539,7 +545,7 @@ def test_time_is_held_against_clean_and_robust_accuracy(store: Path) -> None:
     found = gather([A, B], store).entries
     assert sorted(hollow) == sorted(100 * entry.clean.value for entry in found)
     assert sorted(filled) == sorted(100 * entry.robust.value for entry in found if entry.robust)
-    assert "hollow: clean" in axes.get_ylabel()
+    assert axes.get_ylabel() == "accuracy (%): clean hollow, robust filled\npgd linf 8/255"
 
 
 @pytest.mark.parametrize(
