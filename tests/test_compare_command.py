@@ -649,8 +649,7 @@ MEASURE = """
         pass
     loop = time.process_time() - start
     from pathlib import Path
-    from cfamc_cli import sheets
-from cfamc_cli.commands.compare import compare
+    from cfamc_cli.commands.compare import compare
     compare(
         [], runs=Path(sys.argv[1]), where=[], sort="", baseline=None, published=False, fold=sys.argv[2] == "fold",
         limit=50, output="rich", plot=None, html=None,
