@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import assert_never
 
 from cfamc_cli import recipe_file, render
-from cfamc_cli.recipe import Recipe, number
+from cfamc_cli.recipe import DEPTHS, Model, Recipe, number
 from cfamc_cli.records import AttackRecord, ExportRecord, RunRecord
 
 _LIBRARY_WIDTH = 64  # the one width of torchvision's and timm's ResNets
@@ -71,19 +71,8 @@ def loading(made: ExportRecord, recipe: Recipe) -> str:
 
 
 def _safetensors_code(made: ExportRecord, recipe: Recipe, name: str) -> list[str]:
-    model = recipe.model
-    if model.width == _LIBRARY_WIDTH:
-        imports = ["import torch, torchvision"]
-        net = [
-            f"net = torchvision.models.{model.backbone}()  # timm.create_model({model.backbone!r}) takes them as well"
-        ]
-        if model.stem == "cifar":
-            net.append("net.conv1, net.maxpool = torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False), torch.nn.Identity()")
-        net.append("net.fc = torch.nn.Identity()")
-    else:
-        imports = ["import torch", "from cfamc_cli.engine.models import ResNet  # no other library has this width"]
-        net = [f"net = ResNet({model.backbone!r}, stem={model.stem!r}, width={model.width})"]
-    imports.append("from safetensors.torch import load_file")
+    model, net = recipe.model, _torchvision_code(recipe.model)
+    imports = ["import torch, torchvision", "from safetensors.torch import load_file"]
     if made.part == "backbone":
         return [*imports, "", *net, f'net.load_state_dict(load_file("{name}"))', "features = net.eval()(images)"]
     dim = model.width * (32 if model.backbone == "resnet50" else 8)
@@ -106,6 +95,29 @@ def _safetensors_code(made: ExportRecord, recipe: Recipe, name: str) -> list[str
         "parts.eval()",
         f"{made.output.name} = {call}",
     ]
+
+
+def _torchvision_code(model: Model) -> list[str]:
+    """Lines that make `net`; at other widths than torchvision's own, its stages are built anew."""
+    width = model.width
+    line = f"net = torchvision.models.{model.backbone}()"
+    small = f"torch.nn.Conv2d(3, {width}, 3, 1, 1, bias=False)"
+    cifar = model.stem == "cifar"
+    if width == _LIBRARY_WIDTH:
+        code = [f"{line}  # timm.create_model({model.backbone!r}) takes them as well"]
+        code += [f"net.conv1, net.maxpool = {small}, torch.nn.Identity()"] if cifar else []
+    else:
+        conv = small if cifar else f"torch.nn.Conv2d(3, {width}, 7, 2, 3, bias=False)"
+        code = [
+            f"{line}  # of width {_LIBRARY_WIDTH}; the next lines make it {width}",
+            f"net.inplanes, net.conv1, net.bn1 = {width}, {conv}, torch.nn.BatchNorm2d({width})",
+            "block = type(net.layer1[0])",
+        ]
+        for stage, depth in enumerate(DEPTHS[model.backbone], start=1):
+            stride = ", stride=2" if stage > 1 else ""
+            code.append(f"net.layer{stage} = net._make_layer(block, {width * 2 ** (stage - 1)}, {depth}{stride})")
+        code += ["net.maxpool = torch.nn.Identity()"] if cifar else []
+    return [*code, "net.fc = torch.nn.Identity()"]
 
 
 def _reads_pre_feature(made: ExportRecord) -> bool:

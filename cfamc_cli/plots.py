@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import io
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from cfamc_cli.compare import ComparedTable, Figure, Row, exact_number
+from cfamc_cli.compare import ComparedTable, Figure, Row, Run, exact_number
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.files import read_jsonl
 from cfamc_cli.gather import Gathered
-from cfamc_cli.render import clean
+from cfamc_cli.render import clean, talk
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,6 +34,12 @@ _COLOURS = (
 )
 MOST_LINES = len(_COLOURS)  # rows that a picture shows as lines or names
 _NUMBER = (int, float)
+_LARGEST = 1e100  # that is drawn
+_CLEAN = "clean accuracy (%)"
+_CURVES = {  # kind of record, quantity, unit
+    "Training loss": ("train", "loss", "loss"),
+    "Online accuracy while training": ("evaluation", "clean", _CLEAN),
+}
 _FORMATS = (".png", ".svg", ".pdf")
 _STYLE: dict[Any, Any] = {
     "axes.grid": True,
@@ -48,7 +55,8 @@ _STYLE: dict[Any, Any] = {
 }
 Panel: TypeAlias = "Callable[[Axes], None]"
 Look: TypeAlias = tuple[str, str]  # name in the legend, colour
-Lines: TypeAlias = Mapping[str, Sequence[tuple[float, float]]]  # points by row
+Line: TypeAlias = Sequence[tuple[float, float]]
+Lines: TypeAlias = Mapping[str, Sequence[Line]]  # by row; several seeds have a line each
 
 
 def overview(tables: Sequence[ComparedTable], found: Gathered, *, suffix: str) -> bytes:
@@ -92,16 +100,15 @@ def panels(tables: Sequence[ComparedTable], found: Gathered) -> dict[str, Panel]
     curves = _eps_curves(tables, leading)
     if curves:
         made["Accuracy against eps"] = partial(_eps, lines=curves, looks=looks)
-    for title, unit, kind, quantity in (
-        ("Training loss", "loss", "train", "loss"),
-        ("Online accuracy while training", "clean accuracy (%)", "evaluation", "clean"),
-    ):
-        lines = {row.label: _metric(row, found, kind, quantity) for row in leading.rows[:MOST_LINES]}
-        lines = {label: points for label, points in lines.items() if len(points) > 1}
-        if lines:
-            made[title] = partial(_learning, lines=lines, looks=looks, title=title, unit=unit)
-    if attacked is not None:
-        made["Robust accuracy against training time"] = partial(_time, table=attacked, looks=looks)
+    histories = {
+        row.label: [_history(run, found) for run in {entry.run.id: entry.run for entry in row.entries}.values()]
+        for row in leading.rows[:MOST_LINES]
+    }
+    for title in _CURVES:
+        lines = {label: [seed[title] for seed in seeds if len(seed[title]) > 1] for label, seeds in histories.items()}
+        if any(lines.values()):
+            made[title] = partial(_learning, lines=lines, looks=looks, title=title)
+    made["Accuracy against training time"] = partial(_time, table=leading, looks=looks)
     return made
 
 
@@ -142,44 +149,53 @@ def _render(drawn: Sequence[Panel], suffix: str) -> bytes:
 
 
 def _scatter(axes: Axes, *, table: ComparedTable, looks: Mapping[str, Look]) -> None:
-    _points(axes, table, looks, lambda row: row.clean)
+    for row in table.rows:
+        if row.robust is not None:
+            _point(axes, row, looks, x=100 * row.clean.value, figure=row.robust, x_bars=_bars(row.clean))
     front = sorted((100 * row.clean.value, 100 * row.robust.value) for row in table.rows if row.front and row.robust)
     if len(front) > 1:  # to the left of each point nothing better is known
         axes.plot(*zip(*front, strict=True), "--", drawstyle="steps-pre", color="0.6", linewidth=1, zorder=0)
-    axes.set(xlabel="clean accuracy (%)", ylabel=_robust_label(table), title="Clean against robust accuracy")
+    robust = f"robust accuracy (%), {_attack(table)}"
+    axes.set(xlabel=_CLEAN, ylabel=robust, title="Clean against robust accuracy")
 
 
 def _time(axes: Axes, *, table: ComparedTable, looks: Mapping[str, Look]) -> None:
-    _points(axes, table, looks, None)
-    axes.set(xlabel="training time (min)", ylabel=_robust_label(table), title="Robust accuracy against training time")
+    for row in table.rows:
+        minutes = sum(entry.run.seconds for entry in row.entries) / len(row.entries) / 60
+        _point(axes, row, looks, x=minutes, figure=row.clean, hollow=True)
+        if row.robust is not None:
+            _point(axes, row, looks, x=minutes, figure=row.robust)
+    shown = f"accuracy (%): clean hollow, robust filled\n{_attack(table)}" if table.condition.attack else _CLEAN
+    axes.set(xlabel="training time (min)", ylabel=shown, title="Accuracy against training time")
     axes.set_xlim(left=0)
 
 
-def _points(
-    axes: Axes, table: ComparedTable, looks: Mapping[str, Look], horizontal: Callable[[Row], Figure] | None
+def _point(
+    axes: Axes,
+    row: Row,
+    looks: Mapping[str, Look],
+    *,
+    x: float,
+    figure: Figure,
+    x_bars: list[list[float]] | None = None,
+    hollow: bool = False,
 ) -> None:
-    """One point a row with its 95 % interval, or the standard deviation over seeds; the first rows have names."""
-    for row in table.rows:
-        if row.robust is None:
-            continue
-        if horizontal is None:
-            x, x_bars = sum(entry.run.seconds for entry in row.entries) / len(row.entries) / 60, None
-        else:
-            x, x_bars = 100 * horizontal(row).value, _bars(horizontal(row))
-        name, colour = looks.get(row.label, (None, "0.75"))
-        axes.errorbar(
-            x,
-            100 * row.robust.value,
-            xerr=x_bars,
-            yerr=_bars(row.robust),
-            fmt="o",
-            markersize=5 if name else 2,
-            elinewidth=1 if name else 0.3,
-            capsize=2 if name else 0,
-            label=name,
-            color=colour,
-            zorder=2 if name else 1,
-        )
+    """A row with its 95 % interval, or the standard deviation over seeds; the first rows have names."""
+    name, colour = looks.get(row.label, (None, "0.75"))
+    axes.errorbar(
+        x,
+        100 * figure.value,
+        xerr=x_bars,
+        yerr=_bars(figure),
+        fmt="o",
+        markersize=5 if name else 2,
+        markerfacecolor="white" if hollow else colour,
+        elinewidth=1 if name else 0.3,
+        capsize=2 if name else 0,
+        label=None if hollow else name,
+        color=colour,
+        zorder=2 if name else 1,
+    )
 
 
 def _bars(figure: Figure) -> list[list[float]]:
@@ -188,7 +204,7 @@ def _bars(figure: Figure) -> list[list[float]]:
     return [[100 * max(0.0, figure.value - figure.low)], [100 * max(0.0, figure.high - figure.value)]]
 
 
-def _eps_curves(tables: Sequence[ComparedTable], leading: ComparedTable) -> dict[str, list[tuple[float, float]]]:
+def _eps_curves(tables: Sequence[ComparedTable], leading: ComparedTable) -> dict[str, list[Line]]:
     """Accuracy by eps in 255ths, for rows that the leading table's attack met at two sizes or more; clean at 0."""
     curves: dict[str, dict[float, float]] = defaultdict(dict)
     for table in tables:
@@ -198,7 +214,7 @@ def _eps_curves(tables: Sequence[ComparedTable], leading: ComparedTable) -> dict
         for row in table.rows:
             if row.robust is not None:
                 curves[row.label] |= {0.0: 100 * row.clean.value, 255 * eps: 100 * row.robust.value}
-    return {label: sorted(curve.items()) for label, curve in curves.items() if len(curve) > 2}
+    return {label: [sorted(curve.items())] for label, curve in curves.items() if len(curve) > 2}
 
 
 def _eps(axes: Axes, *, lines: Lines, looks: Mapping[str, Look]) -> None:
@@ -207,35 +223,68 @@ def _eps(axes: Axes, *, lines: Lines, looks: Mapping[str, Look]) -> None:
     axes.set_ylim(bottom=0)
 
 
-def _metric(row: Row, found: Gathered, kind: str, quantity: str) -> list[tuple[float, float]]:
-    """One quantity of the run's metrics by epoch; nothing where they cannot be read. Counts become percent."""
+def _history(run: Run, found: Gathered) -> dict[str, Line]:
+    """The learning curves of a run by title; metrics that cannot be read are named once, and left out."""
+    path = found.folders[run.id].metrics
     try:
-        records = read_jsonl(found.folders[row.run.id].metrics).records
-    except CfamcError:
-        return []
-    points = []
-    for record in records:
-        epoch, value, n = record.get("epoch"), record.get(quantity), record.get("n", 100)
-        if record.get("kind") == kind and isinstance(epoch, _NUMBER) and isinstance(value, _NUMBER):
-            points.append((float(epoch), 100 * value / n if isinstance(n, int) and n > 0 else value))
-    return points
+        imported = run.family == run.id  # and not trained here
+        records = [] if imported else read_jsonl(path).records
+        return {
+            title: [
+                _at(record, quantity, f"{path}:{line}")
+                for line, record in enumerate(records, start=1)
+                if record.get("kind") == kind and record.get(quantity) is not None  # a lost step has no loss
+            ]
+            for title, (kind, quantity, _) in _CURVES.items()
+        }
+    except CfamcError as error:
+        left_out = (run.id, f"no learning curves: {error.message}")
+        if left_out not in found.left_out:
+            found.left_out.append(left_out)
+            talk().say(f"left out: {': '.join(left_out)}")
+        return {title: [] for title in _CURVES}
 
 
-def _learning(axes: Axes, *, lines: Lines, looks: Mapping[str, Look], title: str, unit: str) -> None:
+def _at(record: Mapping[str, object], quantity: str, where: str) -> tuple[float, float]:
+    """Epoch and value; counts become percent."""
+    share = 100 / _number(record, "n", where) if "n" in record else 1.0
+    return _number(record, "epoch", where), share * _number(record, quantity, where)
+
+
+def _number(record: Mapping[str, object], key: str, where: str) -> float:
+    """A number that can be drawn, and divided by where it is `n`."""
+    value = record.get(key)
+    try:
+        number = float(value) if isinstance(value, _NUMBER) else math.nan
+    except OverflowError:
+        number = math.nan
+    if not abs(number) < _LARGEST or (key == "n" and number < 1):
+        raise CfamcError(f"{where}: {key} is {value!r:.20}", exit_code=ExitCode.BAD_DATA)
+    return number
+
+
+def _learning(axes: Axes, *, lines: Lines, looks: Mapping[str, Look], title: str) -> None:
     _lines(axes, lines, looks, marker="")
-    axes.set(xlabel="epoch", ylabel=unit, title=title)
+    axes.set(xlabel="epoch", ylabel=_CURVES[title][2], title=title)
 
 
 def _lines(axes: Axes, lines: Lines, looks: Mapping[str, Look], *, marker: str) -> None:
-    for label, points in lines.items():
-        if label in looks:
-            name, colour = looks[label]
-            axes.plot(*zip(*points, strict=True), marker=marker, markersize=4, linewidth=1.4, label=name, color=colour)
+    for label, seeds in lines.items():
+        name, colour = looks.get(label, (None, ""))
+        for index, points in enumerate(seeds if name else ()):
+            axes.plot(
+                *zip(*points, strict=True),
+                marker=marker,
+                markersize=4,
+                linewidth=1.4 if len(seeds) == 1 else 0.7,
+                label=name if index == 0 else None,
+                color=colour,
+            )
 
 
-def _robust_label(table: ComparedTable) -> str:
+def _attack(table: ComparedTable) -> str:
     condition = table.condition
-    return f"robust accuracy (%), {clean(condition.attack)[:20]} {condition.norm} {clean(condition.eps)[:12]}"
+    return f"{clean(condition.attack)[:20]} {condition.norm} {clean(condition.eps)[:12]}"
 
 
 def _label(text: str) -> str:

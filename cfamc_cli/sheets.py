@@ -376,6 +376,8 @@ _LATEX = {
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
     '"': "''",
+    "*": "{*}",  # at the start of a row these would belong to the command before it
+    "[": "{[}",
     **{character: f"\\{character}" for character in "&%$#_{}"},
 }
 

@@ -16,9 +16,12 @@ from typing import Any
 
 import pytest
 
+from cfamc_cli import sheets
 from cfamc_cli.commands.compare import compare
+from cfamc_cli.compare import tabulate
 from cfamc_cli.errors import CfamcError, ExitCode
-from cfamc_cli.gather import final_encoder_digest
+from cfamc_cli.gather import final_encoder_digest, gather
+from cfamc_cli.plots import panels
 from cfamc_cli.records import (
     Accuracy,
     AttackRecord,
@@ -633,11 +636,11 @@ class Tags(HTMLParser):
                 self.bad.append(f"{tag} {name}={value}")
 
 
-def add_metrics(run: Path) -> None:
+def add_metrics(run: Path, *, start: float = -200.0) -> None:
     lines: list[dict[str, Any]] = []
     for step in range(0, 1501, 50):
         where = {"step": step, "batch": step // 3, "epoch": step / 1500}
-        lines.append({"kind": "train", **where, "loss": -200 + 30 * 0.998**step, "lr": 0.3})
+        lines.append({"kind": "train", **where, "loss": start + 30 * 0.998**step, "lr": 0.3})
         if step % 500 == 0:
             lines.append(
                 {"kind": "evaluation", **where, "n": 1000, "knn": 300, "clean": 200 + step // 5, "robust": 100}
@@ -661,6 +664,12 @@ def test_the_page_holds_everything_and_nothing_from_outside(store: Path, tmp_pat
     for part in (A, B, "Some CPU", "&quot;replays&quot;: 3", "leads", "published, not measured here", "default-src"):
         assert part in text
     assert not re.search(r"https?://", text)
+    for cell in (
+        f'<td class="name" data-column="run">{A}</td>',
+        '<td class="number" data-column="n">1,000</td>',
+        '<td class="long" data-column="recipe">adversary.name=free, adversary.replays=3</td>',
+    ):
+        assert cell in text  # columns are sized by what they hold, and named where they are stacked
 
 
 @pytest.mark.slow
@@ -672,6 +681,85 @@ def test_pictures(store: Path, tmp_path: Path, suffix: str, magic: bytes) -> Non
     data = (tmp_path / f"one{suffix}").read_bytes()
     assert data.startswith(magic)
     assert data == (tmp_path / f"two{suffix}").read_bytes()
+
+
+def drawn(store: Path, title: str) -> Any:
+    """One panel of a comparison, as axes whose content can be asked for."""
+    from matplotlib.figure import Figure
+
+    found = gather([], store)
+    tables = tabulate(found.entries, fold=True, baseline=None, outcomes_of=lambda _: None, order=None)
+    axes = Figure().add_subplot()
+    panels(tables, found)[title](axes)
+    return axes
+
+
+def test_learning_curves_have_a_thin_line_for_each_seed(store: Path) -> None:
+    starts = {0: -200.0, 1: -150.0, 2: -100.0}
+    for seed, start in starts.items():
+        run = store / A if seed == 0 else make_run(store, f"20261122-12010{seed}-a-00000{seed}", seed=seed)
+        add_metrics(run, start=start)
+        add_attack(run)
+    add_metrics(store / B)
+    lines = drawn(store, "Training loss").get_lines()
+    thin = [line for line in lines if line.get_linewidth() < 1]
+    assert sorted(line.get_ydata()[0] for line in thin) == [start + 30 for start in starts.values()]
+    assert len({line.get_color() for line in thin}) == 1
+    assert len([line for line in lines if line.get_linewidth() > 1]) == 1  # the other recipe's only seed
+    assert len([line for line in lines if not str(line.get_label()).startswith("_")]) == 2
+
+
+def test_time_is_held_against_clean_and_robust_accuracy(store: Path) -> None:
+    from matplotlib.container import ErrorbarContainer
+
+    axes = drawn(store, "Accuracy against training time")
+    points: list[Any] = [bars.lines[0] for bars in axes.containers if isinstance(bars, ErrorbarContainer)]
+    hollow, filled = (
+        [point.get_ydata()[0] for point in points if (point.get_markerfacecolor() == "white") == clean]
+        for clean in (True, False)
+    )
+    found = gather([A, B], store).entries
+    assert sorted(hollow) == sorted(100 * entry.clean.value for entry in found)
+    assert sorted(filled) == sorted(100 * entry.robust.value for entry in found if entry.robust)
+    assert axes.get_ylabel() == "accuracy (%): clean hollow, robust filled\npgd linf 8/255"
+
+
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [
+        (None, "metrics.jsonl"),
+        ("{}\nnonsense\n", "metrics.jsonl:2: not a JSON object"),
+        ('{"kind":"train","epoch":"x","loss":1.0}\n', "metrics.jsonl:1: epoch is 'x'"),
+        ('{"kind":"train","epoch":1.0,"loss":1e999}\n', "metrics.jsonl:1: loss is inf"),
+        (f'{{"kind":"train","epoch":1.0,"loss":1{"0" * 400}}}\n', "metrics.jsonl:1: loss is 1000"),
+        ('{"kind":"evaluation","epoch":1.0,"clean":7,"n":0}\n', "metrics.jsonl:1: n is 0"),
+    ],
+    ids=["missing", "torn", "text", "infinite", "huge", "of none"],
+)
+def test_metrics_that_cannot_be_drawn_are_named_once(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | None, cause: str
+) -> None:
+    add_metrics(store / A)
+    if text is not None:
+        (store / B / "metrics.jsonl").write_text(text)
+    page = tmp_path / "page.html"
+    run([], store, plot=tmp_path / "a.svg", html=page)
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if "learning curves" in line]
+    assert said.startswith(f"left out: {B}: no learning curves: ")
+    assert cause in said
+    assert "no learning curves" in page.read_text().partition("<h2>Left out</h2>")[2]
+    (line,) = drawn(store, "Training loss").get_lines()  # the other run's
+    assert len(line.get_xdata()) == 31
+
+
+def test_an_imported_run_has_no_learning_curves_and_needs_none(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add_attack(make_run(store, C, imported="encoder.pt"))
+    add_metrics(store / A)
+    add_metrics(store / B)
+    run([], store, plot=tmp_path / "a.svg")
+    assert "learning curves" not in capsys.readouterr().err
 
 
 def test_pictures_that_cannot_be(
@@ -698,14 +786,14 @@ def test_a_narrow_terminal_loses_no_accuracy(
     store: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
-    for columns in (40, 90, 130, 400):
+    for columns in (40, 90, 140, 400):
         monkeypatch.setenv("COLUMNS", str(columns))
         run([], store, output="rich", baseline=A)
         out = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
         assert "80.0 [77.4, 82.4]" in out
         assert "adversary.name=pgd, adversary.steps=5" in " ".join(out.split())
         assert "\u2026" not in out  # no number is cut
-        assert (f"\n{B}: adversary.name=pgd, adversary.steps=5" in out) == (columns == 130), columns
+        assert (f"\n{B}: adversary.name=pgd, adversary.steps=5" in out) == (columns == 140), columns
 
 
 def test_a_long_table_says_what_it_leaves_out(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -727,6 +815,14 @@ def test_markdown_and_latex_and_csv_have_a_cell_for_each_column(
     run([], store, output="csv", baseline=A)
     rows = list(csv.reader(io.StringIO(capsys.readouterr().out)))
     assert len({len(row) for row in rows}) == 1
+
+
+@pytest.mark.parametrize("label", ["*", "[1em]"])
+def test_no_latex_command_takes_the_start_of_a_row_for_its_argument(label: str) -> None:
+    text = sheets.latex(sheets.Sheet("title", (label, "n"), (1,), ((label, "1"), (label, "2"))))
+    body = text.partition("\\toprule")[2]
+    assert not re.search(r"(\\\\|\\[a-z]+)\s*[*\[]", body)
+    assert body.count(f"{{{label[0]}}}{label[1:]} & ") == 3
 
 
 MEASURE = """

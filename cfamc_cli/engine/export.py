@@ -14,16 +14,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, assert_never
+from typing import Any, Literal, assert_never
 
 import torch
 from torch import Tensor, nn
 
 from cfamc_cli.engine import checkpoint
 from cfamc_cli.engine.heads import Classifier, LinearHead
-from cfamc_cli.engine.models import Encoder, Features, ResNet
+from cfamc_cli.engine.models import Encoder, Features
 from cfamc_cli.errors import CfamcError, ExitCode
-from cfamc_cli.recipe import Model
+from cfamc_cli.recipe import DEPTHS, Model
 
 Format = Literal["safetensors", "pt2", "onnx"]
 Forward = Callable[[Tensor], Tensor]
@@ -33,7 +33,6 @@ BATCHES = (1, 2, 7)
 IMAGES = sum(BATCHES)  # that a check looks at
 INPUT = "images"
 OUTPUTS: dict[str, str] = {"backbone": "features", "encoder": "features", "classifier": "logits"}
-_LIBRARY_WIDTH = 64  # the one width that torchvision's ResNets have
 _ONNX_LIMIT = 3 * 2**29  # bytes of weights; a protocol buffer ends at 2 GiB, so larger weights lie in a second file
 
 
@@ -153,7 +152,7 @@ def write(subject: Subject, path: Path, images: Tensor, *, wanted: Format) -> Ag
     """
     _save(subject, path, images, wanted=wanted)
     try:
-        reader, forward = _read_back(subject, path, wanted=wanted)
+        reader, forward = read_back(subject, path, wanted=wanted)
     except Exception as error:  # whatever a library raises at a file that it cannot read
         cause = " ".join(str(error).split())[:200] or type(error).__name__
         raise CfamcError(f"{path.name} cannot be read back: {cause}") from error
@@ -234,8 +233,12 @@ def _traced(module: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
     return program
 
 
-def _read_back(subject: Subject, path: Path, *, wanted: Format) -> tuple[str, Forward]:
-    """Who reads the file, and what it computes; no tensor of the live model is part of that."""
+def read_back(subject: Subject, path: Path, *, wanted: Format) -> tuple[str, Forward]:
+    """Read a file that `write` left, by its own library; no tensor of the live model is part of that.
+
+    Returns:
+        The library with its version, and what the file computes: (n, 3, S, S) in [0, 1] on the CPU to (n, F) or (n, C).
+    """
     match wanted:
         case "safetensors":
             reader, twin = _twin(subject)
@@ -261,13 +264,10 @@ def _onnx_session(path: Path) -> Forward:
 
 
 def _twin(subject: Subject) -> tuple[str, nn.Module]:
-    """Other modules of the same names: torchvision's backbone where it has the width, else one of our own."""
-    model = subject.model
+    """Other modules of the same names: torchvision's backbone, and plain layers on it."""
+    model, reader = subject.model, _version("torchvision")
     with torch.random.fork_rng(devices=[]):  # the initial weights are drawn, and overwritten
-        if model.width == _LIBRARY_WIDTH:
-            reader, backbone = _version("torchvision"), torchvision_backbone(model)
-        else:
-            reader, backbone = _version("cfamc"), ResNet(model.backbone, stem=model.stem, width=model.width)
+        backbone = torchvision_backbone(model)
         if not isinstance(subject.module, Stack):
             return reader, backbone
         pre_feature, head = subject.module.pre_feature, subject.module.head
@@ -282,14 +282,21 @@ def _twin(subject: Subject) -> tuple[str, nn.Module]:
 
 
 def torchvision_backbone(model: Model) -> nn.Module:
-    """Torchvision's own ResNet with the recipe's stem and without a classifier; width 64 alone."""
+    """Torchvision's own ResNet with the recipe's stem and width, without a classifier, as model cards build it."""
     import torchvision
 
-    net: nn.Module = getattr(torchvision.models, model.backbone)(weights=None)
+    net: Any = getattr(torchvision.models, model.backbone)(weights=None)
+    width, block = model.width, type(net.layer1[0])
     if model.stem == "cifar":
-        net.conv1, net.maxpool = nn.Conv2d(3, _LIBRARY_WIDTH, 3, 1, 1, bias=False), nn.Identity()
+        net.conv1, net.maxpool = nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.Identity()
+    else:
+        net.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
+    net.inplanes, net.bn1 = width, nn.BatchNorm2d(width)  # the constructor knows no width but 64
+    for stage, depth in enumerate(DEPTHS[model.backbone]):
+        setattr(net, f"layer{stage + 1}", net._make_layer(block, width * 2**stage, depth, stride=2 if stage else 1))
     net.fc = nn.Identity()
-    return net
+    built: nn.Module = net
+    return built
 
 
 def _portable(module: nn.Module) -> nn.Module:
