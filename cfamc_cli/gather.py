@@ -161,10 +161,10 @@ class _Reader:
             self._online(record, run)
 
     def _run(self, folder: RunFolder, record: RunRecord) -> Run:
-        recipe = self._recipes.get(record.recipe_digest)
+        imported = record.imported is not None  # its recipe says how to read it, not how it was trained
+        recipe = {} if imported else self._recipes.get(record.recipe_digest)
         if recipe is None:
-            recipe = {} if record.imported is not None else self._recipe(folder.resolved_json)
-            self._recipes[record.recipe_digest] = recipe
+            recipe = self._recipes[record.recipe_digest] = self._recipe(folder.resolved_json)
         # with data.limit each seed draws images of its own from the same set
         images = record.data.fingerprint if record.data is not None and recipe.get("data.limit") is None else ""
         origin = [record.recipe_digest, images, record.init or ""]
@@ -172,7 +172,7 @@ class _Reader:
             id=record.id,
             name=record.name,
             seed=record.seed,
-            family=record.id if record.imported is not None else "\n".join(origin),
+            family=record.id if imported else "\n".join(origin),
             recipe=recipe,
             epochs=record.progress.epoch,
             steps=record.totals.steps,

@@ -40,7 +40,6 @@ _CURVES = {  # kind of record, quantity, unit
     "Training loss": ("train", "loss", "loss"),
     "Online accuracy while training": ("evaluation", "clean", _CLEAN),
 }
-_FORMATS = (".png", ".svg", ".pdf")
 _STYLE: dict[Any, Any] = {
     "axes.grid": True,
     "axes.spines.right": False,
@@ -68,10 +67,8 @@ def overview(tables: Sequence[ComparedTable], found: Gathered, *, suffix: str) -
         suffix: ".png", ".svg" or ".pdf".
 
     Raises:
-        CfamcError: There is nothing to draw, the format is another, or matplotlib is missing.
+        CfamcError: There is nothing to draw, or matplotlib is missing.
     """
-    if suffix not in _FORMATS:
-        raise CfamcError(f"cannot draw {suffix!r:.20}", hint="use .png, .svg or .pdf", exit_code=ExitCode.INVALID)
     drawn = list(panels(tables, found).values())
     if not drawn:
         raise CfamcError("there is nothing to draw", exit_code=ExitCode.INVALID)

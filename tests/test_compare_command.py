@@ -762,6 +762,14 @@ def test_an_imported_run_has_no_learning_curves_and_needs_none(
     assert "learning curves" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("imported", ["20261122-000000-c-000003", "20261122-230000-c-000003"])
+def test_an_imported_run_lends_no_recipe(store: Path, imported: str) -> None:
+    add_attack(make_run(store, imported, imported="encoder.pt"))
+    recipes = {entry.run.id: entry.run.recipe for entry in gather([], store).entries}
+    assert recipes.pop(imported) == {}
+    assert all(recipe["adversary.name"] for recipe in recipes.values())
+
+
 def test_pictures_that_cannot_be(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
