@@ -164,7 +164,7 @@ def _time(axes: Axes, *, table: ComparedTable, looks: Mapping[str, Look]) -> Non
             _point(axes, row, looks, x=minutes, figure=row.robust)
     shown = f"accuracy (%): clean hollow, robust filled\n{_attack(table)}" if table.condition.attack else _CLEAN
     axes.set(xlabel="training time (min)", ylabel=shown, title="Accuracy against training time")
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1.05 * axes.dataLim.x1 or 1)
 
 
 def _point(
