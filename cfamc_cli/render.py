@@ -161,9 +161,8 @@ def print_rows(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
         CfamcError: As for `write_out`.
     """
     write_out(f"{clean(title)}\n")
-    shown = table("", columns, rows, right=right)
-    if fits(shown):
-        print_table(shown)
+    if fits(columns, rows):
+        print_table(table("", columns, rows, right=right))
         return
     for row in rows:
         listed = Table.grid(padding=(0, 2))
@@ -176,10 +175,10 @@ def print_rows(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
         write_out("\n")
 
 
-def fits(shown: Table) -> bool:
-    """Whether stdout is wide enough for a table; anything but a terminal is."""
+def fits(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> bool:
+    """Whether stdout is wide enough for a table of these cells; anything but a terminal is."""
     console = Console()
-    return not console.is_terminal or _natural_width(shown, console) <= console.width
+    return not console.is_terminal or _natural_width(table("", columns, rows), console) <= console.width
 
 
 def _natural_width(shown: Table, console: Console) -> int:

@@ -146,11 +146,12 @@ def _print(sheet: Sheet) -> None:
     """Print a sheet; on a terminal too narrow for it, recipes and notes go below, and columns of the cost go away."""
     narrow = sheet
     for name in sheets.DISPENSABLE:
-        if _fits(narrow):
+        if render.fits(narrow.columns, narrow.rows):
             break
         narrow = narrow.without(name)
-    if not _fits(narrow):
-        narrow = sheet  # it becomes a list, which has room for everything
+    else:
+        if not render.fits(narrow.columns, narrow.rows):
+            narrow = sheet  # it becomes a list, which has room for everything
     render.print_rows(narrow.title, narrow.columns, narrow.rows, right=narrow.right)
     gone = [name for name in sheet.columns if name not in narrow.columns]
     said = [name for name in gone if name in sheets.SAID]
@@ -164,7 +165,3 @@ def _print(sheet: Sheet) -> None:
     if sheet.more:
         below.append(f"{sheet.more:,} more rows; --limit 0 shows all")
     render.write_out("".join(f"{render.clean(line)}\n" for line in [*below, *sheet.notes, ""]))
-
-
-def _fits(sheet: Sheet) -> bool:
-    return render.fits(render.table("", sheet.columns, sheet.rows, right=sheet.right))

@@ -26,12 +26,19 @@ def pick_device(name: str) -> torch.device:
     Raises:
         CfamcError: There is no such device here.
     """
-    keep_freed_memory()
-    if name == "auto":
-        if torch.cuda.is_available():
-            local = int(os.environ.get("LOCAL_RANK", "0"))
-            return torch.device("cuda", local)
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    device = _best_device() if name == "auto" else _named_device(name)
+    if device.type == "cpu":
+        _keep_freed_memory()
+    return device
+
+
+def _best_device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _named_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda", "mps"):
@@ -80,11 +87,11 @@ def prepare(device: torch.device, *, deterministic: bool) -> None:
 
 
 @functools.cache
-def keep_freed_memory() -> None:
+def _keep_freed_memory() -> None:
     """Let glibc keep freed buffers of up to 32 MiB, its limit, for the next tensor of that size.
 
-    By default it hands them back, and the kernel clears the pages of the next one: a tenth of a step of the laptop
-    recipe on idle cores, and up to a third beside busy ones.
+    By default it hands them back, and the kernel clears the pages of the next one: about a tenth of a step of the
+    laptop recipe.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(_MMAP_THRESHOLD, 32 * 2**20)

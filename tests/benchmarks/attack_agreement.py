@@ -23,6 +23,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from heads import probe_of
 from judge import read_folder, wilson
 from machine import emit, machine
 from torch import Tensor, nn
@@ -59,10 +60,7 @@ def packaged_classifier() -> nn.Module:
 def classifier_of(run: Path, head: str, sample: Tensor) -> nn.Module:
     """Encoder and head of a run, from images like `sample` to logits."""
     folder = RunFolder(run)
-    probes = sorted(path for path in (run / "probes").iterdir() if head in path.name)
-    if not probes:
-        raise FileNotFoundError(f"{run} has no probe whose name holds {head!r}")
-    classifier = load_classifier(folder, probes[0], device=torch.device("cpu"))
+    classifier = load_classifier(folder, probe_of(run, head), device=torch.device("cpu"))
     logits = as_predictor(classifier, sample, space="image").logits
     assert isinstance(logits, nn.Module)
     return logits

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from heads import probe_of
 from judge import read_folder
 from machine import emit, machine, paired_ratio, summary
 from official import SIZES, narrow, on_a_cpu
@@ -117,7 +118,7 @@ def main() -> None:
 
     images, labels, _ = read_folder(options.folder / "test", limit=options.limit)
     x = images.float() / 255
-    probe = next(path for path in sorted((options.run / "probes").iterdir()) if "linear" in path.name)
+    probe = probe_of(options.run, "linear")
     classifier = load_classifier(RunFolder(options.run), probe, device=CPU)
     eps = float(Fraction(options.eps))
     sides = {

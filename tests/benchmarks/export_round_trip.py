@@ -20,6 +20,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import torch
+from heads import probe_of
 from judge import read_folder, wilson
 from machine import emit, machine
 from torch import Tensor
@@ -34,14 +35,6 @@ BATCH = 250
 FORMATS: tuple[export.Format, ...] = ("onnx", "pt2")
 _ROUNDING = 1e-6  # by which an example may leave the ball
 _PACKAGES = ("cfamc", "torch", "torchvision", "onnx", "onnxscript", "onnxruntime")
-
-
-def probe_of(run: Path, head: str) -> Path:
-    """The first probe of a run whose name holds `head`."""
-    probes = sorted(path for path in (run / "probes").glob("*") if head in path.name)
-    if not probes:
-        raise FileNotFoundError(f"{run} has no probe whose name holds {head!r}")
-    return probes[0]
 
 
 def adversarial(classifier: Classifier, x: Tensor, y: Tensor, *, eps: float, step_size: float, steps: int) -> Tensor:
