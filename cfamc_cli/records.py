@@ -18,11 +18,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    TypeAdapter,
+    ValidationError,
+)
 
 from cfamc_cli import __version__
 from cfamc_cli.errors import CfamcError, ExitCode
-from cfamc_cli.files import read_bytes, write_bytes
+from cfamc_cli.files import read_bytes, read_jsonl, write_bytes
 
 SCHEMA_VERSION: Literal[1] = 1
 _Z95 = 1.959963984540054  # the 97.5 % quantile of the normal distribution
@@ -58,6 +67,7 @@ class Record(Part):
 
 
 R = TypeVar("R", bound=Record)
+L = TypeVar("L")
 
 
 def wilson(correct: int, n: int) -> tuple[float, float]:
@@ -522,13 +532,143 @@ class MetricsRecord(Record):
     records: Count
 
 
-class MetricRecord(BaseModel):
-    """One line of metrics.jsonl: the position, and whatever else was measured there."""
+class Line(Part):
+    """A line of metrics.jsonl or timing.jsonl: where the run stood, and what was measured there.
 
-    model_config = ConfigDict(frozen=True, extra="allow")
+    On disk a number that is not finite is null, and its name stands under "nonfinite".
+    """
 
-    step: int
-    epoch: float = 0.0
+    model_config = ConfigDict(allow_inf_nan=True)
+
+    kind: str
+    step: Count
+    batch: Count
+    epoch: Annotated[float, Field(ge=0)]
+
+    def written(self) -> dict[str, object]:
+        """The line as JSON holds it; what was not measured is left out."""
+        values = self.model_dump(exclude_none=True)
+        lost = {key: str(value) for key, value in values.items() if _is_lost(value)}
+        return values | dict.fromkeys(lost) | ({"nonfinite": lost} if lost else {})
+
+
+def _is_lost(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+class TrainLine(Line):
+    """An interval of training: means over its weight updates, and the last of lr, delta and embeddings.
+
+    Attributes:
+        lr: Learning rate of the last update.
+        gradient_norm: L2, over all weights.
+        invariance: The term of emp-ssl, before its weight; `coding_rate` likewise.
+        delta_mean: Mean size of an entry of the perturbation, in units of the image range; None without an adversary.
+        delta_at_bound: Share of its entries at eps or 0.1 % below.
+        effective_rank: Of the last update's embeddings of one view; `feature_std` likewise.
+    """
+
+    kind: Literal["train"] = "train"
+    lr: float
+    loss: float
+    gradient_norm: float
+    invariance: float | None = None
+    coding_rate: float | None = None
+    delta_mean: float | None = None
+    delta_at_bound: float | None = None
+    effective_rank: float
+    feature_std: float
+
+
+class GripLine(Line):
+    """How strong the training adversary was beside PGD-10 on the same crops.
+
+    Attributes:
+        clean: Loss without a perturbation.
+        trained: Loss under the perturbation that training uses.
+        strongest: Loss under PGD-10.
+        strength: (trained - clean) / (strongest - clean): 1 where training meets the strongest attack, about 0 where
+            it meets none.
+        lost: Whether that is too little, and catastrophic overfitting likely.
+    """
+
+    kind: Literal["grip"] = "grip"
+    clean: float
+    trained: float
+    strongest: float
+    strength: float
+    lost: bool
+
+
+class EvaluationLine(Line):
+    """The online evaluation: right answers among n held-out training images; attributes as those of `Evaluation`."""
+
+    kind: Literal["evaluation"] = "evaluation"
+    n: Annotated[int, Field(ge=1)]
+    knn: Count
+    clean: Count
+    robust: Count
+    eps: str
+    attack: str
+
+    def evaluation(self) -> Evaluation:
+        """The same as run.json keeps it, with intervals."""
+        knn, clean, robust = (Accuracy.of(right, self.n) for right in (self.knn, self.clean, self.robust))
+        return Evaluation(epoch=self.epoch, knn=knn, clean=clean, robust=robust, eps=self.eps, attack=self.attack)
+
+
+class TimingLine(Line):
+    """What an interval of training cost.
+
+    Attributes:
+        views_per_second: Forward and backward passes of single views, those of the adversary counted.
+        data_share: Share of the time that was spent on images and crops.
+        peak_memory: Bytes, at the highest point so far.
+    """
+
+    kind: Literal["train"] = "train"
+    views_per_second: float
+    data_share: float
+    seconds: Seconds
+    peak_memory: Count
+
+
+_LOST = ("nan", "inf", "-inf")
+MetricLine = TrainLine | GripLine | EvaluationLine
+_METRIC: TypeAdapter[MetricLine] = TypeAdapter(Annotated[MetricLine, Field(discriminator="kind")])
+_TIMING = TypeAdapter(TimingLine)
+
+
+def read_metrics(path: Path) -> list[MetricLine]:
+    """Read metrics.jsonl; a line that is still being written is left out.
+
+    Raises:
+        CfamcError: Exit 4; the file cannot be read, or a line is none of these; names file, line and value.
+    """
+    return _read_lines(path, _METRIC)
+
+
+def read_timing(path: Path) -> list[TimingLine]:
+    """Read timing.jsonl of a run, as `read_metrics`."""
+    return _read_lines(path, _TIMING)
+
+
+def _read_lines(path: Path, schema: TypeAdapter[L]) -> list[L]:
+    lines = []
+    for number, raw in enumerate(read_jsonl(path).records, start=1):
+        named = raw.pop("nonfinite", None)
+        lost = {key: float(text) for key, text in named.items() if text in _LOST} if isinstance(named, dict) else {}
+        key = next((key for key, value in raw.items() if _is_lost(value)), None)  # 1e999 is JSON
+        try:
+            if key is None:
+                lines.append(schema.validate_python(raw | lost))
+                continue
+        except ValidationError as error:
+            problem = min(error.errors(include_url=False), key=lambda problem: problem["type"] == "missing")
+            key = str(problem["loc"][-1]) if problem["loc"] else "kind"
+        value = f"{raw[key]!r:.20}" if key in raw else "missing"
+        raise CfamcError(f"{path}:{number}: {key} is {value}", exit_code=ExitCode.BAD_DATA)
+    return lines
 
 
 def pack_bits(bits: Sequence[bool]) -> str:

@@ -28,7 +28,11 @@ from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.files import JsonLines
 
 if TYPE_CHECKING:
-    from cfamc_cli.records import Accuracy  # a tenth of a second that an error message need not wait for
+    from cfamc_cli.records import (
+        Accuracy,
+        MetricLine,
+        TimingLine,
+    )  # a tenth of a second that an error message need not wait for
 
 PLAIN_SECONDS = 10.0  # at least this long between two plain lines of one task
 _LONGEST = 4000  # characters of one text; a name of a megabyte is nobody's name
@@ -277,19 +281,19 @@ class TerminalSink:
                 self._bars.remove_task(state.bar)
             del self._tasks[task]
 
-    def metrics(self, record: Mapping[str, object]) -> None:
-        self._keep("metrics.jsonl", record)
+    def metrics(self, line: MetricLine) -> None:
+        self._keep("metrics.jsonl", line)
 
-    def timing(self, record: Mapping[str, object]) -> None:
-        self._keep("timing.jsonl", record)
+    def timing(self, line: TimingLine) -> None:
+        self._keep("timing.jsonl", line)
 
     def positions(self) -> dict[str, int]:
         return {name: lines.position() for name, lines in self._records.items() if lines is not None}
 
-    def _keep(self, name: str, record: Mapping[str, object]) -> None:
+    def _keep(self, name: str, line: MetricLine | TimingLine) -> None:
         lines = self._records[name]
         if lines is not None:
-            lines.append(finite(record))
+            lines.append(line.written())
 
     def _show(self, task: str, state: _Task, done: int, total: int) -> None:
         if self._bars is None:
@@ -349,13 +353,6 @@ def number(value: float) -> str:
     if isinstance(value, int) or (math.isfinite(value) and value == int(value) and abs(value) < 1e9):
         return f"{int(value)}"
     return f"{value:.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"
-
-
-def finite(record: Mapping[str, object]) -> dict[str, object]:
-    """Replace numbers that JSON cannot hold by null, and name them under "nonfinite"."""
-    bad = {key: str(value) for key, value in record.items() if isinstance(value, float) and not math.isfinite(value)}
-    kept = {key: None if key in bad else value for key, value in record.items()}
-    return kept | {"nonfinite": bad} if bad else kept
 
 
 def _plain(value: object) -> object:

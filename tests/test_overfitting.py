@@ -14,6 +14,7 @@ from cfamc_cli.engine.monitor import CHECKS, COST, schedule
 from cfamc_cli.engine.pretrain import Trainer
 from cfamc_cli.engine.sink import NullSink
 from cfamc_cli.recipe import Recipe
+from cfamc_cli.records import MetricLine
 
 
 class Listener(NullSink):
@@ -21,8 +22,8 @@ class Listener(NullSink):
         self.records: list[dict[str, Any]] = []
         self.warnings: list[str] = []
 
-    def metrics(self, record: Any) -> None:
-        self.records.append(dict(record))
+    def metrics(self, line: MetricLine) -> None:
+        self.records.append(line.written())
 
     def warning(self, text: str) -> None:
         self.warnings.append(text)

@@ -27,6 +27,7 @@ from cfamc_cli.engine.pretrain import Outcome, Trainer
 from cfamc_cli.engine.sink import NullSink
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.recipe import Cosine, EmpSsl, FreeAdversary, Lars, Model, OfficialCosine, Recipe, SimClr, SupCon
+from cfamc_cli.records import MetricLine
 
 DATA = Path(__file__).parent / "data"
 GOLDEN: dict[str, Any] = json.loads((DATA / "golden.json").read_text())
@@ -45,8 +46,8 @@ class Listener(NullSink):
     warnings: list[str] = field(default_factory=list)
     messages: list[str] = field(default_factory=list)
 
-    def metrics(self, record: Mapping[str, object]) -> None:
-        self.records.append(json.loads(json.dumps(record, allow_nan=False)))
+    def metrics(self, line: MetricLine) -> None:
+        self.records.append(json.loads(json.dumps(line.written(), allow_nan=False)))
 
     def warning(self, text: str) -> None:
         self.warnings.append(text)

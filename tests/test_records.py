@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from cfamc_cli import records
 from cfamc_cli.errors import CfamcError, ExitCode
+from cfamc_cli.files import JsonLines
 from cfamc_cli.records import (
     Accuracy,
     AttackRecord,
@@ -235,3 +238,53 @@ def test_a_package_outside_any_checkout_has_no_revision(tmp_path: Path, monkeypa
     assert records.capture_environment("cpu").git_revision is None
     monkeypatch.setenv("PATH", str(tmp_path))
     assert records.capture_environment("cpu").git_revision is None
+
+
+WHERE: dict[str, Any] = {"step": 6, "batch": 2, "epoch": 0.5}
+
+
+def test_a_metric_line_is_written_in_the_order_of_its_fields_and_read_back(tmp_path: Path) -> None:
+    train = records.TrainLine(
+        **WHERE, lr=0.3, loss=-1.5, gradient_norm=2.0, coding_rate=3.0, effective_rank=4.0, feature_std=0.9
+    )
+    evaluation = records.EvaluationLine(**WHERE, n=10, knn=4, clean=7, robust=2, eps="8/255", attack="pgd-10")
+    path = tmp_path / "metrics.jsonl"
+    with JsonLines(path) as lines:
+        lines.append(train.written())
+        lines.append(evaluation.written())
+    assert path.read_text() == (
+        '{"kind":"train","step":6,"batch":2,"epoch":0.5,"lr":0.3,"loss":-1.5,"gradient_norm":2.0,"coding_rate":3.0,'
+        '"effective_rank":4.0,"feature_std":0.9}\n'
+        '{"kind":"evaluation","step":6,"batch":2,"epoch":0.5,"n":10,"knn":4,"clean":7,"robust":2,"eps":"8/255",'
+        '"attack":"pgd-10"}\n'
+    )
+    assert records.read_metrics(path) == [train, evaluation]
+    kept = evaluation.evaluation()
+    assert (kept.epoch, kept.eps, kept.attack) == (0.5, "8/255", "pgd-10")
+    assert [part and (part.correct, part.n) for part in (kept.knn, kept.clean, kept.robust)] == [
+        (4, 10),
+        (7, 10),
+        (2, 10),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "cause"),
+    [
+        ("{}", "kind is missing"),
+        ('{"kind":"other"}', "kind is 'other'"),
+        ('{"kind":"grip","step":-1}', "step is -1"),
+        ('{"kind":"grip","step":1e999}', "step is inf"),
+        (
+            '{"kind":"grip","step":1,"batch":1,"epoch":0,"clean":1,"trained":1,"strongest":1,"lost":true}',
+            "strength is miss",
+        ),
+        ('{"kind":"grip","unknown":1}', "unknown is 1"),
+    ],
+)
+def test_a_line_that_is_no_metric_is_named(line: str, cause: str, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f"{line}\n")
+    with pytest.raises(CfamcError, match=re.escape(f"{path}:1: {cause}")) as caught:
+        records.read_metrics(path)
+    assert caught.value.exit_code == ExitCode.BAD_DATA

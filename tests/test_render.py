@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import pty
 import re
@@ -17,7 +18,7 @@ import pytest
 from cfamc_cli import files, render
 from cfamc_cli.engine.sink import Sink
 from cfamc_cli.errors import CfamcError, ExitCode
-from cfamc_cli.records import Accuracy
+from cfamc_cli.records import Accuracy, GripLine, TimingLine, read_metrics, read_timing
 
 HOSTILE = {
     "markup": ("[bold red]x[/] [link=http://a]", "[bold red]x[/] [link=http://a]"),
@@ -118,17 +119,22 @@ def test_quiet_says_only_warnings() -> None:
 
 
 def test_records_are_kept_apart_and_name_what_is_not_finite(tmp_path: Path) -> None:
+    grip = GripLine(step=1, batch=1, epoch=0.5, clean=math.nan, trained=math.inf, strongest=0.3, strength=1, lost=False)
+    cost = TimingLine(step=1, batch=1, epoch=0.5, views_per_second=2.0, data_share=0.1, seconds=0.5, peak_memory=3)
     with files.JsonLines(tmp_path / "m") as metrics, files.JsonLines(tmp_path / "t") as timing:
         sink = render.TerminalSink(quiet=True, metrics=metrics, timing=timing)
-        sink.metrics({"step": 1, "loss": float("nan"), "norm": float("inf"), "lr": 0.3})
-        sink.timing({"step": 1, "seconds": 0.5})
+        sink.metrics(grip)
+        sink.timing(cost)
         assert sink.positions() == {
             name: (tmp_path / name[0]).stat().st_size for name in ("metrics.jsonl", "timing.jsonl")
         }
     assert files.read_jsonl(tmp_path / "m").records == [
-        {"step": 1, "loss": None, "norm": None, "lr": 0.3, "nonfinite": {"loss": "nan", "norm": "inf"}}
+        {"kind": "grip", "step": 1, "batch": 1, "epoch": 0.5, "clean": None, "trained": None, "strongest": 0.3}
+        | {"strength": 1, "lost": False, "nonfinite": {"clean": "nan", "trained": "inf"}}
     ]
-    assert files.read_jsonl(tmp_path / "t").records == [{"step": 1, "seconds": 0.5}]
+    assert repr(read_metrics(tmp_path / "m")) == repr([grip])  # nan is not nan
+    assert files.read_jsonl(tmp_path / "t").records == [cost.model_dump()]
+    assert read_timing(tmp_path / "t") == [cost]
     assert render.TerminalSink(quiet=True, metrics=None, timing=None).positions() == {}
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from cfamc_cli.engine.attacks.search import Predict
     from cfamc_cli.engine.attacks.verify import Predictor
     from cfamc_cli.engine.sink import Sink
+    from cfamc_cli.records import MetricLine, TimingLine
 
 _HEARTBEAT = 1.0  # seconds between two looks at the progress of a stage
 
@@ -76,11 +77,11 @@ class Progress:
         else:
             self._report(0.0)
 
-    def metrics(self, record: Mapping[str, object]) -> None:
-        self._sink.metrics(record)
+    def metrics(self, line: MetricLine) -> None:
+        self._sink.metrics(line)
 
-    def timing(self, record: Mapping[str, object]) -> None:
-        self._sink.timing(record)
+    def timing(self, line: TimingLine) -> None:
+        self._sink.timing(line)
 
     def positions(self) -> dict[str, int]:
         return self._sink.positions()

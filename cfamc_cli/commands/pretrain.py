@@ -16,20 +16,22 @@ from typing import TYPE_CHECKING
 from cfamc_cli import recipe_file, render
 from cfamc_cli.commands.signals import Interrupted, Signals, catch_signals
 from cfamc_cli.errors import CfamcError, ExitCode
-from cfamc_cli.files import JsonLines, cut, read_jsonl, sweep, write_json, write_text
+from cfamc_cli.files import JsonLines, cut, sweep, write_json, write_text
 from cfamc_cli.plan import Plan, plan
 from cfamc_cli.recipe import Recipe
 from cfamc_cli.records import (
-    Accuracy,
     DataUsed,
-    Evaluation,
+    EvaluationLine,
     Failure,
+    MetricLine,
     Progress,
     RunRecord,
     Totals,
+    TrainLine,
     capture_environment,
     load_record,
     now,
+    read_metrics,
     save_record,
 )
 from cfamc_cli.store import RunFolder, cache_folder, create_run, default_store, find_run, lock
@@ -370,7 +372,7 @@ class _Keeper:
             cut(path, size if isinstance(size, int) else 0)
             self._streams[path.name] = JsonLines(path)
         self.sink.write_to(self._streams)
-        for line in read_jsonl(self.run.metrics).records:
+        for line in read_metrics(self.run.metrics):
             self.note(line)
 
     def begin(self, trainer: Trainer, data: ImageSet) -> None:
@@ -393,32 +395,21 @@ class _Keeper:
         )
         self._change(status="running", data=used, totals=totals, progress=_progress(trainer))
 
-    def progress(self, record: Mapping[str, object]) -> None:
+    def progress(self, line: TrainLine) -> None:
         """Write how far the run is, now and then."""
         if self.record is not None and time.monotonic() - self._written >= _SECONDS_BETWEEN_UPDATES:
-            where = {key: record[key] for key in ("batch", "step", "epoch")}
-            self._change(progress=Progress.model_validate({**where, "total": self.record.totals.steps}))
+            total = self.record.totals.steps
+            self._change(progress=Progress(batch=line.batch, step=line.step, epoch=line.epoch, total=total))
 
     def end(self, trainer: Trainer, status: str) -> None:
         """The sitting is over."""
         self._change(status=status, progress=_progress(trainer))
 
-    def note(self, record: Mapping[str, object]) -> None:
-        """Take an evaluation from the engine's records into run.json."""
-        if self.record is None or record.get("kind") != "evaluation":
-            return
-        n = int(str(record["n"]))
-        evaluation = Evaluation(
-            epoch=float(str(record["epoch"])),
-            knn=Accuracy.of(int(str(record["knn"])), n),
-            clean=Accuracy.of(int(str(record["clean"])), n),
-            robust=Accuracy.of(int(str(record["robust"])), n),
-            eps=str(record["eps"]),
-            attack=str(record["attack"]),
-        )
-        self._change(evaluation=evaluation)
-        if record["step"] == 0:
-            self._change(untrained=evaluation)
+    def note(self, line: MetricLine) -> None:
+        """Take an evaluation from the engine's lines into run.json."""
+        if self.record is not None and isinstance(line, EvaluationLine):
+            evaluation = line.evaluation()
+            self._change(evaluation=evaluation, untrained=evaluation if line.step == 0 else self.record.untrained)
 
     @contextmanager
     def failures(self) -> Iterator[None]:
@@ -498,11 +489,11 @@ class _RunSink(render.TerminalSink):
         """Go on with other record files."""
         self._records = {name: streams.get(name) for name in self._records}
 
-    def metrics(self, record: Mapping[str, object]) -> None:
-        super().metrics(record)
-        self._keeper.note(record)
-        if record.get("kind") == "train":
-            self._keeper.progress(record)
+    def metrics(self, line: MetricLine) -> None:
+        super().metrics(line)
+        self._keeper.note(line)
+        if isinstance(line, TrainLine):
+            self._keeper.progress(line)
 
 
 def _new_record(recipe: Recipe, run: RunFolder, device: str) -> RunRecord:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -19,8 +20,17 @@ from cfamc_cli.engine.randomness import addressed_generator
 from cfamc_cli.engine.sink import Sink
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.recipe import EmpSsl, NoAdversary, PgdAdversary, Recipe, number
+from cfamc_cli.records import EvaluationLine, GripLine, TimingLine, TrainLine
 
 HELD_OUT = 1000  # training images that the online evaluation asks about
+
+
+class Where(TypedDict):
+    """The position of a line, as its constructor takes it."""
+
+    step: int
+    batch: int
+    epoch: float
 
 
 class Diverged(CfamcError):  # noqa: N818 - it names an outcome
@@ -119,20 +129,21 @@ class Journal:
         means["lr"] = float(rows[-1, 0])
         where = self._where(step)
         shape = {"effective_rank": float(effective_rank(z[-1])), "feature_std": float(feature_std(z[-1]))}
-        self.sink.metrics({"kind": "train", **where, **means, **self._delta_statistics(delta), **shape})
+        self.sink.metrics(TrainLine.model_validate({**where, **means, **self._delta_statistics(delta), **shape}))
 
         seconds = max(time.perf_counter() - self._since, 1e-9)
         views = (step - self._since_step) * self.recipe.views * self.recipe.train.batch_size
-        rates = {"views_per_second": views * self._passes_per_update / seconds, "data_share": self._waited / seconds}
+        rate, share = views * self._passes_per_update / seconds, self._waited / seconds
+        memory = peak_memory(self.device)
         self.sink.timing(
-            {"kind": "train", **where, **rates, "seconds": seconds, "peak_memory": peak_memory(self.device)}
+            TimingLine(**where, views_per_second=rate, data_share=share, seconds=seconds, peak_memory=memory)
         )
-        shown = {"epoch": where["epoch"], **means, "views_per_second": rates["views_per_second"], **self._evaluated}
+        shown = {"epoch": where["epoch"], **means, "views_per_second": rate, **self._evaluated}
         self.sink.progress("train", step, self.updates, shown)
         self._rows = []
         self.start(step)
 
-    def _where(self, step: int) -> dict[str, float]:
+    def _where(self, step: int) -> Where:
         finished = step // self.recipe.replays
         return {"step": step, "batch": finished, "epoch": finished / self.per_epoch}
 
@@ -169,9 +180,17 @@ class Journal:
             first=1 if adversary.views == "second" else 0,
             eps=number(adversary.eps),
         )
-        losses = {"clean": grip.clean, "trained": grip.trained, "strongest": grip.strongest}
         lost = grip.strength < monitor.LOST
-        self.sink.metrics({"kind": "grip", **self._where(step), **losses, "strength": grip.strength, "lost": lost})
+        self.sink.metrics(
+            GripLine(
+                **self._where(step),
+                clean=grip.clean,
+                trained=grip.trained,
+                strongest=grip.strongest,
+                strength=grip.strength,
+                lost=lost,
+            )
+        )
         if lost:
             self.sink.warning(
                 f"update {step}: PGD-{monitor.ATTACK_STEPS} raises the loss by {grip.strongest - grip.clean:.3g}, the "
@@ -220,9 +239,9 @@ class Journal:
         )
         if accuracy is None:
             return False
-        counts = {"knn": accuracy.knn, "clean": accuracy.clean, "robust": accuracy.robust}
+        n, knn, clean, robust = accuracy.n, accuracy.knn, accuracy.clean, accuracy.robust
         self.sink.metrics(
-            {"kind": "evaluation", **self._where(step), "n": accuracy.n, **counts, "eps": eps, "attack": "pgd-10"}
+            EvaluationLine(**self._where(step), n=n, knn=knn, clean=clean, robust=robust, eps=eps, attack="pgd-10")
         )
-        self._evaluated = {name: count / accuracy.n for name, count in counts.items()}
+        self._evaluated = {"knn": knn / n, "clean": clean / n, "robust": robust / n}
         return True

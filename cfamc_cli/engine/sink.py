@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
+from cfamc_cli.records import MetricLine, TimingLine
+
 
 class Sink(Protocol):
     """Whoever listens to the engine."""
@@ -18,11 +20,11 @@ class Sink(Protocol):
     def progress(self, task: str, done: int, total: int, values: Mapping[str, float]) -> None:
         """Report that `done` of `total` units of `task` are finished; `values` is shown beside it."""
 
-    def metrics(self, record: Mapping[str, object]) -> None:
-        """Append one record that repeats bit for bit when the work is repeated."""
+    def metrics(self, line: MetricLine) -> None:
+        """Append one line that repeats bit for bit when the work is repeated."""
 
-    def timing(self, record: Mapping[str, object]) -> None:
-        """Append one record of rates, memory and wall time."""
+    def timing(self, line: TimingLine) -> None:
+        """Append one line of rates, memory and wall time."""
 
     def positions(self) -> dict[str, int]:
         """Make every record durable and return the size in bytes of each record file."""
@@ -40,10 +42,10 @@ class NullSink:
     def progress(self, task: str, done: int, total: int, values: Mapping[str, float]) -> None:
         pass
 
-    def metrics(self, record: Mapping[str, object]) -> None:
+    def metrics(self, line: MetricLine) -> None:
         pass
 
-    def timing(self, record: Mapping[str, object]) -> None:
+    def timing(self, line: TimingLine) -> None:
         pass
 
     def positions(self) -> dict[str, int]:
