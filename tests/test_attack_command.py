@@ -30,6 +30,7 @@ from cfamc_cli.engine import robust
 from cfamc_cli.engine.attacks import AutoAttack, Stage, audit, run_stage, stage_name
 from cfamc_cli.engine.checkpoint import read_tensors
 from cfamc_cli.engine.heads import load_classifier
+from cfamc_cli.engine.randomness import balanced_order
 from cfamc_cli.engine.robust import Outcome
 from cfamc_cli.engine.sink import NullSink
 from cfamc_cli.errors import CfamcError, ExitCode
@@ -364,7 +365,7 @@ def test_eps_zero_is_clean_and_the_order_is_the_datas(attack: Attack, store: Pat
     record = load_record(run.probes / result["probe"] / "record.json", ProbeRecord)
     data = load_test_images(run, record, sink=NullSink())
     assert data.labels is not None
-    order = robust.balanced_order(data.labels, data.fingerprint)[:25]
+    order = balanced_order(data.labels, "balanced order", data.fingerprint)[:25]
     classifier = load_classifier(run, run.probes / record.id, device=torch.device("cpu"))
     right = classifier(data.images[order].float() / 255).argmax(1) == data.labels[order]
     outcomes = load_record(run.attacks / result["id"] / "outcomes.json", Outcomes)

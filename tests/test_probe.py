@@ -55,9 +55,9 @@ def test_separable_classes_are_told_apart(fit: str) -> None:
     head = linear_head(features, 4)
     match fit:
         case "adam":
-            probe.fit_adam(head, features, labels, settings=Linear(head="linear", lr=0.02), seed=0)
+            probe.fit_by_batches(head, features, labels, settings=Linear(head="linear", lr=0.02), seed=0)
         case "sgd":
-            probe.fit_sgd(head, features, labels, settings=AggregatedCrops(head="crops"), seed=0)
+            probe.fit_by_batches(head, features, labels, settings=AggregatedCrops(head="crops"), seed=0)
         case _:
             assert probe.fit_converged(head, features, labels, l2=1e-4) <= probe.CONVERGED
     assert torch.equal(probe.predict(head, features), labels)
@@ -75,7 +75,7 @@ def test_adam_sees_every_sample_as_a_plain_loop_does() -> None:
             optimizer.zero_grad()
             F.cross_entropy(plain(features[chosen]), labels[chosen]).backward()
             optimizer.step()
-    probe.fit_adam(head, features, labels, settings=settings, seed=7)
+    probe.fit_by_batches(head, features, labels, settings=settings, seed=7)
     torch.testing.assert_close(head.weight, plain.weight, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(head.bias, plain.bias, rtol=1e-4, atol=1e-6)
 
@@ -94,7 +94,7 @@ def test_sgd_follows_a_cosine_that_falls_each_epoch() -> None:
             optimizer.step()
         schedule.step()
     settings = AggregatedCrops(head="crops", epochs=5, batch_size=8)
-    probe.fit_sgd(head, features, labels, settings=settings, seed=0)
+    probe.fit_by_batches(head, features, labels, settings=settings, seed=0)
     torch.testing.assert_close(head.weight, plain.weight, rtol=1e-4, atol=1e-6)
 
 

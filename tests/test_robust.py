@@ -12,7 +12,8 @@ from cfamc_cli.engine import robust as module
 from cfamc_cli.engine.attacks import Apgd, Attack, AutoAttack, Embedding, Pgd, Stage
 from cfamc_cli.engine.attacks.fast import frozen_copy
 from cfamc_cli.engine.attacks.verify import Meter, Predictor, in_region, look, undisturbed
-from cfamc_cli.engine.robust import Evaluation, Examples, Outcome, balanced_order, evaluate
+from cfamc_cli.engine.randomness import balanced_order
+from cfamc_cli.engine.robust import Evaluation, Examples, Outcome, evaluate
 from cfamc_cli.engine.sink import NullSink
 
 CPU = torch.device("cpu")

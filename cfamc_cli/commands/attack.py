@@ -161,7 +161,8 @@ class _Work:
         from cfamc_cli.engine.attacked import as_predictor
         from cfamc_cli.engine.device import pick_device
         from cfamc_cli.engine.heads import load_classifier
-        from cfamc_cli.engine.robust import BLOCK, balanced_order
+        from cfamc_cli.engine.randomness import balanced_order
+        from cfamc_cli.engine.robust import BLOCK
 
         self.device = pick_device(self.options.device)
         self.classifier = load_classifier(self.run, folder, device=self.device)
@@ -171,7 +172,7 @@ class _Work:
         self.n = len(data) if self.flags.limit is None else self.flags.limit
         if self.n > len(data):
             raise invalid(f"--limit: {self.n:,} is more than the {len(data):,} test images of {data.dataset}")
-        order = balanced_order(labels, data.fingerprint)
+        order = balanced_order(labels, "balanced order", data.fingerprint)
         self.order_digest = hashlib.sha256(order.numpy().tobytes()).hexdigest()
         self.chosen = order[: self.n]
         self.block = BLOCK

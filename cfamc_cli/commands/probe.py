@@ -428,15 +428,13 @@ class _Job:
                     features, labels, queries, classes=self.classes, k=k, temperature=temperature, each=each
                 )
                 return self._keep(new_item(self.run.probes, "knn"), None, None, answers)
-            case Linear(protocol="official"):
-                engine.fit_adam(head, features, labels, settings=settings, seed=seed, each=each)
-            case Linear():
+            case Linear(protocol="converged"):
                 gradient = engine.fit_converged(head, features, labels, l2=settings.l2, each=each)
                 self.converged = gradient <= engine.CONVERGED
                 if not self.converged:
                     self.sink.warning(f"the head had not converged when its time was up: gradient {gradient:.2g}")
-            case AggregatedCrops():
-                engine.fit_sgd(head, features, labels, settings=settings, seed=seed, each=each)
+            case Linear() | AggregatedCrops():
+                engine.fit_by_batches(head, features, labels, settings=settings, seed=seed, each=each)
             case _:
                 raise AssertionError(f"{settings.head} is not fitted to features")
         fitted, answers = engine.predict(head, features), engine.predict(head, queries)

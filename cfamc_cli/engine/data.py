@@ -22,7 +22,7 @@ from torch import Tensor
 from cfamc_cli.datasets import FASHION_MINI_FINGERPRINTS, FASHION_MINI_FOLDER
 from cfamc_cli.engine import archives, folder
 from cfamc_cli.engine.packs import Labels, Pack, Pixels, fingerprint, read_pack, write_pack
-from cfamc_cli.engine.randomness import addressed_generator
+from cfamc_cli.engine.randomness import addressed_generator, balanced_order
 from cfamc_cli.engine.sink import Sink
 from cfamc_cli.errors import CfamcError, ExitCode
 
@@ -234,15 +234,7 @@ def class_balanced_split(labels: Tensor, count: int, *, seed: int) -> tuple[Tens
     labelled = int((labels >= 0).sum())
     if not 0 < count < labelled:
         raise ValueError(f"cannot hold {count} of {labelled} labelled images out")
-    order = torch.randperm(len(labels), generator=addressed_generator("held-out", seed))
-    order = order[labels[order] >= 0]
-    # The k-th image of each class in shuffled order comes before the (k+1)-th of any.
-    by_class = labels[order].argsort(stable=True)
-    sizes = torch.bincount(labels[order])
-    starts = sizes.cumsum(0) - sizes
-    rank = torch.empty_like(by_class)
-    rank[by_class] = torch.arange(len(by_class)) - starts.repeat_interleave(sizes)
-    order = order[rank.argsort(stable=True)]
+    order = balanced_order(labels, "held-out", seed)
     return order[:count].sort().values, order[count:].sort().values
 
 

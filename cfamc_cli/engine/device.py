@@ -75,6 +75,18 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Within, float32 is float32: no autocast, and CUDA's convolutions do not shorten it either."""
+    short = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = short
+
+
 def prepare(device: torch.device, *, deterministic: bool) -> None:
     """Set the process-wide switches of training on `device`."""
     if device.type == "cuda":

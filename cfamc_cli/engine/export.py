@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from cfamc_cli.engine import checkpoint
+from cfamc_cli.engine.device import full_precision
 from cfamc_cli.engine.heads import Classifier, LinearHead
 from cfamc_cli.engine.models import Encoder, Features
 from cfamc_cli.errors import CfamcError, ExitCode
@@ -177,7 +177,7 @@ def compare(subject: Subject, forward: Forward, images: Tensor, *, reader: str, 
     largest = 0.0
     for chunk in torch.split(images, list(BATCHES)):
         x = chunk.float() / 255
-        with _full_precision():
+        with full_precision(subject.device):
             wanted = subject.live(x.to(subject.device)).float().cpu()
         found = forward(x)
         where = f"{name}, read back by {reader}, differs from the live model at batch {len(x)}"
@@ -325,14 +325,3 @@ def _dim(encoder: Encoder, features: Features) -> int:
 
 def _version(package: str) -> str:
     return f"{package} {importlib.metadata.version(package)}"
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """Within, CUDA's convolutions do not shorten float32 either."""
-    short = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = short

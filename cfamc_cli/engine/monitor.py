@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cfamc_cli.engine.adversary import Groups, LossOf, ascend_loss
 from cfamc_cli.engine.models import Encoder
-from cfamc_cli.engine.probe import extract_features, fit_linear, weighted_knn
+from cfamc_cli.engine.probe import extract_features, fit_converged, new_head, weighted_knn
 
 BANK = 5000  # training images that the online heads are fitted to, at most
 ATTACK_STEPS = 10
@@ -102,8 +102,8 @@ def _evaluate(
     features = extract_features(encoder, bank, device=device, each=look_up)
     queries = extract_features(encoder, held_out, device=device, each=look_up)
     neighbours = weighted_knn(features, bank_labels, queries, classes=classes)
-    with torch.random.fork_rng(devices=[]):  # a new layer draws weights, even those that are overwritten
-        head = fit_linear(features, bank_labels, classes=classes)
+    head = new_head(features.shape[1], classes, seed=0, device=device, statistics=features).requires_grad_(False)
+    fit_converged(head, features, bank_labels, l2=1e-4, iterations=100, each=look_up)
     right = head(queries).argmax(1) == held_out_labels
 
     encoder.eval()

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import assert_never
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from cfamc_cli.engine.heads import Classifier, CropSource, LinearHead, crop_features
 from cfamc_cli.engine.models import Encoder, Features
+from cfamc_cli.engine.optim import learning_rate
 from cfamc_cli.engine.randomness import addressed_generator, epoch_order
 from cfamc_cli.errors import CfamcError, ExitCode
-from cfamc_cli.recipe import AggregatedCrops, Linear
+from cfamc_cli.recipe import AggregatedCrops, Cosine, Linear
 
 _CHUNK = 512  # samples of a forward pass, and rows of a distance matrix
 _ROWS = 4096  # cached features of one product
@@ -162,87 +164,57 @@ def standardization(features: Tensor) -> tuple[Tensor, Tensor]:
     return mean, torch.where(std > 1e-6, std, 1.0)
 
 
-def fit_adam(
+def fit_by_batches(
     head: LinearHead,
     features: Tensor,
     labels: Tensor,
     *,
-    settings: Linear,
+    settings: Linear | AggregatedCrops,
     seed: int,
     each: Each = _silent,
 ) -> None:
-    """Train a linear head on cached features with Adam; every sample once an epoch, the last batch as well.
+    """Train a linear head on cached features; every sample once an epoch, the last batch as well.
+
+    "linear" is trained by Adam at a constant rate, "crops" by SGD with a cosine that falls each epoch.
 
     Args:
         head: From `new_head`, on the device of the features.
         features: (N, F).
         labels: (N,) int64.
-        settings: Epochs, batch size and learning rate.
+        settings: Epochs, batch size and those of the optimizer.
         seed: The recipe's seed, for the order of each epoch.
         each: Told after each epoch.
+
+    Raises:
+        CfamcError: Exit 3; the weights are not finite any more.
     """
-    fused = features.device.type in ("cpu", "cuda")
-    optimizer = torch.optim.Adam(head.parameters(), lr=settings.lr, fused=fused)
-    _fit(
-        head, optimizer, features, labels, epochs=settings.epochs, batch_size=settings.batch_size, seed=seed, each=each
-    )
-
-
-def fit_sgd(
-    head: LinearHead,
-    features: Tensor,
-    labels: Tensor,
-    *,
-    settings: AggregatedCrops,
-    seed: int,
-    each: Each = _silent,
-) -> None:
-    """Train a linear head on cached features with SGD and a cosine that falls each epoch; arguments as `fit_adam`."""
-    optimizer = torch.optim.SGD(
-        head.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay, foreach=True
-    )
-
-    def rate(epoch: int) -> float:
-        return settings.lr * (1 + math.cos(math.pi * epoch / settings.epochs)) / 2
-
-    epochs, batch_size = settings.epochs, settings.batch_size
-    _fit(head, optimizer, features, labels, epochs=epochs, batch_size=batch_size, seed=seed, each=each, rate=rate)
-
-
-@torch.no_grad()
-def _fit(
-    head: LinearHead,
-    optimizer: torch.optim.Optimizer,
-    features: Tensor,
-    labels: Tensor,
-    *,
-    epochs: int,
-    batch_size: int,
-    seed: int,
-    each: Each,
-    rate: Callable[[int], float] | None = None,
-) -> None:
-    # The gradient of softmax and cross-entropy in closed form: p - y, as autograd has it but in the order that the
-    # memory likes (2.75 ms a step against autograd's 3.7 ms for 4,096 features, on one thread of a CPU).
-    rows = torch.empty(min(batch_size, len(features)), features.shape[1], device=features.device)
-    head.weight.grad, head.bias.grad = torch.zeros_like(head.weight), torch.zeros_like(head.bias)
-    for epoch in range(epochs):
-        if rate is not None:
-            for group in optimizer.param_groups:
-                group["lr"] = rate(epoch)
+    optimizer: torch.optim.Optimizer
+    match settings:
+        case Linear():
+            fused = features.device.type in ("cpu", "cuda")
+            optimizer = torch.optim.Adam(head.parameters(), lr=settings.lr, fused=fused)
+        case AggregatedCrops(lr=lr, momentum=momentum, weight_decay=decay):
+            optimizer = torch.optim.SGD(head.parameters(), lr=lr, momentum=momentum, weight_decay=decay, foreach=True)
+        case _:
+            assert_never(settings)
+    rows = torch.empty(min(settings.batch_size, len(features)), features.shape[1], device=features.device)
+    for epoch in range(settings.epochs):
+        if isinstance(settings, AggregatedCrops):
+            falling = Cosine(name="cosine")
+            rate = learning_rate(epoch, base=settings.lr, schedule=falling, updates=settings.epochs)
+            optimizer.param_groups[0]["lr"] = rate
         order = epoch_order(seed, epoch, len(features)).to(features.device)
-        for chosen in torch.split(order, batch_size):
-            batch = head.scaled(torch.index_select(features, 0, chosen, out=rows[: len(chosen)]))
-            logits = F.linear(batch, head.weight, head.bias)
-            error = (logits.softmax(1) - F.one_hot(labels[chosen], logits.shape[1])) / len(chosen)  # (B, C)
-            torch.mm(error.T, batch, out=head.weight.grad)
-            torch.sum(error, 0, out=head.bias.grad)
+        for chosen in torch.split(order, settings.batch_size):
+            batch = torch.index_select(features, 0, chosen, out=rows[: len(chosen)])  # half the time of a new tensor
+            logits = (head.weight @ head.scaled(batch).T).T + head.bias  # faster backward than head(batch): 0.85 a step
+            optimizer.zero_grad()
+            F.cross_entropy(logits, labels[chosen]).backward()
             optimizer.step()
         if not torch.isfinite(head.weight).all():
             raise CfamcError(
                 f"the head diverged in epoch {epoch + 1}", hint="lower probe.lr", exit_code=ExitCode.DIVERGED
             )
-        each(epoch + 1, epochs)
+        each(epoch + 1, settings.epochs)
 
 
 def fit_converged(
@@ -319,40 +291,3 @@ def fit_converged(
         head.bias.copy_(bias - head.weight @ mean)
     each(2 * iterations, 2 * iterations)
     return largest
-
-
-def fit_linear(features: Tensor, labels: Tensor, *, classes: int, l2: float = 1e-4, iterations: int = 100) -> nn.Linear:
-    """Multinomial logistic regression to convergence, by full-batch L-BFGS from zero.
-
-    Features are standardised within, and the scaling is folded into the weights that are returned.
-
-    Args:
-        features: (N, F).
-        labels: (N,) int64.
-        classes: C.
-        l2: Weight of the squared weights, on standardised features, against the mean cross-entropy.
-        iterations: At most so many.
-
-    Returns:
-        A linear layer from raw features to C logits, frozen.
-    """
-    mean, std = features.mean(0), features.std(0).clamp_min(1e-6)
-    scaled = (features - mean) / std
-    weight = torch.zeros(classes, features.shape[1], device=features.device, requires_grad=True)
-    bias = torch.zeros(classes, device=features.device, requires_grad=True)
-    solver = torch.optim.LBFGS(
-        [weight, bias], max_iter=iterations, tolerance_grad=1e-5, history_size=10, line_search_fn="strong_wolfe"
-    )
-
-    def closure() -> Tensor:
-        with torch.enable_grad():
-            loss = F.cross_entropy(scaled @ weight.T + bias, labels) + l2 * weight.square().sum()
-        weight.grad, bias.grad = torch.autograd.grad(loss, [weight, bias])
-        return loss
-
-    solver.step(closure)
-    head = nn.Linear(features.shape[1], classes, device=features.device)
-    with torch.no_grad():
-        head.weight.copy_(weight / std)
-        head.bias.copy_(bias - head.weight @ mean)
-    return head.requires_grad_(False)

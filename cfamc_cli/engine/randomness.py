@@ -51,3 +51,25 @@ def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
         A permutation of 0 .. count - 1: int64, (count,), on the CPU.
     """
     return torch.randperm(count, generator=addressed_generator("order", seed, epoch))
+
+
+def balanced_order(labels: Tensor, *address: int | str) -> Tensor:
+    """Shuffle images so that every prefix holds the classes as evenly as it can.
+
+    Args:
+        labels: int64, (N,); images labelled -1 are left out.
+        *address: What the order is for.
+
+    Returns:
+        Indices of the labelled images, int64, on the CPU. Among the first k of them the counts of any two classes that
+        are not used up differ by at most one.
+    """
+    labels = labels.cpu()
+    order = torch.randperm(len(labels), generator=addressed_generator(*address))
+    order = order[labels[order] >= 0]
+    by_class = labels[order].argsort(stable=True)
+    sizes = torch.bincount(labels[order])
+    starts = sizes.cumsum(0) - sizes
+    rank = torch.empty_like(by_class)  # the how-manieth of its class, in the shuffled order
+    rank[by_class] = torch.arange(len(by_class)) - starts.repeat_interleave(sizes)
+    return order[rank.argsort(stable=True)]

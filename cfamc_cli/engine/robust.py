@@ -160,26 +160,6 @@ class Evaluation:
         return tuple(totals)
 
 
-def balanced_order(labels: Tensor, fingerprint: str) -> Tensor:
-    """An order whose every prefix holds the classes as evenly as it can, fixed by the data alone.
-
-    Args:
-        labels: (N,), any integers.
-        fingerprint: Of the data; never the seed of a run, so that runs can be paired sample by sample.
-
-    Returns:
-        Indices into `labels`, int64 (N,), on the CPU. Among the first k samples the counts of any two classes that are
-        not used up differ by at most one.
-    """
-    labels = labels.cpu()
-    shuffled = torch.randperm(len(labels), generator=addressed_generator("balanced order", fingerprint))
-    rank = torch.empty_like(shuffled)  # the how-manieth of its class, in the shuffled order
-    for label in torch.unique(labels):
-        members = labels[shuffled] == label
-        rank[members] = torch.arange(int(members.sum()))
-    return shuffled[rank.argsort(stable=True)]
-
-
 @dataclass
 class _Work:
     """What the blocks of one evaluation share."""

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from machine import emit, machine, peak_resident
 
 from cfamc_cli.engine.models import Encoder
-from cfamc_cli.engine.probe import fit_adam, new_head
+from cfamc_cli.engine.probe import fit_by_batches, new_head
 from cfamc_cli.recipe import Linear, Model
 
 CPU = torch.device("cpu")
@@ -40,7 +40,7 @@ def main() -> None:
     features = torch.rand(arguments.samples, arguments.dim)
     head = new_head(arguments.dim, 10, seed=0, device=CPU)
     started, started_cpu = time.perf_counter(), time.process_time()
-    fit_adam(head, features, labels, settings=settings, seed=0)
+    fit_by_batches(head, features, labels, settings=settings, seed=0)
     cached, cached_cpu = time.perf_counter() - started, time.process_time() - started_cpu
     del features
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from cfamc_cli.engine.attacks.fast import frozen_copy
 from cfamc_cli.engine.attacks.search import Predict, logits_at
 from cfamc_cli.engine.ball import Norm, norms
+from cfamc_cli.engine.device import full_precision
 
 BATCHES = (1, 7, 64)  # sizes at which predictions are made again
 _ROUNDING = 1e-6  # of eps and in image units: what float32 adds to a point on the surface of the ball
@@ -124,17 +125,14 @@ def undisturbed(modules: tuple[nn.Module, ...], device: torch.device) -> Iterato
         return Traces(training=sum(modes), not_float32=odd, changed=changed)
 
     devices = [device] if device.type == "cuda" else []
-    short = torch.backends.cudnn.allow_tf32
-    with torch.random.fork_rng(devices=devices), torch.autocast(device.type, enabled=False):
+    with torch.random.fork_rng(devices=devices), full_precision(device):
         try:
-            torch.backends.cudnn.allow_tf32 = False
             for part in parts:
                 part.training = False
             for parameter in parameters:
                 parameter.requires_grad_(False)
             yield traces
         finally:
-            torch.backends.cudnn.allow_tf32 = short
             for part, mode in zip(parts, modes, strict=True):
                 part.training = mode
             for parameter, want in zip(parameters, wanted, strict=True):
