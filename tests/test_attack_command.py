@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import shutil
@@ -17,24 +16,25 @@ import pytest
 import torch
 from PIL import Image
 from process import recipe_text
+from stages import ensemble
 
 from cfamc_cli import cli
 from cfamc_cli.commands import attack as command
 from cfamc_cli.commands.attack_records import Ledger
 from cfamc_cli.commands.attack_report import Result, curves
-from cfamc_cli.commands.attack_settings import Flags, asked_attacks, for_engine
+from cfamc_cli.commands.attack_settings import Flags, asked_attacks
 from cfamc_cli.commands.pretrain import Options, pretrain
 from cfamc_cli.commands.probe import Request, ensure_head, load_test_images, probe
-from cfamc_cli.engine import attacks as engine
 from cfamc_cli.engine import robust
-from cfamc_cli.engine.attacks import AutoAttack, Stage, audit, run_stage, stage_name
+from cfamc_cli.engine.attacks import audit, autoattack
+from cfamc_cli.engine.attacks.autoattack import Stage, plan, run_stage, stage_name
 from cfamc_cli.engine.checkpoint import read_tensors
 from cfamc_cli.engine.heads import load_classifier
 from cfamc_cli.engine.randomness import balanced_order
 from cfamc_cli.engine.robust import Outcome
 from cfamc_cli.engine.sink import NullSink
 from cfamc_cli.errors import CfamcError, ExitCode
-from cfamc_cli.recipe import Recipe
+from cfamc_cli.recipe import AutoAttackAttack, Recipe
 from cfamc_cli.records import AttackRecord, Outcomes, ProbeRecord, load_record, unpack_bits
 from cfamc_cli.store import RunFolder, list_runs, lock
 
@@ -141,7 +141,7 @@ def test_l2_has_defaults_of_its_own() -> None:
     (asked,) = asked_attacks(Flags(norm="l2"), recipe())
     assert (asked.eps, asked.model_dump()["step_size"]) == ("128/255", "0.1")
     assert asked_attacks(Flags(norm="l2", eps=("1",)), recipe())[0].eps == "1"
-    assert for_engine(asked_attacks(Flags(norm="l2", eps=("1.5",)), recipe())[0]).eps == 1.5
+    assert plan(asked_attacks(Flags(norm="l2", eps=("1.5",)), recipe())[0], classes=10).eps == 1.5
     assert recipe(attack=[{"name": "fgsm", "norm": "l2"}]).attack[0].eps == "128/255"
 
 
@@ -149,12 +149,10 @@ def test_l2_has_defaults_of_its_own() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_attack_reaches_the_engine(name: str, norm: str) -> None:
     (asked,) = asked_attacks(Flags(attack=name, norm=norm, eps=("3/255",)), recipe())
-    made = for_engine(asked)
+    made = plan(asked, classes=10)
     assert (made.eps, made.norm) == (3 / 255, norm)
-    settings = asked.model_dump()
-    for key in ("steps", "restarts", "targets", "queries", "start", "version"):
-        if key in settings:
-            assert getattr(made, key) == settings[key]
+    if not isinstance(asked, AutoAttackAttack):
+        assert made.stages == (asked,)
 
 
 WRONG = [
@@ -470,8 +468,8 @@ def test_examples_are_drawn_and_survive_a_cut(attack: Attack, store: Path, monke
 def test_only_stages_that_owe_an_example_are_run_again(
     attack: Attack, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    short = functools.partial(AutoAttack, steps=3, queries=5, targets=2)
-    monkeypatch.setattr(engine, "AutoAttack", short)
+    short = ensemble(2 / 255, steps=3, queries=5, targets=2)
+    monkeypatch.setattr(autoattack, "plan", lambda *_, **__: short)
     wanted = ("--attack", "autoattack", "--eps", "2/255", "--limit", "8")
     attack(*wanted)
     seen = cut_after(monkeypatch, 1000, how=die)

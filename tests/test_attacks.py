@@ -6,30 +6,18 @@ import math
 
 import pytest
 import torch
+from stages import apgd, embedding, ensemble, fab, fgsm, pgd, square, targeted
 from torch import Tensor, nn
 
-from cfamc_cli.engine.attacks import (
-    Apgd,
-    AutoAttack,
-    Embedding,
-    Fab,
-    Fgsm,
-    Pgd,
-    Square,
-    Stage,
-    autoattack,
-    fooled,
-    logits_at,
-    plan,
-    run_stage,
-    stage_name,
-)
 from cfamc_cli.engine.attacks.apgd import checkpoints
+from cfamc_cli.engine.attacks.autoattack import Stage, plan, run_stage, stage_name
 from cfamc_cli.engine.attacks.fab import to_hyperplane
 from cfamc_cli.engine.attacks.objectives import dlr, label_margin, ranked_targets, targeted_dlr
+from cfamc_cli.engine.attacks.search import fooled, logits_at
 from cfamc_cli.engine.attacks.square import _bump, _pyramid, share_of_area
 from cfamc_cli.engine.attacks.verify import in_region
 from cfamc_cli.engine.ball import Norm, norms
+from cfamc_cli.recipe import AutoAttackAttack, FabAttack, SquareAttack, TargetedApgdAttack, number
 
 CLASSES, SHAPE = 5, (3, 8, 8)
 NORMS: tuple[Norm, Norm] = ("linf", "l2")
@@ -61,7 +49,7 @@ class Linear:
 
     def broken(self, stage: Stage, seed: int = 1) -> Tensor:
         points = run_stage(stage, self, self.x, self.y, embed=None, generator=generator(seed))
-        assert in_region(self.x, points, eps=stage.eps, norm=stage.norm).all()
+        assert in_region(self.x, points, eps=number(stage.eps), norm=stage.norm).all()
         return fooled(self(points), self.y)
 
 
@@ -70,14 +58,14 @@ LINEAR = Linear()
 
 def stages(eps: float, norm: Norm) -> list[Stage]:
     return [
-        Fgsm(eps, norm),
-        Pgd(eps, norm, step_size=eps / 4, steps=10),
-        Pgd(eps, norm, step_size=eps / 4, steps=10, restarts=2, start="zero"),
-        Apgd(eps, norm, steps=20),
-        Apgd(eps, norm, loss="dlr", steps=30, restarts=2),
-        Apgd(eps, norm, loss="targeted-dlr", steps=20, targets=4),
-        Fab(eps, norm, steps=20, targets=4),
-        Square(eps, norm, queries=100),
+        fgsm(eps, norm),
+        pgd(eps, norm, step_size=eps / 4, steps=10),
+        pgd(eps, norm, step_size=eps / 4, steps=10, restarts=2, start="zero"),
+        apgd(eps, norm, steps=20),
+        apgd(eps, norm, loss="apgd-dlr", steps=30, restarts=2),
+        targeted(eps, norm, steps=20, targets=4),
+        fab(eps, norm, steps=20, targets=4),
+        square(eps, norm, queries=100),
     ]
 
 
@@ -90,12 +78,12 @@ def test_linear_model_is_broken_exactly_beyond_its_radius(norm: Norm) -> None:
     for stage in stages(eps, norm):
         broken = LINEAR.broken(stage)
         assert not (broken & ~should & clear).any(), stage
-        if isinstance(stage, Fab) or (isinstance(stage, Apgd) and stage.loss == "targeted-dlr"):
+        if isinstance(stage, FabAttack | TargetedApgdAttack):
             assert (broken | ~should | ~clear).all(), stage  # each target is a convex problem: no sample is missed
-        elif not isinstance(stage, Square):
+        elif not isinstance(stage, SquareAttack):
             assert (broken & should).sum() >= 0.75 * should.sum(), stage
     if norm == "linf":
-        assert (LINEAR.broken(Square(eps, norm, queries=1500)) & should).sum() >= 0.8 * should.sum()
+        assert (LINEAR.broken(square(eps, norm, queries=1500)) & should).sum() >= 0.8 * should.sum()
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -105,9 +93,9 @@ def test_two_classes_leave_nothing_to_choose(norm: Norm) -> None:
     eps = float(radius.median()) * 1.01
     clear = (radius / eps - 1).abs() > 0.01
     for stage in (
-        Fgsm(eps, norm),
-        Pgd(eps, norm, step_size=eps / 2, steps=8),
-        *plan(AutoAttack(eps, norm, steps=20, queries=1), classes=2).stages[:3],
+        fgsm(eps, norm),
+        pgd(eps, norm, step_size=eps / 2, steps=8),
+        *ensemble(eps, norm, steps=20, targets=1, queries=1).stages[:3],
     ):
         assert torch.equal(linear.broken(stage)[clear], (radius < eps)[clear]), stage
 
@@ -116,7 +104,7 @@ def test_two_classes_leave_nothing_to_choose(norm: Norm) -> None:
 @pytest.mark.parametrize("index", range(8))
 def test_eps_zero_is_the_identity(norm: Norm, index: int) -> None:
     stage = stages(1.0, norm)[index]
-    still = type(stage)(0.0, norm) if not isinstance(stage, Apgd) else Apgd(0.0, norm, stage.loss)
+    still = stage.model_copy(update={"eps": "0"})
     points = run_stage(still, LINEAR, LINEAR.x, LINEAR.y, embed=None, generator=generator())
     assert torch.equal(points, LINEAR.x)
 
@@ -124,8 +112,8 @@ def test_eps_zero_is_the_identity(norm: Norm, index: int) -> None:
 def test_averaged_gradients_go_on_beyond_the_border() -> None:
     linear = Linear(classes=2)
     eps = float(linear.radius("linf").median()) * 1.01
-    stage = Apgd(eps, steps=30, eot=2)
-    points = run_stage(stage, linear, linear.x, linear.y, embed=None, generator=generator())
+    stage = apgd(eps, steps=30)
+    points = run_stage(stage, linear, linear.x, linear.y, embed=None, eot=2, generator=generator())
     direction = torch.autograd.grad(
         nn.functional.cross_entropy(linear(z := linear.x.clone().requires_grad_()), linear.y), z
     )[0].sign()
@@ -158,7 +146,7 @@ def test_more_steps_and_restarts_never_help_the_defender(norm: Norm) -> None:
     eps = 0.02 if norm == "linf" else 0.15
 
     def broken(steps: int, restarts: int) -> Tensor:
-        stage = Pgd(eps, norm, step_size=eps / 4, steps=steps, restarts=restarts)
+        stage = pgd(eps, norm, step_size=eps / 4, steps=steps, restarts=restarts)
         return fooled(logits_at(net, run_stage(stage, net, x, y, embed=None, generator=generator())), y)
 
     few, many, again = broken(3, 1), broken(9, 1), broken(3, 3)
@@ -173,7 +161,7 @@ def test_a_larger_eps_breaks_more(norm: Norm) -> None:
     counts = []
     for eps in (0.0, 0.01, 0.03, 0.1, 1.0):
         radius = eps if norm == "linf" else eps * math.sqrt(x[0].numel())
-        stage = Apgd(radius, norm, steps=20)
+        stage = apgd(radius, norm, steps=20)
         counts.append(
             int(fooled(logits_at(net, run_stage(stage, net, x, y, embed=None, generator=generator())), y).sum())
         )
@@ -188,11 +176,11 @@ def test_every_attack_leaves_no_trace_and_repeats(norm: Norm) -> None:
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     caller = torch.get_rng_state()
     x_before = x.clone()
-    for stage in [*stages(0.03 if norm == "linf" else 0.3, norm), Embedding(0.03, norm)]:
+    for stage in [*stages(0.03 if norm == "linf" else 0.3, norm), embedding(0.03, norm)]:
         points = [run_stage(stage, net, x, y, embed=net, generator=generator()) for _ in range(2)]
         assert torch.equal(*points), stage
         assert not points[0].requires_grad
-        assert in_region(x, points[0], eps=stage.eps, norm=norm).all()
+        assert in_region(x, points[0], eps=number(stage.eps), norm=norm).all()
     assert torch.equal(x, x_before)
     assert torch.equal(torch.get_rng_state(), caller)
     assert all(parameter.grad is None for parameter in net.parameters())
@@ -210,13 +198,13 @@ def test_embedding_attack_moves_the_embedding_and_needs_no_labels(norm: Norm) ->
 
     results = []
     for steps in (1, 20):
-        stage = Embedding(eps, norm, step_size=eps / 5, steps=steps)
+        stage = embedding(eps, norm, step_size=eps / 5, steps=steps)
         points = run_stage(stage, net, x, y, embed=net, generator=generator())
         assert torch.equal(points, run_stage(stage, net, x, y * 0, embed=net, generator=generator()))
         results.append(moved(points))
     assert results[1] > 1.5 * results[0] > 0
     with pytest.raises(ValueError, match="no embedding"):
-        run_stage(Embedding(eps, norm), net, x, y, embed=None, generator=generator())
+        run_stage(embedding(eps, norm), net, x, y, embed=None, generator=generator())
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -273,40 +261,35 @@ def test_checkpoints_and_squares_follow_the_papers() -> None:
 
 
 def test_plan_of_the_ensemble() -> None:
-    ten = plan(AutoAttack(0.03), classes=10)
-    assert ten.notes == ()
-    assert AutoAttack(0.03).is_published
+    published = AutoAttackAttack(name="autoattack", eps="0.03")
+    ten = plan(published, classes=10)
+    assert (ten.notes, ten.eot, ten.eps, ten.norm) == ((), 1, 0.03, "linf")
     assert [stage_name(s) for s in ten.stages] == ["apgd-ce", "apgd-t", "fab-t", "square"]
-    assert ten.stages[1:] == (
-        Apgd(0.03, loss="targeted-dlr", steps=100, targets=9),
-        Fab(0.03, steps=100, targets=9),
-        Square(0.03, queries=5000),
+    assert ten.stages == (
+        apgd(0.03, steps=100),
+        targeted(0.03, steps=100, targets=9),
+        fab(0.03, steps=100, targets=9),
+        square(0.03, queries=5000),
     )
-    four = plan(AutoAttack(0.03), classes=4)
-    assert [s.targets for s in four.stages if isinstance(s, Apgd | Fab)] == [1, 3, 3]
-    assert all("3 targets instead of 9" in note for note in four.notes)
-    assert any("4 classes" in note for note in plan(AutoAttack(0.03), classes=3).notes)
-    assert any("at least 3 classes" in note for note in plan(AutoAttack(0.03, version="rand"), classes=2).notes)
-    assert {s.eot for s in plan(AutoAttack(0.03, version="rand"), classes=10).stages if isinstance(s, Apgd)} == {20}
+    four = plan(published, classes=4)
+    assert [s.targets for s in four.stages if isinstance(s, TargetedApgdAttack | FabAttack)] == [3, 3]
+    assert four.notes == tuple(
+        f"{name}: 3 targets instead of 9, as there are 4 classes" for name in ("apgd-t", "fab-t")
+    )
+    assert any("4 classes" in note for note in plan(published, classes=3).notes)
+    assert any("plain gap" in note for note in plan(published, classes=2).notes)
+    assert [s.targets for s in plan(published, classes=2).stages if isinstance(s, FabAttack)] == [1]
+    assert plan(apgd(0.03, "l2"), classes=2).stages == (apgd(0.03, "l2"),)
     with pytest.raises(ValueError, match="two classes"):
-        plan(AutoAttack(0.03), classes=1)
+        plan(published, classes=1)
 
 
-@pytest.mark.parametrize(
-    ("build", "words"),
-    [
-        (lambda: Pgd(-0.1), "eps"),
-        (lambda: Pgd(float("nan")), "eps"),
-        (lambda: Pgd(0.1, steps=0), "steps"),
-        (lambda: Pgd(0.1, step_size=0.0), "step_size"),
-        (lambda: Apgd(0.1, targets=3), "no effect"),
-        (lambda: Square(0.1, queries=0), "queries"),
-    ],
-)
-def test_settings_without_meaning_are_refused(build: object, words: str) -> None:
-    assert callable(build)
-    with pytest.raises(ValueError, match=words):
-        build()
+def test_plan_against_randomised_predictors() -> None:
+    randomised = AutoAttackAttack(name="autoattack", eps="0.5", norm="l2", version="rand")
+    made = plan(randomised, classes=10)
+    assert made.stages == (apgd(0.5, "l2").model_copy(update={"eps": "0.5"}), apgd(0.5, "l2", loss="apgd-dlr"))
+    assert (made.eot, made.eps, made.norm, made.notes) == (20, 0.5, "l2", ())
+    assert any("at least 3 classes" in note for note in plan(randomised, classes=2).notes)
 
 
 def test_gradients_of_a_randomised_predictor_are_averaged() -> None:
@@ -319,8 +302,8 @@ def test_gradients_of_a_randomised_predictor_are_averaged() -> None:
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        stage = Apgd(0.02, steps=3, eot=5)
-        points = run_stage(stage, noisy, x, y, embed=None, generator=generator())
+        stage = apgd(0.02, steps=3)
+        points = run_stage(stage, noisy, x, y, embed=None, eot=5, generator=generator())
     assert in_region(x, points, eps=0.02, norm="linf").all()
     assert len(calls) == 1 + 4 * 5
 
@@ -332,12 +315,13 @@ def logits_plus_noise(net: nn.Module, images: Tensor) -> Tensor:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("norm", NORMS)
-def test_autoattack_on_a_linear_model_is_exact(norm: Norm) -> None:
+def test_the_ensemble_on_a_linear_model_is_exact(norm: Norm) -> None:
     radius = LINEAR.radius(norm)
     eps = float(radius.median()) * 1.01
     clear = (radius / eps - 1).abs() > 0.01
-    points = autoattack(LINEAR, LINEAR.x, LINEAR.y, eps=eps, norm=norm, classes=CLASSES, generator=generator())
-    assert torch.equal(fooled(LINEAR(points), LINEAR.y)[clear], (radius < eps)[clear])
+    published = AutoAttackAttack(name="autoattack", eps=repr(eps), norm=norm)
+    broken = torch.stack([LINEAR.broken(stage) for stage in plan(published, classes=CLASSES).stages]).any(0)
+    assert torch.equal(broken[clear], (radius < eps)[clear])
 
 
 @pytest.mark.parametrize(
@@ -351,10 +335,10 @@ def test_as_strong_as_an_independent_implementation(norm: Norm, eps: float, refe
     x = torch.rand((100, *SHAPE), generator=generator(5))
     y = logits_at(net, x).argmax(1)
     attacks: list[Stage] = [
-        Apgd(eps, norm, steps=20),
-        Apgd(eps, norm, loss="targeted-dlr", steps=20, targets=3),
-        Fab(eps, norm, steps=20, targets=3),
-        Square(eps, norm, queries=200),
+        apgd(eps, norm, steps=20),
+        targeted(eps, norm, steps=20, targets=3),
+        fab(eps, norm, steps=20, targets=3),
+        square(eps, norm, queries=200),
     ]
     for stage, expected in zip(attacks, reference, strict=True):
         points = run_stage(stage, net, x, y, embed=None, generator=generator(0))

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from cfamc_cli import render
-from cfamc_cli.commands.attack_progress import Progress
 from cfamc_cli.commands.attack_records import RECORD, Gallery, Identity, Ledger, key_of, open_ledger
 from cfamc_cli.commands.attack_report import (
     NOT_AUDITED,
@@ -27,7 +26,7 @@ from cfamc_cli.commands.attack_report import (
     need_matplotlib,
     tell,
 )
-from cfamc_cli.commands.attack_settings import Flags, Space, asked_attacks, check_flags, for_engine, invalid
+from cfamc_cli.commands.attack_settings import Flags, Space, asked_attacks, check_flags, invalid
 from cfamc_cli.commands.pretrain import Options
 from cfamc_cli.commands.signals import Interrupted, catch_signals
 from cfamc_cli.errors import CfamcError, ExitCode
@@ -41,7 +40,6 @@ from cfamc_cli.records import (
     Flag,
     ProbeRecord,
     RunRecord,
-    Stage,
     ThreatModel,
     capture_environment,
     load_record,
@@ -200,9 +198,10 @@ class _Work:
     def _evaluate(self, table: Attack) -> Result:
         """One evaluation: from its ledger to its record."""
         from cfamc_cli.engine.attacks.audit import AuditSettings
+        from cfamc_cli.engine.attacks.autoattack import plan
         from cfamc_cli.engine.robust import evaluate
 
-        asked = for_engine(table)
+        planned = plan(table, classes=len(self.probe.classes))
         name = table.name if self.space == "image" else f"{table.name}-crops"
         threat = ThreatModel(space=self.space, norm=table.norm, eps=table.eps)
         settings = table.model_dump(mode="json")
@@ -218,26 +217,26 @@ class _Work:
                 if ledger.outcomes:
                     done = sum(1 for _ in ledger.outcomes)
                     self.sink.message(f"{label}: goes on from {done} finished stages in {ledger.folder.name}")
-                progress = Progress(self.sink, label, asked, classes=len(self.probe.classes), block=self.block)
 
                 def commit(outcome: Outcome, examples: Examples) -> None:
                     gallery.add(outcome, examples)
                     ledger.commit(outcome)
 
                 evaluation = evaluate(
-                    progress.watched(self.target),
+                    self.target,
                     self.x,
                     self.y,
-                    attack=asked,
+                    plan=planned,
                     seed=self.recipe.seed,
                     block_size=self.block,
                     device=self.device,
                     finished=gallery.finished(),
                     commit=commit,
                     audit=AuditSettings() if self.flags.audit or audited else None,
-                    sink=progress,
+                    label=label,
+                    sink=self.sink,
                 )
-                record = self._record(ledger.folder.name, name, threat, settings, evaluation)
+                record = self._record(ledger.folder.name, name, threat, settings, evaluation, planned.notes)
                 save_record(ledger.folder / RECORD, record)
             if self.flags.save_examples:
                 self._draw_examples(ledger, gallery, record)
@@ -266,14 +265,17 @@ class _Work:
         return Identity(key, self.order_digest, self.data.fingerprint, self.block)
 
     def _record(
-        self, item: str, name: str, threat: ThreatModel, settings: dict[str, Any], evaluation: Evaluation
+        self,
+        item: str,
+        name: str,
+        threat: ThreatModel,
+        settings: dict[str, Any],
+        evaluation: Evaluation,
+        notes: tuple[str, ...],
     ) -> AttackRecord:
         from cfamc_cli.engine.device import describe
 
-        totals = evaluation.totals()
-        flags = [Flag(name=c.name, figure=c.figure, limit=c.limit, verdict=c.verdict, text=c.text) for c in (
-            evaluation.checks
-        )]  # fmt: skip
+        totals, flags = evaluation.totals(), list(evaluation.checks)
         if not self.flags.audit and not any(flag.name == "eps-one" for flag in flags):
             flags.append(
                 Flag(name=NOT_AUDITED, figure=None, limit=None, verdict="skipped", text="not asked for: --audit")
@@ -294,28 +296,18 @@ class _Work:
                 dataset=self.data.dataset, split=self.data.split, n=self.n, fingerprint=self.data.fingerprint
             ),
             subset=self._subset(),
-            notes=(*evaluation.notes, *self._notes()),
+            notes=(*notes, *self._notes()),
             order_digest=self.order_digest,
             encoder_digest=self.probe.encoder_digest,
             head_digest=self.probe.head_digest,
             clean=Accuracy.of(sum(evaluation.clean), self.n),
             robust=Accuracy.of(sum(evaluation.robust), self.n),
             classes=self._by_class(evaluation.clean, evaluation.robust),
-            stages=tuple(
-                Stage(
-                    name=total.name,
-                    attacked=total.attacked,
-                    broken=total.broken,
-                    forward=total.forward,
-                    backward=total.backward,
-                    wall_seconds=total.seconds,
-                )
-                for total in totals
-            ),
+            stages=totals,
             flags=tuple(flags),
             forward=sum(total.forward for total in totals),
             backward=sum(total.backward for total in totals),
-            wall_seconds=sum(total.seconds for total in totals),
+            wall_seconds=sum(total.wall_seconds for total in totals),
             environment=capture_environment(describe(self.device)),
         )
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, assert_never, get_args
+from typing import Literal, get_args
 
 from pydantic import TypeAdapter, ValidationError
 
 from cfamc_cli import recipe as recipes
 from cfamc_cli.errors import CfamcError, ExitCode
-from cfamc_cli.recipe import Attack, Recipe, fraction, length, number
-
-if TYPE_CHECKING:
-    from cfamc_cli.engine import attacks as engine
+from cfamc_cli.recipe import Attack, Recipe, fraction, length
 
 Space = Literal["image", "crops"]
 _RAND = "autoattack-rand"  # on the command line; in a recipe it is version = "rand"
@@ -135,32 +132,3 @@ def _flag(field: str) -> str:
 def invalid(message: str, hint: str = "") -> CfamcError:
     """An error of the command line."""
     return CfamcError(message, hint=hint, exit_code=ExitCode.INVALID)
-
-
-def for_engine(asked: Attack) -> engine.Attack:
-    """The engine's settings of a recipe's attack."""
-    from cfamc_cli.engine import attacks as engine
-
-    eps, norm = number(asked.eps), asked.norm
-    match asked:
-        case recipes.PgdAttack():
-            size = number(asked.step_size)
-            return engine.Pgd(eps, norm, size, steps=asked.steps, restarts=asked.restarts, start=asked.start)
-        case recipes.FgsmAttack():
-            return engine.Fgsm(eps, norm)
-        case recipes.ApgdAttack():
-            loss: Literal["ce", "dlr"] = "ce" if asked.name == "apgd-ce" else "dlr"
-            return engine.Apgd(eps, norm, loss, steps=asked.steps, restarts=asked.restarts)
-        case recipes.TargetedApgdAttack():
-            steps, restarts, targets = asked.steps, asked.restarts, asked.targets
-            return engine.Apgd(eps, norm, "targeted-dlr", steps=steps, restarts=restarts, targets=targets)
-        case recipes.FabAttack():
-            return engine.Fab(eps, norm, steps=asked.steps, targets=asked.targets)
-        case recipes.SquareAttack():
-            return engine.Square(eps, norm, queries=asked.queries)
-        case recipes.EmbeddingAttack():
-            return engine.Embedding(eps, norm, number(asked.step_size), steps=asked.steps, restarts=asked.restarts)
-        case recipes.AutoAttackAttack():
-            return engine.AutoAttack(eps, norm, version=asked.version)
-        case _:
-            assert_never(asked)

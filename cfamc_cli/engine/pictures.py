@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
-from cfamc_cli.engine.attacks.search import Predict, Region, climb, logits_at, steepest
+from cfamc_cli.engine.attacks.pgd import cross_entropy_of, projected_ascent
+from cfamc_cli.engine.attacks.search import Predict, Region
 from cfamc_cli.engine.ball import Norm
 
 _TILE = 112  # pixels of the smaller side that small images are enlarged to
@@ -124,15 +124,15 @@ def loss_by_step(
     Returns:
         Mean cross-entropy and accuracy after 0 to `steps` steps; the last iterate counts, not the best.
     """
-    region = Region.around(x, eps=eps, norm=norm)
-    points, losses, right = x.clone(), [], []
-    for step in range(steps + 1):
-        if step < steps:
-            logits, values, grad = climb(predict, points, lambda z: cross_entropy(z, y, reduction="none"))
-            points = region.project(points + step_size * steepest(grad, norm=norm))
-        else:
-            logits = logits_at(predict, points)
-            values = cross_entropy(logits, y, reduction="none")
+    losses: list[float] = []
+    right: list[float] = []
+    nobody = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+
+    def look(_samples: Tensor, _points: Tensor, logits: Tensor, values: Tensor) -> Tensor:
         losses.append(float(values.mean()))
         right.append(float((logits.argmax(1) == y).float().mean()))
+        return nobody
+
+    region = Region.around(x, eps=eps, norm=norm)
+    projected_ascent(predict, region, x, objective=cross_entropy_of(y), look=look, step_size=step_size, steps=steps)
     return losses, right

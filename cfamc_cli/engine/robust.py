@@ -7,23 +7,25 @@ is drawn from (seed, block, stage), so an evaluation that was cut and resumed eq
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from cfamc_cli.engine.attacks.audit import AuditSettings, Check, cheap_checks, full_checks, judge, trace_checks
-from cfamc_cli.engine.attacks.autoattack import Attack, Stage, plan, run_stage, stage_name
+from cfamc_cli.engine.attacks.audit import AuditSettings, cheap_checks, full_checks, judge, trace_checks
+from cfamc_cli.engine.attacks.autoattack import Plan, passes, run_stage, stage_name
 from cfamc_cli.engine.attacks.search import Predict, logits_at
-from cfamc_cli.engine.attacks.verify import Meter, Predictor, in_region, look, undisturbed
+from cfamc_cli.engine.attacks.verify import BATCHES, Meter, Predictor, in_region, look, undisturbed
 from cfamc_cli.engine.randomness import addressed_generator, addressed_seed
 from cfamc_cli.engine.sink import Sink
+from cfamc_cli.records import Flag, Stage
 
 BLOCK = 250  # samples; divides 500, 1,000 and 10,000, and its gradients fit a laptop
 _PROBED = 64  # samples that the cheap checks look at
+_HEARTBEAT = 1.0  # seconds between two reports within a stage
 
 Mask = tuple[bool, ...]
 
@@ -80,42 +82,16 @@ Commit = Callable[[Outcome, Examples], None]
 
 
 @dataclass(frozen=True)
-class StageTotal:
-    """A stage over all blocks: samples it was given, samples it broke, and its cost."""
-
-    name: str
-    attacked: int
-    broken: int
-    forward: int
-    backward: int
-    seconds: float
-
-
-@dataclass(frozen=True)
 class Evaluation:
     """A finished evaluation of n samples in the given order.
 
     Attributes:
-        eps: Radius of the ball, in units of the image range.
-        norm: Its norm.
-        classes: Number of logits.
-        stages: Names of the stages, "clean" first.
         outcomes: Every committed stage, by block and stage.
         checks: What says whether the numbers can be trusted.
-        notes: How the attack differs from the one published, in words.
     """
 
-    eps: float
-    norm: str
-    classes: int
-    stages: tuple[str, ...]
     outcomes: tuple[Outcome, ...]
-    checks: tuple[Check, ...]
-    notes: tuple[str, ...]
-
-    def standing_after(self, stage: int) -> Mask:
-        """Which samples stand after a stage, by its place in `stages`."""
-        return tuple(bit for o in self.outcomes if o.stage == stage for bit in o.standing)
+    checks: tuple[Flag, ...]
 
     @property
     def clean(self) -> Mask:
@@ -125,52 +101,74 @@ class Evaluation:
     @property
     def robust(self) -> Mask:
         """Which samples stand after every stage."""
-        return self.standing_after(len(self.stages) - 1)
+        last = self.outcomes[-1].stage
+        return tuple(bit for o in self.outcomes if o.stage == last for bit in o.standing)
 
-    @property
-    def trusted(self) -> bool:
-        """Whether no check failed."""
-        return all(check.verdict != "failed" for check in self.checks)
-
-    def broken_by(self) -> tuple[str, ...]:
-        """For each sample the stage that took it ("clean" if misclassified or unsteady), "" where it is robust."""
-        fates: list[str] = []
-        for first in (o for o in self.outcomes if o.stage == 0):
-            chain = [o for o in self.outcomes if o.block == first.block]
-            places = range(len(first.standing))
-            fates += [next((o.name for o in chain if not o.standing[place]), "") for place in places]
-        return tuple(fates)
-
-    def totals(self) -> tuple[StageTotal, ...]:
+    def totals(self) -> tuple[Stage, ...]:
         """Each stage over all blocks, "clean" first."""
         totals, given = [], len(self.clean)
-        for stage, name in enumerate(self.stages):
+        for stage in range(self.outcomes[-1].stage + 1):
             done = [o for o in self.outcomes if o.stage == stage]
-            totals.append(
-                StageTotal(
-                    name=name,
-                    attacked=given,
-                    broken=sum(sum(o.broken) for o in done),
-                    forward=sum(o.forward for o in done),
-                    backward=sum(o.backward for o in done),
-                    seconds=sum(o.seconds for o in done),
-                )
+            total = Stage(
+                name=done[0].name,
+                attacked=given,
+                broken=sum(sum(o.broken) for o in done),
+                forward=sum(o.forward for o in done),
+                backward=sum(o.backward for o in done),
+                wall_seconds=sum(o.seconds for o in done),
             )
+            totals.append(total)
             given = sum(sum(o.standing) for o in done)
         return tuple(totals)
 
 
-@dataclass
+class _Pace:
+    """How far an evaluation is: the passes of the stage under way are held against about so many as it will make."""
+
+    def __init__(self, sink: Sink, label: str, plan: Plan, *, n: int, block_size: int) -> None:
+        self.meter = Meter(self._beat)
+        self._sink, self._label, self._n, self._block_size = sink, label, n, block_size
+        seen = 1 + len(BATCHES)  # passes with which an evaluator looks at a point
+        self._costs = [seen, *(seen + passes(stage, eot=plan.eot) for stage in plan.stages)]  # of one sample
+        self._first = self._stage = 0
+        self._standing = 1.0
+        self._last = time.monotonic()
+
+    def begin(self, first: int, stage: int, standing: Mask) -> None:
+        """A stage of the block that begins at sample `first` is next."""
+        self._first, self._stage, self._standing = first, stage, sum(standing) / len(standing)
+        self._report()
+
+    def end(self) -> None:
+        """All is done."""
+        self._first = self._n
+        self._sink.progress(self._label, self._n, self._n, {})
+
+    def _beat(self) -> None:
+        if time.monotonic() - self._last >= _HEARTBEAT and self._first < self._n:
+            self._report()
+
+    def _report(self) -> None:
+        self._last = time.monotonic()
+        size = min(self._block_size, self._n - self._first)
+        expected = self._costs[self._stage] * self._standing * size
+        within = min(self.meter.forward / max(1.0, expected), 0.99)
+        share = (sum(self._costs[: self._stage]) + within * self._costs[self._stage]) / sum(self._costs)
+        at = min(self._first + int(share * size), self._n - 1)
+        self._sink.progress(self._label, at, self._n, {"standing in block": self._standing})
+
+
+@dataclass(frozen=True)
 class _Work:
     """What the blocks of one evaluation share."""
 
     predict: Predict  # what counts
     search: Predict  # what attacks look through
     embed: Predict | None
-    meter: Meter
-    stages: tuple[Stage, ...]
+    pace: _Pace
+    plan: Plan
     seed: int
-    eps: float
+    block_size: int
     device: torch.device
 
 
@@ -179,13 +177,14 @@ def evaluate(
     x: Tensor,
     y: Tensor,
     *,
-    attack: Attack,
+    plan: Plan,
     seed: int,
     block_size: int,
     device: torch.device,
     finished: Sequence[Outcome],
     commit: Commit,
     audit: AuditSettings | None,
+    label: str,
     sink: Sink,
 ) -> Evaluation:
     """Attack samples in fixed blocks and keep a ledger of what happened to each.
@@ -194,16 +193,17 @@ def evaluate(
         predictor: What is attacked, on `device`.
         x: Clean images in their fixed order, float32 in [0, 1], (N, C, H, W), on any device.
         y: Labels, int64 (N,).
-        attack: One attack or the ensemble.
+        plan: The stages of the attack.
         seed: Of everything random; draws are addressed by (seed, block, stage).
         block_size: Samples of a block. The last block may be smaller; if more samples are asked for later, that block
             alone is done again, and all others are taken from `finished`.
         device: Where the attacks compute.
-        finished: Outcomes committed earlier for the same predictor, data, attack, seed and block size. Those that do
+        finished: Outcomes committed earlier for the same predictor, data, plan, seed and block size. Those that do
             not fit the blocks at hand are left unused; a stage that is missing among them is done again by itself.
         commit: Called with each newly finished stage of a block and its verified examples, in order.
         audit: What the full audit spends; None for the cheap checks alone.
-        sink: Hears of progress.
+        label: What progress is reported under.
+        sink: Hears of it.
 
     Returns:
         The ledger, equal to that of an uncut evaluation except for times.
@@ -212,15 +212,16 @@ def evaluate(
         ValueError: There is no sample, the images are not float32 in [0, 1], or labels and logits do not fit.
     """
     _require(x, y, block_size)
-    meter = Meter()
+    pace = _Pace(sink, label, plan, n=len(x), block_size=block_size)
+    meter = pace.meter
     work = _Work(
         predict=meter.watch(predictor.logits),
         search=meter.watch(predictor.search),
         embed=None if predictor.embed is None else meter.watch(predictor.embed),
-        meter=meter,
-        stages=(),
+        pace=pace,
+        plan=plan,
         seed=seed,
-        eps=attack.eps,
+        block_size=block_size,
         device=device,
     )
     with undisturbed(predictor.modules, device) as traces:
@@ -229,17 +230,14 @@ def evaluate(
         classes = logits_at(work.predict, head).shape[1]
         if not 0 <= int(y.min()) <= int(y.max()) < classes:
             raise ValueError(f"labels reach from {int(y.min())} to {int(y.max())}, but there are {classes} logits")
-        todo = plan(attack, classes=classes)
-        work.stages = todo.stages
         checks = cheap_checks(work.predict, head, head_labels)
         meter.read()
-        outcomes = _all_blocks(work, x, y, block_size, {(o.block, o.stage): o for o in finished}, commit, sink)
+        outcomes = _all_blocks(work, x, y, {(o.block, o.stage): o for o in finished}, commit)
         checks += _ledger_checks(outcomes)
         if audit is not None:
-            checks += _audited(work, x, y, outcomes, audit, attack)
+            checks += _audited(work, x, y, outcomes, audit)
         checks += trace_checks(traces())
-    names = ("clean", *(stage_name(stage) for stage in todo.stages))
-    return Evaluation(attack.eps, attack.norm, classes, names, tuple(outcomes), tuple(checks), todo.notes)
+    return Evaluation(tuple(outcomes), tuple(checks))
 
 
 def _require(x: Tensor, y: Tensor, block_size: int) -> None:
@@ -253,36 +251,44 @@ def _require(x: Tensor, y: Tensor, block_size: int) -> None:
 
 
 def _all_blocks(
-    work: _Work,
-    x: Tensor,
-    y: Tensor,
-    block_size: int,
-    known: dict[tuple[int, int], Outcome],
-    commit: Commit,
-    sink: Sink,
+    work: _Work, x: Tensor, y: Tensor, known: dict[tuple[int, int], Outcome], commit: Commit
 ) -> list[Outcome]:
     """Every stage of every block, from `known` where it is there."""
     outcomes: list[Outcome] = []
-    for block, first in enumerate(range(0, len(x), block_size)):
-        images = x[first : first + block_size].to(work.device)
-        labels = y[first : first + block_size].to(work.device)
+    names = ("clean", *(stage_name(stage) for stage in work.plan.stages))
+    for block, first in enumerate(range(0, len(x), work.block_size)):
+        images = x[first : first + work.block_size].to(work.device)
+        labels = y[first : first + work.block_size].to(work.device)
         standing: Mask = (True,) * len(images)
-        for number in range(len(work.stages) + 1):
-            name = "clean" if number == 0 else stage_name(work.stages[number - 1])
+        for number, name in enumerate(names):
+            work.pace.begin(first, number, standing)
             outcome = known.get((block, number))
             if outcome is None or not _follows(outcome, name, standing):
                 began = time.perf_counter()
                 torch.manual_seed(addressed_seed("predictor", work.seed, block, number))
+                before = torch.tensor(standing, device=work.device)
                 if number == 0:
-                    outcome, examples = _clean(work, images, labels, block)
+                    fates, examples = _predicted(work, images, labels)
                 else:
-                    outcome, examples = _attacked(work, images, labels, standing, block, number, first)
-                outcome = _timed(outcome, work.meter, time.perf_counter() - began)
+                    fates, examples = _attacked(work, images, labels, before, block, number, first)
+                forward, backward = work.pace.meter.read()
+                outcome = Outcome(
+                    block=block,
+                    stage=number,
+                    name=name,
+                    standing=_mask(before & ~fates.lost),
+                    broken=_mask(fates.broken),
+                    not_finite=_mask(fates.not_finite),
+                    unsteady=_mask(fates.unsteady),
+                    invalid=_mask(fates.invalid),
+                    forward=forward,
+                    backward=backward,
+                    seconds=time.perf_counter() - began,
+                )
                 commit(outcome, examples)
             standing = outcome.standing
             outcomes.append(outcome)
-            done = first + (len(images) if number == len(work.stages) else 0)
-            sink.progress(name, done, len(x), {"standing in block": sum(standing) / len(standing)})
+    work.pace.end()
     return outcomes
 
 
@@ -294,78 +300,57 @@ def _follows(outcome: Outcome, name: str, standing: Mask) -> bool:
     return outcome.stage == 0 or tuple(any(fate) for fate in fates) == standing
 
 
-def _timed(outcome: Outcome, meter: Meter, seconds: float) -> Outcome:
-    forward, backward = meter.read()
-    return dataclasses.replace(outcome, forward=forward, backward=backward, seconds=seconds)
-
-
 def _mask(bits: Tensor) -> Mask:
     return tuple(bits.tolist())
 
 
-def _clean(work: _Work, x: Tensor, y: Tensor, block: int) -> tuple[Outcome, Examples]:
+class _Fates(NamedTuple):
+    """What a stage did to each sample of a block, (N,) bool; what is `lost` stands no longer."""
+
+    lost: Tensor
+    broken: Tensor
+    not_finite: Tensor
+    unsteady: Tensor
+    invalid: Tensor
+
+
+def _predicted(work: _Work, x: Tensor, y: Tensor) -> tuple[_Fates, Examples]:
     """Stage 0: which samples are classified right at all."""
     seen = look(work.predict, x)
-    right = seen.label == y
-    outcome = Outcome(
-        block=block,
-        stage=0,
-        name="clean",
-        standing=_mask(right & seen.finite & seen.steady),
-        broken=_mask(~right),
-        not_finite=_mask(~seen.finite),
-        unsteady=_mask(~seen.steady | (seen.moved > 0)),
-        invalid=_mask(torch.zeros_like(right)),
-        forward=0,
-        backward=0,
-        seconds=0.0,
-    )
-    return outcome, Examples((), torch.empty(0, *x.shape[1:]), ())
+    wrong = seen.label != y
+    lost = wrong | ~seen.finite | ~seen.steady
+    fates = _Fates(lost, wrong, ~seen.finite, ~seen.steady | (seen.moved > 0), torch.zeros_like(wrong))
+    return fates, Examples((), torch.empty(0, *x.shape[1:]), ())
 
 
 def _attacked(
-    work: _Work, x: Tensor, y: Tensor, standing: Mask, block: int, number: int, first: int
-) -> tuple[Outcome, Examples]:
+    work: _Work, x: Tensor, y: Tensor, standing: Tensor, block: int, number: int, first: int
+) -> tuple[_Fates, Examples]:
     """One stage on the samples of a block that still stand."""
-    stage = work.stages[number - 1]
-    alive = torch.tensor(standing, device=x.device).nonzero().flatten()
-    lost = {name: torch.zeros(len(x), dtype=torch.bool, device=x.device) for name in ("broken", "odd", "moved", "out")}
+    plan, alive = work.plan, standing.nonzero().flatten()
+    fates = torch.zeros((4, len(x)), dtype=torch.bool, device=x.device)
     examples = Examples((), torch.empty(0, *x.shape[1:]), ())
     if len(alive):
         given, labels = x[alive], y[alive]
         generator = addressed_generator("attack", work.seed, block, number)
-        points = run_stage(stage, work.search, given, labels, embed=work.embed, generator=generator)
-        valid = in_region(given, points, eps=stage.eps, norm=stage.norm)
+        stage = plan.stages[number - 1]
+        points = run_stage(stage, work.search, given, labels, embed=work.embed, eot=plan.eot, generator=generator)
+        valid = in_region(given, points, eps=plan.eps, norm=plan.norm)
         points = torch.where(valid[:, None, None, None], points, given) if points.shape == given.shape else given
         seen = look(work.predict, points)
         shown = torch.where(seen.label != labels, seen.label, seen.other)  # as wrong as it is at any batch size
         broken = valid & seen.finite & (shown != labels)
-        lost["broken"][alive], lost["odd"][alive], lost["out"][alive] = broken, ~seen.finite, ~valid
-        lost["moved"][alive] = seen.moved > 0
+        fates[:, alive] = torch.stack((broken, ~seen.finite, seen.moved > 0, ~valid))
         hits = broken.nonzero().flatten()
         examples = Examples(
             positions=tuple((alive[hits] + first).tolist()),
             images=points[hits].cpu(),
             labels=tuple(shown[hits].tolist()),
         )
-    before = torch.tensor(standing, device=x.device)
-    outcome = Outcome(
-        block=block,
-        stage=number,
-        name=stage_name(stage),
-        standing=_mask(before & ~lost["broken"] & ~lost["odd"]),
-        broken=_mask(lost["broken"]),
-        not_finite=_mask(lost["odd"]),
-        unsteady=_mask(lost["moved"]),
-        invalid=_mask(lost["out"]),
-        forward=0,
-        backward=0,
-        seconds=0.0,
-    )
-    return outcome, examples
+    return _Fates(fates[0] | fates[1], *fates), examples
 
 
-def _ledger_checks(outcomes: Sequence[Outcome]) -> list[Check]:
+def _ledger_checks(outcomes: Sequence[Outcome]) -> list[Flag]:
     """What the ledger itself says against the numbers."""
     count = {name: sum(sum(getattr(o, name)) for o in outcomes) for name in ("not_finite", "unsteady", "invalid")}
     return [
@@ -375,22 +360,18 @@ def _ledger_checks(outcomes: Sequence[Outcome]) -> list[Check]:
     ]
 
 
-def _audited(
-    work: _Work, x: Tensor, y: Tensor, outcomes: Sequence[Outcome], audit: AuditSettings, attack: Attack
-) -> list[Check]:
+def _audited(work: _Work, x: Tensor, y: Tensor, outcomes: Sequence[Outcome], audit: AuditSettings) -> list[Flag]:
     """The full audit, on the first samples that stood without an attack."""
     clean = torch.tensor([bit for o in outcomes if o.stage == 0 for bit in o.standing])
-    robust = torch.tensor([bit for o in outcomes if o.stage == len(work.stages) for bit in o.standing])
+    robust = torch.tensor([bit for o in outcomes if o.stage == len(work.plan.stages) for bit in o.standing])
     rows = clean.nonzero().flatten()[: audit.samples]
     return full_checks(
         work.predict,
         x[rows].to(work.device),
         y[rows].to(work.device),
-        eps=attack.eps,
-        norm=attack.norm,
+        plan=work.plan,
         broken=~robust[rows].to(work.device),
         places=rows,
-        stages=work.stages,
         settings=audit,
         seed=work.seed,
     )

@@ -29,9 +29,11 @@ from machine import emit, machine
 from torch import Tensor, nn
 
 from cfamc_cli.engine.attacked import as_predictor
-from cfamc_cli.engine.attacks import AutoAttack, Stage, fooled, logits_at, plan, run_stage, stage_name
+from cfamc_cli.engine.attacks.autoattack import Stage, run_stage, stage_name
 from cfamc_cli.engine.attacks.fast import frozen_copy
+from cfamc_cli.engine.attacks.search import fooled, logits_at
 from cfamc_cli.engine.heads import load_classifier
+from cfamc_cli.recipe import ApgdAttack, FabAttack, SquareAttack, TargetedApgdAttack
 from cfamc_cli.store import RunFolder
 
 Perturb = Callable[[str, Tensor, Tensor, int], Tensor]  # stage, images, labels, seed
@@ -45,6 +47,26 @@ class Side:
     standing: dict[str, Tensor] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     attacked: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What both sides spend; eps is exact text."""
+
+    eps: str
+    steps: int
+    targets: int
+    queries: int
+
+    def stages(self) -> dict[str, Stage]:
+        """The standard ensemble of this project by the names of its stages."""
+        stages: tuple[Stage, ...] = (
+            ApgdAttack(name="apgd-ce", eps=self.eps, steps=self.steps),
+            TargetedApgdAttack(name="apgd-t", eps=self.eps, steps=self.steps, targets=self.targets),
+            FabAttack(name="fab", eps=self.eps, steps=self.steps, targets=self.targets),
+            SquareAttack(name="square", eps=self.eps, queries=self.queries),
+        )
+        return {stage_name(stage): stage for stage in stages}
 
 
 def packaged_classifier() -> nn.Module:
@@ -66,14 +88,16 @@ def classifier_of(run: Path, head: str, sample: Tensor) -> nn.Module:
     return logits
 
 
-def reference(net: nn.Module, settings: AutoAttack) -> Perturb:
+def reference(net: nn.Module, settings: Settings) -> Perturb:
     """The reference's stages with the same settings."""
     import pyautoattack
 
     def perturb(stage: str, x: Tensor, y: Tensor, seed: int) -> Tensor:
         # Its check for vanishing gradients raises on any net; it changes no example.
         with mock.patch("pyautoattack.autopgd_base.check_zero_gradients"):
-            suite: Any = pyautoattack.AutoAttack(net, norm="Linf", eps=settings.eps, seed=seed, device="cpu")
+            suite: Any = pyautoattack.AutoAttack(
+                net, norm="Linf", eps=float(Fraction(settings.eps)), seed=seed, device="cpu"
+            )
             suite.verbose = False
             attacks = {"apgd-ce": suite.apgd, "apgd-t": suite.apgd_targeted, "fab-t": suite.fab, "square": suite.square}
             attack = attacks[stage]
@@ -133,12 +157,12 @@ def main() -> None:
     torch.set_num_threads(options.threads)
 
     eps = float(Fraction(options.eps))
-    settings = AutoAttack(eps, steps=options.steps, targets=options.targets, queries=options.queries)
     images, labels, names = read_folder(options.folder / "test", limit=options.limit)
+    settings = Settings(options.eps, options.steps, min(options.targets, len(names) - 1), options.queries)
     x = images.float() / 255
     net = packaged_classifier() if options.run is None else classifier_of(options.run, options.head, x[:16])
     net.eval().requires_grad_(False)
-    stages = {stage_name(stage): stage for stage in plan(settings, classes=len(names)).stages}
+    stages = settings.stages()
     sides: dict[str, tuple[Perturb, int]] = {
         "reference": (reference(net, settings), options.seeds),
         "ours": (here(net, stages, x[:16]), options.our_seeds),

@@ -27,14 +27,15 @@ from official import SIZES, narrow, on_a_cpu
 from torch import Tensor, nn
 
 from cfamc_cli.engine.attacked import as_predictor
-from cfamc_cli.engine.attacks import Pgd
+from cfamc_cli.engine.attacks.autoattack import Plan
 from cfamc_cli.engine.heads import Classifier, load_classifier
 from cfamc_cli.engine.robust import BLOCK, evaluate
 from cfamc_cli.engine.sink import NullSink
+from cfamc_cli.recipe import PgdAttack
 from cfamc_cli.store import RunFolder
 
 CPU = torch.device("cpu")
-STEP_SIZE = 0.01
+STEP_SIZE = 0.01  # of the official evaluation, which fixes it
 
 
 def official_evaluation(
@@ -80,7 +81,7 @@ def official_evaluation(
     return run
 
 
-def own_evaluation(classifier: Classifier, x: Tensor, y: Tensor, *, eps: float, steps: int) -> Callable[[], float]:
+def own_evaluation(classifier: Classifier, x: Tensor, y: Tensor, *, eps: str, steps: int) -> Callable[[], float]:
     """What `cfamc attack` does between reading and writing, its verification and cheap checks included."""
 
     def run() -> float:
@@ -88,13 +89,14 @@ def own_evaluation(classifier: Classifier, x: Tensor, y: Tensor, *, eps: float, 
             as_predictor(classifier, x[:8], space="image"),
             x,
             y,
-            attack=Pgd(eps, step_size=STEP_SIZE, steps=steps, start="zero"),
+            plan=Plan((PgdAttack(name="pgd", eps=eps, step_size=repr(STEP_SIZE), steps=steps),)),
             seed=0,
             block_size=BLOCK,
             device=CPU,
             finished=(),
             commit=lambda outcome, examples: None,
             audit=None,
+            label="pgd",
             sink=NullSink(),
         )
         return sum(result.robust) / len(x)
@@ -123,7 +125,7 @@ def main() -> None:
     eps = float(Fraction(options.eps))
     sides = {
         "official": official_evaluation(options.checkout, classifier, x, labels, eps=eps, steps=options.steps),
-        "ours": own_evaluation(classifier, x, labels, eps=eps, steps=options.steps),
+        "ours": own_evaluation(classifier, x, labels, eps=options.eps, steps=options.steps),
     }
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     accuracy: dict[str, float] = {}

@@ -26,7 +26,7 @@ from machine import emit, machine
 from torch import Tensor
 
 from cfamc_cli.engine import export
-from cfamc_cli.engine.attacks import pgd
+from cfamc_cli.engine.attacks.pgd import pgd
 from cfamc_cli.engine.heads import Classifier, load_classifier, load_recipe
 from cfamc_cli.records import ProbeRecord, load_record
 from cfamc_cli.store import RunFolder

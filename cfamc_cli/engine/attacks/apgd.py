@@ -79,7 +79,7 @@ def apgd(
         y: Labels, (N,).
         eps: Radius of the ball.
         norm: Its norm.
-        loss: "ce", "dlr" or "targeted-dlr".
+        loss: "apgd-ce", "apgd-dlr" or the targeted "apgd-t".
         steps: Steps of each run.
         restarts: Runs (of each target).
         targets: How many of the likeliest wrong classes a targeted loss aims at, one after the other; at most
@@ -98,7 +98,7 @@ def apgd(
         return result
     clean = logits_at(predict, x)
     alive = (~fooled(clean, y)).nonzero().flatten()
-    aims = ranked_targets(clean, y, count=targets) if loss == "targeted-dlr" else y[:, None]  # (N, aims)
+    aims = ranked_targets(clean, y, count=targets) if loss == "apgd-t" else y[:, None]  # (N, aims)
     for aim in aims.T:
         for _ in range(restarts):
             start = _start(x, eps=eps, norm=norm, generator=generator)

@@ -7,22 +7,24 @@ Pintor et al., arXiv:2106.09947 (indicators of attack failure). `cheap_checks` c
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.overrides import TorchFunctionMode
 
-from cfamc_cli.engine.attacks.autoattack import Apgd, Embedding, Fgsm, Pgd, Square, Stage, run_stage
+from cfamc_cli.engine.attacks.apgd import apgd
+from cfamc_cli.engine.attacks.autoattack import Plan, run_stage
+from cfamc_cli.engine.attacks.pgd import fgsm, pgd
 from cfamc_cli.engine.attacks.search import Predict, climb, fooled, logits_at
+from cfamc_cli.engine.attacks.square import square
 from cfamc_cli.engine.attacks.verify import Traces, in_region
 from cfamc_cli.engine.ball import Norm
 from cfamc_cli.engine.randomness import addressed_generator
-
-Verdict = Literal["passed", "failed", "skipped"]
+from cfamc_cli.recipe import EmbeddingAttack, SquareAttack
+from cfamc_cli.records import Flag
 
 _RANDOM = 1e-4  # relative difference of the logits of two equal passes
 _LARGE_GAP = 60.0  # between the two largest logits: beyond it the softmax of float32 has no gradient left
@@ -30,31 +32,24 @@ _BLIND = 0.05  # share of samples without gradient, or with such a gap
 _BLACK_BOX = 0.002  # share of samples that a black-box attack may add
 
 
-@dataclass(frozen=True)
-class Check:
-    """One check.
+def judge(name: str, figure: float, limit: float, text: str) -> Flag:
+    """A check that passes while its figure is at most its limit.
 
-    Attributes:
+    Args:
         name: Stable identifier, such as "zero-gradient".
         figure: What was measured.
         limit: The figure passes up to this value.
-        verdict: "passed" or "failed"; "skipped" where nothing could be measured.
         text: What the figure counts, for a person; names the samples concerned where there are few.
     """
-
-    name: str
-    figure: float
-    limit: float
-    verdict: Verdict
-    text: str
+    return Flag(name=name, figure=figure, limit=limit, verdict="passed" if figure <= limit else "failed", text=text)
 
 
-def judge(name: str, figure: float, limit: float, text: str) -> Check:
-    """A check that passes while its figure is at most its limit."""
-    return Check(name, figure, limit, "passed" if figure <= limit else "failed", text)
+def skipped(name: str, text: str) -> Flag:
+    """A check that could not be made."""
+    return Flag(name=name, figure=0, limit=0, verdict="skipped", text=text)
 
 
-def trace_checks(traces: Traces) -> list[Check]:
+def trace_checks(traces: Traces) -> list[Flag]:
     """What was wrong with the modules before, and what is different after."""
     return [
         judge("training-mode", traces.training, 0, "modules found in training mode (evaluated in eval mode)"),
@@ -75,7 +70,7 @@ class _GradientWatch(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def cheap_checks(predict: Predict, x: Tensor, y: Tensor) -> list[Check]:
+def cheap_checks(predict: Predict, x: Tensor, y: Tensor) -> list[Flag]:
     """The checks that are always on: two passes forward and one backward over a few images.
 
     Args:
@@ -125,37 +120,33 @@ def full_checks(
     x: Tensor,
     y: Tensor,
     *,
-    eps: float,
-    norm: Norm,
+    plan: Plan,
     broken: Tensor,
     places: Tensor,
-    stages: tuple[Stage, ...],
     settings: AuditSettings,
     seed: int,
-) -> list[Check]:
+) -> list[Flag]:
     """The checks that attack again.
 
     Args:
         predict: Logits from images.
         x: Clean images in [0, 1] that are classified right, (N, C, H, W).
         y: Labels, (N,).
-        eps: Radius that was evaluated.
-        norm: Norm that was evaluated.
+        plan: What was evaluated.
         broken: Which of them the evaluation broke, (N,) bool.
         places: Their places in the order of the evaluation, (N,).
-        stages: The stages of the evaluation.
         settings: How much to spend.
         seed: Of everything random.
     """
     if len(x) == 0:
-        return [Check("audit", 0, 0, "skipped", "no image is classified right and steady")]
-    audit = _Audit(predict, x, y, places.cpu(), norm, seed, settings)
-    checks = [audit.identity(stages)]
+        return [skipped("audit", "no image is classified right and steady")]
+    audit = _Audit(predict, x, y, places.cpu(), plan.norm, seed, settings)
+    checks, eps = [audit.identity(plan)], plan.eps
     if eps == 0:
-        return [*checks, Check("audit", 0, 0, "skipped", "a ball of radius 0 leaves nothing to attack again")]
+        return [*checks, skipped("audit", "a ball of radius 0 leaves nothing to attack again")]
     checks += audit.curve(eps)
     checks += audit.strength(eps)
-    checks += audit.black_box(eps, broken, blinded=all(isinstance(s, Square) for s in stages))
+    checks += audit.black_box(eps, broken, blinded=all(isinstance(s, SquareAttack) for s in plan.stages))
     checks.append(audit.ascent(eps))
     return checks
 
@@ -172,17 +163,31 @@ class _Audit:
     seed: int
     settings: AuditSettings
 
-    def breaks(self, stage: Stage, label: str) -> Tensor:
-        """Which images a stage breaks with an example that holds, (N,) bool."""
-        generator = addressed_generator("audit", self.seed, label)
-        points = run_stage(stage, self.predict, self.x, self.y, embed=None, generator=generator)
-        valid = in_region(self.x, points, eps=stage.eps, norm=self.norm)
+    def generator(self, label: str) -> torch.Generator:
+        return addressed_generator("audit", self.seed, label)
+
+    def breaks(self, eps: float, points: Tensor) -> Tensor:
+        """Which images an attack that found `points` breaks with an example that holds, (N,) bool."""
+        valid = in_region(self.x, points, eps=eps, norm=self.norm)
         return valid & fooled(logits_at(self.predict, points.where(valid[:, None, None, None], self.x)), self.y)
 
     def pgd(self, eps: float, *, steps: int, restarts: int) -> Tensor:
-        step_size = 2.5 * eps / self.settings.steps
-        stage = Pgd(eps, self.norm, step_size=step_size, steps=steps, restarts=restarts, start="zero")
-        return self.breaks(stage, "pgd")
+        points = pgd(
+            self.predict,
+            self.x,
+            self.y,
+            eps=eps,
+            norm=self.norm,
+            step_size=2.5 * eps / self.settings.steps,
+            steps=steps,
+            restarts=restarts,
+            start="zero",
+            generator=self.generator("pgd"),
+        )
+        return self.breaks(eps, points)
+
+    def fgsm(self, eps: float) -> Tensor:
+        return fgsm(self.predict, self.x, self.y, eps=eps, norm=self.norm)
 
     def named(self, rows: Tensor) -> str:
         """The places of a few images in the order of the evaluation."""
@@ -190,19 +195,18 @@ class _Audit:
         shown = ", ".join(map(str, places[:20]))
         return f": number {shown}{', ...' if len(places) > 20 else ''} of the order" if places else ""
 
-    def identity(self, stages: tuple[Stage, ...]) -> Check:
+    def identity(self, plan: Plan) -> Flag:
         """With eps = 0 every attack returns the clean images, bit for bit."""
         moved = 0
-        for stage in stages:
-            if isinstance(stage, Embedding):
+        for stage in plan.stages:
+            if isinstance(stage, EmbeddingAttack):
                 continue
-            still = _at_zero(stage)
-            generator = addressed_generator("audit", self.seed, "identity")
-            points = run_stage(still, self.predict, self.x, self.y, embed=None, generator=generator)
+            still, generator = stage.model_copy(update={"eps": "0"}), self.generator("identity")
+            points = run_stage(still, self.predict, self.x, self.y, embed=None, eot=plan.eot, generator=generator)
             moved += int((points != self.x).flatten(1).any(1).sum())
         return judge("eps-zero", moved, 0, "images that an attack moved although eps was 0")
 
-    def curve(self, eps: float) -> list[Check]:
+    def curve(self, eps: float) -> list[Flag]:
         """Accuracy falls as eps rises, and nothing survives eps = 1."""
         largest = 128 / 255 if self.norm == "linf" else 0.5 * self.x[0].numel() ** 0.5
         whole = 1.0 if self.norm == "linf" else float(self.x[0].numel() ** 0.5)
@@ -222,12 +226,12 @@ class _Audit:
             judge("eps-flat", accuracies[-2], 0.1, f"accuracy at eps = {radii[-2]:.4g}, half of the box"),
         ]
 
-    def strength(self, eps: float) -> list[Check]:
+    def strength(self, eps: float) -> list[Flag]:
         """Iterating helps: PGD against FGSM, more steps and restarts against fewer."""
         slack = max(1, round(_BLACK_BOX * len(self.x)))
         steps = self.settings.steps
         pgd = self.pgd(eps, steps=steps, restarts=1)
-        missed = self.breaks(Fgsm(eps, self.norm), "fgsm") & ~pgd
+        missed = self.breaks(eps, self.fgsm(eps)) & ~pgd
         longer = self.pgd(eps, steps=2 * steps, restarts=1)
         again = self.pgd(eps, steps=steps, restarts=2)
         return [
@@ -236,26 +240,46 @@ class _Audit:
             judge("more-restarts", int((pgd & ~again).sum()), 0, "images broken with fewer restarts only"),
         ]
 
-    def black_box(self, eps: float, broken: Tensor, *, blinded: bool) -> list[Check]:
+    def black_box(self, eps: float, broken: Tensor, *, blinded: bool) -> list[Flag]:
         """Attacks without gradients break next to nothing that attacks with gradients missed."""
         if blinded:
-            return [Check("black-box", 0, 0, "skipped", "the evaluation itself is without gradients")]
+            return [skipped("black-box", "the evaluation itself is without gradients")]
         slack = max(1, round(_BLACK_BOX * len(self.x)))
         white = broken | self.pgd(eps, steps=self.settings.steps, restarts=1)
-        beyond = self.breaks(Square(eps, self.norm, queries=self.settings.queries), "square") & ~white
+        points = square(
+            self.predict,
+            self.x,
+            self.y,
+            eps=eps,
+            norm=self.norm,
+            queries=self.settings.queries,
+            generator=self.generator("square"),
+        )
+        beyond = self.breaks(eps, points) & ~white
         text = f"images broken by {self.settings.queries} queries of Square alone" + self.named(beyond)
-        better = self.breaks(Apgd(eps, self.norm, loss="dlr", steps=self.settings.steps), "apgd-dlr") & ~broken
+        points = apgd(
+            self.predict,
+            self.x,
+            self.y,
+            eps=eps,
+            norm=self.norm,
+            loss="apgd-dlr",
+            steps=self.settings.steps,
+            restarts=1,
+            targets=1,
+            eot=1,
+            generator=self.generator("apgd-dlr"),
+        )
+        better = self.breaks(eps, points) & ~broken
         weak = "images that stood, and fell to APGD-DLR" + self.named(better)
         return [
             judge("black-box", int(beyond.sum()), slack, text),
             judge("adaptive-loss", int(better.sum()), max(1, round(0.1 * len(self.x))), weak),
         ]
 
-    def ascent(self, eps: float) -> Check:
+    def ascent(self, eps: float) -> Flag:
         """The loss rises along the gradient (Pintor et al., arXiv:2106.09947, on attacks that do not optimise)."""
-        step = Fgsm(min(eps, 0.25 / 255) if self.norm == "linf" else eps / 100, self.norm)
-        generator = addressed_generator("audit", self.seed, "ascent")
-        points = run_stage(step, self.predict, self.x, self.y, embed=None, generator=generator)
+        points = self.fgsm(min(eps, 0.25 / 255) if self.norm == "linf" else eps / 100)
         # In float64: that of a confident head is 0 to float32.
         before, after = (
             cross_entropy(logits_at(self.predict, images).double(), self.y, reduction="none")
@@ -265,8 +289,3 @@ class _Audit:
         return judge(
             "no-ascent", flat, _BLIND, "share of images whose loss does not rise by a small step along its gradient"
         )
-
-
-def _at_zero(stage: Stage) -> Stage:
-    """The same stage with eps = 0."""
-    return dataclasses.replace(stage, eps=0.0)

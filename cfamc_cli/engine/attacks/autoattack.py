@@ -1,140 +1,40 @@
-"""The settings of every attack, the standard ensemble as a plan of stages, and the one place that runs a stage.
+"""What an attack of the recipe comes to, stage by stage, and the one place that runs a stage.
 
-The ensemble: Croce & Hein, arXiv:2003.01690, section 5 (standard: APGD-CE, APGD-T, FAB-T, Square) and its version for
-randomised defences (rand: APGD-CE and APGD-DLR with 20 passes for each gradient).
+A stage is one of the recipe's attack tables; the ensemble is several. The ensemble: Croce & Hein, arXiv:2003.01690,
+section 5 (standard: APGD-CE, APGD-T, FAB-T, Square) and its version for randomised defences (rand: APGD-CE and APGD-DLR
+with 20 passes for each gradient). Anything shorter than its defaults is not comparable with published numbers.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, assert_never
+from typing import assert_never
 
 import torch
 from torch import Tensor
 
 from cfamc_cli.engine.attacks.apgd import apgd
 from cfamc_cli.engine.attacks.fab import fab
-from cfamc_cli.engine.attacks.objectives import Loss
-from cfamc_cli.engine.attacks.pgd import Start, embedding_pgd, fgsm, pgd
-from cfamc_cli.engine.attacks.search import Predict, check, fooled, logits_at
+from cfamc_cli.engine.attacks.pgd import embedding_pgd, fgsm, pgd
+from cfamc_cli.engine.attacks.search import Predict
 from cfamc_cli.engine.attacks.square import square
 from cfamc_cli.engine.ball import Norm
+from cfamc_cli.recipe import (
+    ApgdAttack,
+    Attack,
+    AutoAttackAttack,
+    EmbeddingAttack,
+    FabAttack,
+    FgsmAttack,
+    PgdAttack,
+    SquareAttack,
+    TargetedApgdAttack,
+    number,
+)
 
-Version = Literal["standard", "rand"]
+Stage = PgdAttack | FgsmAttack | ApgdAttack | TargetedApgdAttack | FabAttack | SquareAttack | EmbeddingAttack
 
-
-@dataclass(frozen=True)
-class Fgsm:
-    """One step of length eps."""
-
-    eps: float
-    norm: Norm = "linf"
-
-    def __post_init__(self) -> None:
-        check(self.eps, {})
-
-
-@dataclass(frozen=True)
-class Pgd:
-    """Projected gradient ascent on the cross-entropy; step_size in the units of eps."""
-
-    eps: float
-    norm: Norm = "linf"
-    step_size: float = 0.01
-    steps: int = 20
-    restarts: int = 1
-    start: Start = "random"
-
-    def __post_init__(self) -> None:
-        check(self.eps, {"steps": self.steps, "restarts": self.restarts})
-        if not self.step_size > 0:
-            raise ValueError(f"step_size must be above 0, not {self.step_size}")
-
-
-@dataclass(frozen=True)
-class Apgd:
-    """Auto-PGD; `targets` belongs to the targeted loss alone."""
-
-    eps: float
-    norm: Norm = "linf"
-    loss: Loss = "ce"
-    steps: int = 100
-    restarts: int = 1
-    targets: int = 1
-    eot: int = 1
-
-    def __post_init__(self) -> None:
-        check(self.eps, {"steps": self.steps, "restarts": self.restarts, "targets": self.targets, "eot": self.eot})
-        if self.targets > 1 and self.loss != "targeted-dlr":
-            raise ValueError(f"targets has no effect on the loss {self.loss!r}")
-
-
-@dataclass(frozen=True)
-class Fab:
-    """Targeted FAB."""
-
-    eps: float
-    norm: Norm = "linf"
-    steps: int = 100
-    targets: int = 9
-
-    def __post_init__(self) -> None:
-        check(self.eps, {"steps": self.steps, "targets": self.targets})
-
-
-@dataclass(frozen=True)
-class Square:
-    """Random search with `queries` logits per sample."""
-
-    eps: float
-    norm: Norm = "linf"
-    queries: int = 5000
-
-    def __post_init__(self) -> None:
-        check(self.eps, {"queries": self.queries})
-
-
-@dataclass(frozen=True)
-class Embedding:
-    """PGD on the distance between embeddings, without labels."""
-
-    eps: float
-    norm: Norm = "linf"
-    step_size: float = 0.01
-    steps: int = 20
-    restarts: int = 1
-
-    def __post_init__(self) -> None:
-        check(self.eps, {"steps": self.steps, "restarts": self.restarts})
-        if not self.step_size > 0:
-            raise ValueError(f"step_size must be above 0, not {self.step_size}")
-
-
-Stage = Fgsm | Pgd | Apgd | Fab | Square | Embedding
-
-
-@dataclass(frozen=True)
-class AutoAttack:
-    """The ensemble. The defaults are the published ones; anything shorter is not comparable with published numbers."""
-
-    eps: float
-    norm: Norm = "linf"
-    version: Version = "standard"
-    steps: int = 100
-    targets: int = 9
-    queries: int = 5000
-    eot: int = 20
-
-    def __post_init__(self) -> None:
-        check(self.eps, {"steps": self.steps, "targets": self.targets, "queries": self.queries, "eot": self.eot})
-
-    @property
-    def is_published(self) -> bool:
-        """Whether the stages are those of the publication."""
-        return (self.steps, self.targets, self.queries, self.eot) == (100, 9, 5000, 20)
-
-
-Attack = Stage | AutoAttack
+_EOT = 20  # passes for each gradient of the version "rand"
 
 
 @dataclass(frozen=True)
@@ -142,31 +42,35 @@ class Plan:
     """What an attack comes to against a number of classes.
 
     Attributes:
-        stages: The stages in the order in which they run.
+        stages: The stages in the order in which they run, all of one eps and norm.
+        eot: Passes that APGD averages for each gradient, for randomised predictors.
         notes: What a person must be told because it differs from the attack as published.
     """
 
     stages: tuple[Stage, ...]
+    eot: int = 1
     notes: tuple[str, ...] = ()
+
+    @property
+    def eps(self) -> float:
+        """Radius of the ball, in units of the image range."""
+        return number(self.stages[0].eps)
+
+    @property
+    def norm(self) -> Norm:
+        """Its norm."""
+        return self.stages[0].norm
 
 
 def stage_name(stage: Stage) -> str:
     """The name under which a stage is reported, such as "apgd-t"."""
     match stage:
-        case Fgsm():
-            return "fgsm"
-        case Pgd():
+        case PgdAttack():
             return f"pgd-{stage.steps}"
-        case Apgd():
-            return "apgd-t" if stage.loss == "targeted-dlr" else f"apgd-{stage.loss}"
-        case Fab():
+        case FabAttack():
             return "fab-t"
-        case Square():
-            return "square"
-        case Embedding():
-            return "embedding"
         case _:
-            assert_never(stage)
+            return stage.name
 
 
 def plan(attack: Attack, *, classes: int) -> Plan:
@@ -177,69 +81,74 @@ def plan(attack: Attack, *, classes: int) -> Plan:
     """
     if classes < 2:
         raise ValueError(f"an attack needs at least two classes, not {classes}")
-    match attack:
-        case AutoAttack():
-            stages = _ensemble(attack)
-        case _:
-            stages = (attack,)
-    fitted, notes = [], []
-    for stage in stages:
+    fitted: list[Stage] = []
+    notes = []
+    for stage in _ensemble(attack) if isinstance(attack, AutoAttackAttack) else (attack,):
+        if isinstance(stage, TargetedApgdAttack | FabAttack) and stage.targets > classes - 1:
+            fewer = f"{classes - 1} targets instead of {stage.targets}, as there are {classes} classes"
+            notes.append(f"{stage_name(stage)}: {fewer}")
+            stage = stage.model_copy(update={"targets": classes - 1})
         match stage:
-            case Apgd(loss="targeted-dlr") | Fab():
-                if stage.targets > classes - 1:
-                    fewer = f"{classes - 1} targets instead of {stage.targets}, as there are {classes} classes"
-                    notes.append(f"{stage_name(stage)}: {fewer}")
-                    stage = _with_targets(stage, classes - 1)
-            case _:
-                pass
-        match stage:
-            case Apgd(loss="dlr") if classes < 3:
+            case ApgdAttack(name="apgd-dlr") if classes < 3:
                 notes.append("apgd-dlr: the plain margin instead of the ratio, which needs at least 3 classes")
-            case Apgd(loss="targeted-dlr") if classes == 3:
+            case TargetedApgdAttack() if classes == 3:
                 notes.append(
                     "apgd-t: the ratio divides by z_(1) - z_(3), as the published one needs at least 4 classes"
                 )
-            case Apgd(loss="targeted-dlr") if classes < 3:
+            case TargetedApgdAttack() if classes < 3:
                 notes.append("apgd-t: the plain gap instead of the ratio, which needs at least 3 classes")
             case _:
                 pass
         fitted.append(stage)
-    return Plan(tuple(fitted), tuple(notes))
+    randomised = isinstance(attack, AutoAttackAttack) and attack.version == "rand"
+    return Plan(tuple(fitted), _EOT if randomised else 1, tuple(notes))
 
 
-def _with_targets(stage: Apgd | Fab, targets: int) -> Apgd | Fab:
-    """The same stage with another number of targets."""
-    match stage:
-        case Apgd():
-            return Apgd(stage.eps, stage.norm, stage.loss, stage.steps, stage.restarts, targets, stage.eot)
-        case Fab():
-            return Fab(stage.eps, stage.norm, stage.steps, targets)
-        case _:
-            assert_never(stage)
-
-
-def _ensemble(attack: AutoAttack) -> tuple[Stage, ...]:
+def _ensemble(attack: AutoAttackAttack) -> tuple[Stage, ...]:
     """The stages of the ensemble, for any number of classes."""
-    eps, norm, steps = attack.eps, attack.norm, attack.steps
+    eps, norm = attack.eps, attack.norm
     match attack.version:
         case "standard":
             return (
-                Apgd(eps, norm, loss="ce", steps=steps),
-                Apgd(eps, norm, loss="targeted-dlr", steps=steps, targets=attack.targets),
-                Fab(eps, norm, steps=steps, targets=attack.targets),
-                Square(eps, norm, queries=attack.queries),
+                ApgdAttack(name="apgd-ce", eps=eps, norm=norm),
+                TargetedApgdAttack(name="apgd-t", eps=eps, norm=norm),
+                FabAttack(name="fab", eps=eps, norm=norm),
+                SquareAttack(name="square", eps=eps, norm=norm),
             )
         case "rand":
-            return (
-                Apgd(eps, norm, loss="ce", steps=steps, eot=attack.eot),
-                Apgd(eps, norm, loss="dlr", steps=steps, eot=attack.eot),
-            )
+            return ApgdAttack(name="apgd-ce", eps=eps, norm=norm), ApgdAttack(name="apgd-dlr", eps=eps, norm=norm)
         case _:
             assert_never(attack.version)
 
 
+def passes(stage: Stage, *, eot: int) -> int:
+    """About how many passes forward a stage makes for a sample that it does not break."""
+    match stage:
+        case FgsmAttack():
+            return 1
+        case PgdAttack() | EmbeddingAttack():
+            return (stage.steps + 1) * stage.restarts
+        case ApgdAttack():
+            return (stage.steps + 1) * stage.restarts * eot
+        case TargetedApgdAttack():
+            return (stage.steps + 1) * stage.restarts * stage.targets * eot
+        case FabAttack():
+            return (stage.steps + 1) * stage.targets * 2
+        case SquareAttack():
+            return stage.queries + 1
+        case _:
+            assert_never(stage)
+
+
 def run_stage(
-    stage: Stage, predict: Predict, x: Tensor, y: Tensor, *, embed: Predict | None, generator: torch.Generator
+    stage: Stage,
+    predict: Predict,
+    x: Tensor,
+    y: Tensor,
+    *,
+    embed: Predict | None,
+    eot: int = 1,
+    generator: torch.Generator,
 ) -> Tensor:
     """Run one stage.
 
@@ -249,6 +158,7 @@ def run_stage(
         x: Clean images in [0, 1], (N, C, H, W).
         y: Labels, (N,).
         embed: Embeddings from images; None where the predictor has no representation to attack.
+        eot: Passes that APGD averages for each gradient.
         generator: CPU generator of everything random.
 
     Returns:
@@ -257,42 +167,42 @@ def run_stage(
     Raises:
         ValueError: The attack on the representation was asked for, and there is none.
     """
-    eps, norm = stage.eps, stage.norm
+    eps, norm = number(stage.eps), stage.norm
     match stage:
-        case Fgsm():
+        case FgsmAttack():
             return fgsm(predict, x, y, eps=eps, norm=norm)
-        case Pgd():
+        case PgdAttack():
             return pgd(
                 predict,
                 x,
                 y,
                 eps=eps,
                 norm=norm,
-                step_size=stage.step_size,
+                step_size=number(stage.step_size),
                 steps=stage.steps,
                 restarts=stage.restarts,
                 start=stage.start,
                 generator=generator,
             )
-        case Apgd():
+        case ApgdAttack() | TargetedApgdAttack():
             return apgd(
                 predict,
                 x,
                 y,
                 eps=eps,
                 norm=norm,
-                loss=stage.loss,
+                loss=stage.name,
                 steps=stage.steps,
                 restarts=stage.restarts,
-                targets=stage.targets,
-                eot=stage.eot,
+                targets=stage.targets if isinstance(stage, TargetedApgdAttack) else 1,
+                eot=eot,
                 generator=generator,
             )
-        case Fab():
+        case FabAttack():
             return fab(predict, x, y, eps=eps, norm=norm, steps=stage.steps, targets=stage.targets)
-        case Square():
+        case SquareAttack():
             return square(predict, x, y, eps=eps, norm=norm, queries=stage.queries, generator=generator)
-        case Embedding():
+        case EmbeddingAttack():
             if embed is None:
                 raise ValueError("the predictor has no embedding to attack")
             return embedding_pgd(
@@ -300,48 +210,10 @@ def run_stage(
                 x,
                 eps=eps,
                 norm=norm,
-                step_size=stage.step_size,
+                step_size=number(stage.step_size),
                 steps=stage.steps,
                 restarts=stage.restarts,
                 generator=generator,
             )
         case _:
             assert_never(stage)
-
-
-def autoattack(
-    predict: Predict,
-    x: Tensor,
-    y: Tensor,
-    *,
-    eps: float,
-    norm: Norm = "linf",
-    version: Version = "standard",
-    classes: int,
-    generator: torch.Generator,
-) -> Tensor:
-    """The published ensemble: each stage works on what the stages before it left standing.
-
-    Args:
-        predict: Logits from images.
-        x: Clean images in [0, 1], (N, C, H, W).
-        y: Labels, (N,).
-        eps: Radius of the ball.
-        norm: Its norm.
-        version: "standard", or "rand" for randomised predictors.
-        classes: Number of classes; with fewer than ten there are fewer targets.
-        generator: CPU generator of everything random.
-
-    Returns:
-        A misclassified point where one was found, else x, (N, C, H, W).
-    """
-    result = x.clone()
-    alive = (~fooled(logits_at(predict, x), y)).nonzero().flatten()
-    for stage in plan(AutoAttack(eps, norm, version), classes=classes).stages:
-        if len(alive) == 0:
-            break
-        points = run_stage(stage, predict, x[alive], y[alive], embed=None, generator=generator)
-        broken = fooled(logits_at(predict, points), y[alive])
-        result[alive[broken]] = points[broken]
-        alive = alive[~broken]
-    return result

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-Loss = Literal["ce", "dlr", "targeted-dlr"]
+Loss = Literal["apgd-ce", "apgd-dlr", "apgd-t"]  # as the attacks that ascend them are called in a recipe
 
 _TINY = 1e-12
 
@@ -64,11 +64,11 @@ def targeted_dlr(z: Tensor, y: Tensor, target: Tensor) -> Tensor:
 def evaluate_loss(loss: Loss, z: Tensor, y: Tensor, target: Tensor) -> Tensor:
     """The loss of the given name, (N,); `target` matters to the targeted one only."""
     match loss:
-        case "ce":
+        case "apgd-ce":
             return cross_entropy(z, y, reduction="none")
-        case "dlr":
+        case "apgd-dlr":
             return dlr(z, y)
-        case "targeted-dlr":
+        case "apgd-t":
             return targeted_dlr(z, y, target)
         case _:
             assert_never(loss)

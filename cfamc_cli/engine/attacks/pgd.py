@@ -7,32 +7,67 @@ misclassifies it, and stops there: more steps can never help the defender, and e
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from cfamc_cli.engine.attacks.search import Predict, Region, Roster, blend, climb, fooled, logits_at, steepest, take
+from cfamc_cli.engine.attacks.search import Predict, Region, Roster, blend, climb, fooled, logits_at, steepest
 from cfamc_cli.engine.ball import Norm, norms, per_sample, random_start
 
 Start = Literal["zero", "random"]
 
 
-@dataclass
-class _Climb:
-    """Per-sample state of a PGD run, n rows."""
-
-    region: Region
-    y: Tensor
-    points: Tensor
-    done: Tensor
+Objective = Callable[[Tensor, Tensor], Tensor]  # samples (n,) and their outputs -> one value each, (n,)
+Look = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # samples, points, outputs, values -> who is done, (n,) bool
 
 
-def _cross_entropy_of(y: Tensor) -> Callable[[Tensor], Tensor]:
-    """The cross-entropy as a function of the logits alone, one value per sample."""
-    return lambda z: cross_entropy(z, y, reduction="none")
+def projected_ascent(
+    predict: Predict,
+    region: Region,
+    points: Tensor,
+    *,
+    objective: Objective,
+    look: Look,
+    step_size: float,
+    steps: int,
+) -> Tensor:
+    """Projected steepest ascent, of which every use of PGD in an evaluation is one.
+
+    Args:
+        predict: Outputs from images.
+        region: What the points may be, around N clean images.
+        points: Where the ascent begins, (N, C, H, W).
+        objective: What is ascended. It and `look` get the indices of the n samples that are still worked on.
+        look: Called at the beginning and after each step; a sample that it calls done stays where it is.
+        step_size: Length of a step in the norm of the region.
+        steps: Number of steps.
+
+    Returns:
+        The last point of each sample, (N, C, H, W).
+
+    Source: Madry et al., arXiv:1706.06083.
+    """
+    roster = Roster(region.x)
+    points = region.project(points)
+    done = torch.zeros(len(points), dtype=torch.bool, device=points.device)
+    for step in range(steps + 1):
+        samples = roster.index
+        if step == steps:
+            outputs = logits_at(predict, points)
+            look(samples, points, outputs, objective(samples, outputs))
+            break
+        outputs, values, grad = climb(predict, points, partial(objective, samples))
+        done = done | look(samples, points, outputs, values)
+        points = blend(done, points, region.project(points + step_size * steepest(grad, norm=region.norm)))
+        rows = roster.settle(points, done, step=step)
+        if rows is not None:
+            region, points, done = region.take(rows), points[rows], done[rows]
+            if len(rows) == 0:
+                break
+    return roster.close(points)
 
 
 def fgsm(predict: Predict, x: Tensor, y: Tensor, *, eps: float, norm: Norm = "linf") -> Tensor:
@@ -52,7 +87,7 @@ def fgsm(predict: Predict, x: Tensor, y: Tensor, *, eps: float, norm: Norm = "li
     """
     if eps == 0 or len(x) == 0:
         return x.clone()
-    _, _, grad = climb(predict, x, _cross_entropy_of(y))
+    _, _, grad = climb(predict, x, lambda z: cross_entropy(z, y, reduction="none"))
     return Region.around(x, eps=eps, norm=norm).project(x + eps * steepest(grad, norm=norm))
 
 
@@ -98,38 +133,32 @@ def pgd(
         first = torch.zeros_like(x)
         if restart > 0 or start == "random":
             first = random_start(x, eps=eps, norm=norm, generator=generator)  # for all of x: see the module `search`
-        points, done = _pgd_run(
-            predict, Region.around(x[alive], eps=eps, norm=norm), y[alive], (x + first)[alive], step_size, steps
-        )
+        region = Region.around(x[alive], eps=eps, norm=norm)
+        points, missed = _one_run(predict, region, y[alive], (x + first)[alive], step_size=step_size, steps=steps)
         result[alive] = points
-        alive = alive[~done]
+        alive = alive[~missed]
     return result
 
 
-def _pgd_run(
-    predict: Predict, region: Region, y: Tensor, points: Tensor, step_size: float, steps: int
+def _one_run(
+    predict: Predict, region: Region, y: Tensor, points: Tensor, *, step_size: float, steps: int
 ) -> tuple[Tensor, Tensor]:
     """One run from `points`: the points it ends with, and which of them are misclassified."""
-    roster = Roster(region.x)
     missed = torch.zeros(len(y), dtype=torch.bool, device=y.device)
-    state = _Climb(region, y, region.project(points), missed.clone())
-    for step in range(steps + 1):
-        if step < steps:
-            logits, _, grad = climb(predict, state.points, _cross_entropy_of(state.y))
-        else:
-            logits = logits_at(predict, state.points)
-        state.done = state.done | fooled(logits, state.y)
-        missed[roster.index] = state.done
-        if step == steps:
-            break
-        ahead = state.region.project(state.points + step_size * steepest(grad, norm=region.norm))
-        state.points = blend(state.done, state.points, ahead)
-        rows = roster.settle(state.points, state.done, step=step)
-        if rows is not None:
-            state = take(state, rows)
-            if len(rows) == 0:
-                break
-    return roster.close(state.points), missed
+
+    def look(samples: Tensor, _points: Tensor, logits: Tensor, _values: Tensor) -> Tensor:
+        missed[samples] |= fooled(logits, y[samples])
+        return missed[samples]
+
+    points = projected_ascent(
+        predict, region, points, objective=cross_entropy_of(y), look=look, step_size=step_size, steps=steps
+    )
+    return points, missed
+
+
+def cross_entropy_of(y: Tensor) -> Objective:
+    """The cross-entropy of the logits of some samples, whose labels are among `y`."""
+    return lambda samples, logits: cross_entropy(logits, y[samples], reduction="none")
 
 
 def embedding_pgd(
@@ -164,21 +193,26 @@ def embedding_pgd(
     best = x.clone()
     if eps == 0 or len(x) == 0:
         return best
-    region = Region.around(x, eps=eps, norm=norm)
     clean = _unit(logits_at(embed, x))  # (N, D)
     furthest = torch.zeros(len(x), device=x.device)
+    nobody = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+
+    def look(_samples: Tensor, points: Tensor, _outputs: Tensor, distance: Tensor) -> Tensor:
+        nonlocal best, furthest
+        better = distance > furthest
+        best, furthest = blend(better, points, best), torch.where(better, distance, furthest)
+        return nobody
+
     for _ in range(restarts):
-        points = region.project(x + random_start(x, eps=eps, norm=norm, generator=generator))
-        for step in range(steps + 1):
-            if step < steps:
-                _, distance, grad = climb(embed, points, lambda z: (_unit(z) - clean).square().sum(1))
-            else:
-                distance = (_unit(logits_at(embed, points)) - clean).square().sum(1)
-            better = distance > furthest
-            best = blend(better, points, best)
-            furthest = torch.where(better, distance, furthest)
-            if step < steps:
-                points = region.project(points + step_size * steepest(grad, norm=norm))
+        projected_ascent(
+            embed,
+            Region.around(x, eps=eps, norm=norm),
+            x + random_start(x, eps=eps, norm=norm, generator=generator),
+            objective=lambda samples, z: (_unit(z) - clean[samples]).square().sum(1),
+            look=look,
+            step_size=step_size,
+            steps=steps,
+        )
     return best
 
 

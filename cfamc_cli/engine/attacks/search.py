@@ -168,16 +168,3 @@ def steepest(grad: Tensor, *, norm: Norm) -> Tensor:
 def blend(condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:
     """`yes` for the samples where `condition` (N,) holds and `no` elsewhere, as yes."""
     return torch.where(per_sample(condition, yes), yes, no)
-
-
-def check(eps: float, counts: dict[str, int]) -> None:
-    """Refuse settings without meaning.
-
-    Raises:
-        ValueError: eps is not in [0, 1e6], or one of `counts` is below 1.
-    """
-    if not 0 <= eps <= 1e6:
-        raise ValueError(f"eps must be a finite radius of at least 0, not {eps}")
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, not {count}")

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cfamc_cli.engine.attacks.fast import frozen_copy
 from cfamc_cli.engine.attacks.search import Predict, logits_at
 from cfamc_cli.engine.ball import Norm, norms
 from cfamc_cli.engine.device import full_precision
@@ -40,18 +39,6 @@ class Predictor:
     modules: tuple[nn.Module, ...]
     embed: Predict | None = None
 
-    @classmethod
-    def of(cls, encoder: nn.Module, head: nn.Module, *, sample: Tensor) -> Predictor:
-        """A head on the features of an encoder; the features are what an attack on the representation moves.
-
-        Args:
-            encoder: Features from images.
-            head: Logits from features.
-            sample: A few images on the device of both, (N, C, H, W), to make the copy with that attacks look through.
-        """
-        search = frozen_copy(nn.Sequential(encoder, head), sample)
-        return cls(lambda images: head(encoder(images)), search, (encoder, head), encoder)
-
 
 class Meter:
     """Counts forward and backward passes of single samples.
@@ -61,15 +48,17 @@ class Meter:
         backward: Samples that went backward since then.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, heard: Callable[[], None] = lambda: None) -> None:
         self.forward = 0
         self.backward = 0
+        self._heard = heard
 
     def watch(self, predict: Predict) -> Predict:
         """The same function, counted."""
 
         def counted(images: Tensor) -> Tensor:
             self.forward += len(images)
+            self._heard()
             out = predict(images)
             if out.requires_grad:
                 out.register_hook(self._went_back)
