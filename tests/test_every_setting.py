@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from cfamc_cli import cli, recipe_file
-from cfamc_cli.commands.attack_settings import for_engine
+from cfamc_cli.engine.attacks.autoattack import plan
 from cfamc_cli.engine.attacks.verify import Predictor
 from cfamc_cli.engine.robust import Examples, Outcome, evaluate
 from cfamc_cli.engine.sink import NullSink
@@ -338,13 +338,14 @@ def examples(attack: Attack) -> object:
         Predictor(logits=logits, search=logits, modules=(ENCODER, HEAD), embed=ENCODER),
         X[:n],
         Y[:n],
-        attack=for_engine(attack),
+        plan=plan(attack, classes=10),
         seed=0,
         block_size=n,
         device=torch.device("cpu"),
         finished=[],
         commit=commit,
         audit=None,
+        label="",
         sink=NullSink(),
     )
     return found
