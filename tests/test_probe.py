@@ -162,15 +162,16 @@ def crops_classifier(source: CropSource = SOURCE) -> Classifier:
 
 
 def test_a_samples_crops_are_its_own_whoever_is_in_the_batch() -> None:
-    whole = SOURCE.parameters(torch.arange(200), 12, 12)
+    x = images().float() / 255
+    whole = SOURCE.parameters(x[:1].expand(200, -1, -1, -1), None)
     indices = torch.tensor([130, 3, 64, 63, 3])
-    some = SOURCE.parameters(indices, 12, 12)
+    some = SOURCE.parameters(x, indices)
     for name in CropParameters.__dataclass_fields__:
         assert torch.equal(getattr(some, name), getattr(whole, name)[:, indices])
-    other = dataclasses.replace(SOURCE, split="train").parameters(indices, 12, 12)
+    other = dataclasses.replace(SOURCE, split="train").parameters(x, indices)
     assert not torch.equal(other.box, some.box)
 
-    classifier, x = crops_classifier(), images().float() / 255
+    classifier = crops_classifier()
     with torch.no_grad():
         logits = classifier(x)
         torch.testing.assert_close(classifier(x[[5, 2]], torch.tensor([5, 2])), logits[[5, 2]], rtol=1e-4, atol=1e-5)

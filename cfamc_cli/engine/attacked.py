@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cfamc_cli.engine.attacks.fast import frozen_copy
 from cfamc_cli.engine.attacks.verify import Predictor
-from cfamc_cli.engine.heads import Classifier, crop_features
+from cfamc_cli.engine.heads import Classifier
 
 Space = Literal["image", "crops"]
 
@@ -26,11 +26,7 @@ class _Features(nn.Module):
         self.classifier = classifier
 
     def forward(self, x: Tensor) -> Tensor:
-        own = self.classifier
-        if own.crops is None:
-            return own.encoder.features(x, features=own.features)
-        same = torch.zeros(len(x), dtype=torch.int64)
-        return crop_features(own.encoder, x, same, source=own.crops, features=own.features)
+        return self.classifier.read(x, torch.zeros(len(x), dtype=torch.int64))
 
 
 class _Images(nn.Module):

@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -57,45 +56,47 @@ def read_foreign(path: Path) -> Foreign:
     """
     tensors = _read(path)
     root = _root(path, tensors)
-    backbone = {key[len(root) :]: value for key, value in tensors.items() if key.startswith(root)}
-    above = root.removesuffix("backbone.") if root.endswith("backbone.") else root
-    name, stem, width = _architecture(path, backbone)
-    heads: dict[str, Tensor] = {}
-    for ours, theirs in (
-        ("pre_feature", ("pre_feature",)),
-        ("projector", ("projector", "projection")),
-    ):
-        for label in theirs:
-            prefix = f"{above}{label}."
-            heads |= {f"{ours}.{key[len(prefix) :]}": tensors[key] for key in tensors if key.startswith(prefix)}
+    above = root.removesuffix("backbone.")
+    prefixes = {root: "backbone.", f"{above}pre_feature.": "pre_feature."}
+    prefixes |= {f"{above}{name}.": "projector." for name in ("projector", "projection")}
+    theirs = {  # names in the file, by ours
+        ours + key.removeprefix(prefix): key
+        for prefix, ours in prefixes.items()
+        for key in tensors
+        if key.startswith(prefix)
+    }
+    architecture = _architecture(path, {key.removeprefix(root): value for key, value in tensors.items()})
 
-    hidden = _rows(heads.get("pre_feature.0.weight"))
-    backbone_only = hidden == 0
-    embedding = 0 if backbone_only else _rows(heads.get("projector.3.weight"))
-    model = Model(
-        backbone=name,
-        stem=stem,
-        width=width,
-        hidden_dim=hidden or _NONE,
-        embedding_dim=embedding or _NONE,
-    )
+    def rows(name: str) -> int:
+        weight = tensors.get(theirs.get(name, ""))
+        return 0 if weight is None or weight.dim() != 2 else len(weight)
+
+    hidden = rows("pre_feature.0.weight")
+    embedding = rows("projector.3.weight") if hidden else 0
+    sizes = {"hidden_dim": hidden or _NONE, "embedding_dim": embedding or _NONE}
+    model = Model.model_validate(architecture | sizes)
     encoder = build_encoder(model, generator=addressed_generator("init", 0))
-    given = {f"backbone.{key}": value for key, value in backbone.items()} | heads
-    state, fitting = _fitted(encoder, given, parts=_parts(hidden, embedding))
+    parts = ("backbone.", *(["pre_feature."] if hidden else []), *(["projector."] if embedding else []))
+    state, used = {}, set()
+    for key, own in encoder.state_dict().items():
+        if key.startswith(parts) and key in theirs:
+            state[key] = tensors[theirs[key]].to(own.dtype)
+            used.add(theirs[key])
+        elif not key.startswith(parts) or key.endswith("num_batches_tracked"):  # older files lack that; it is not used
+            state[key] = own
     checkpoint.load_state(encoder, state, path=path)
 
-    used = {_original(key, root, above, tensors) for key in fitting}
-    unused = sorted(key for key in tensors if key not in used)
+    unused = sorted(tensors.keys() - used)
     notes = []
     if unused:
         more = f" and {len(unused) - _LISTED} more" if len(unused) > _LISTED else ""
         notes.append(f"left out, for they are no part of the encoder: {', '.join(unused[:_LISTED])}{more}")
-    if backbone_only:
+    if not hidden:
         notes.append('there is no pre_feature layer: heads read the backbone (features "backbone")')
     elif not embedding:
         notes.append("there is no projector; heads do not read it")
     notes.append("images are given as values in [0, 1]; a network trained on normalised images needs that folded in")
-    return Foreign(model=model, encoder=encoder, backbone_only=backbone_only, notes=tuple(notes))
+    return Foreign(model=model, encoder=encoder, backbone_only=not hidden, notes=tuple(notes))
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -147,64 +148,20 @@ def _root(path: Path, tensors: Mapping[str, Tensor]) -> str:
     return min(roots, key=lambda root: ("momentum" in root or "_k." in root, len(root), root))
 
 
-def _architecture(
-    path: Path, backbone: Mapping[str, Tensor]
-) -> tuple[Literal["resnet18", "resnet34", "resnet50"], Literal["cifar", "imagenet"], int]:
-    depth = [0, 0, 0, 0]
-    for key in backbone:
-        if found := _STAGE.fullmatch(key):
-            depth[int(found[1]) - 1] += 1
-    block = "bottleneck" if "layer1.0.conv3.weight" in backbone else "basic"
+def _architecture(path: Path, backbone: Mapping[str, Tensor]) -> dict[str, object]:
+    """What [model] says of the backbone."""
     first = backbone["conv1.weight"]
     if first.dim() != 4 or first.shape[1] != 3 or first.shape[2] not in (3, 7):
         raise _bad(path, f"its first convolution is {tuple(first.shape)}; known are 3x3 and 7x7 on 3 channels")
-    stem: Literal["cifar", "imagenet"] = "cifar" if first.shape[2] == 3 else "imagenet"
-    width = first.shape[0]
-    match (tuple(depth), block):
-        case ((2, 2, 2, 2), "basic"):
-            return "resnet18", stem, width
-        case ((3, 4, 6, 3), "basic"):
-            return "resnet34", stem, width
-        case ((3, 4, 6, 3), "bottleneck"):
-            return "resnet50", stem, width
-    known = ", ".join(DEPTHS)
-    raise _bad(path, f"{block} blocks {'-'.join(map(str, depth))} are no network that is known: {known}")
-
-
-def _parts(hidden: int, embedding: int) -> tuple[str, ...]:
-    return ("backbone.", *(["pre_feature."] if hidden else []), *(["projector."] if embedding else []))
-
-
-def _fitted(
-    encoder: Encoder, given: Mapping[str, Tensor], *, parts: tuple[str, ...]
-) -> tuple[dict[str, Tensor], set[str]]:
-    """A whole state dict: given tensors of `parts`, as float32, beside the encoder's own; and which were taken."""
-    expected = encoder.state_dict()
-    state: dict[str, Tensor] = {}
-    taken = set()
-    for key, own in expected.items():
-        if not key.startswith(parts):
-            state[key] = own
-        elif key in given:
-            state[key] = given[key].to(own.dtype)
-            taken.add(key)
-        elif key.endswith("num_batches_tracked"):  # older files lack it, and it is not used
-            state[key] = own
-    return state, taken
-
-
-def _original(key: str, root: str, above: str, tensors: Mapping[str, Tensor]) -> str:
-    """The name in the file of one of our keys."""
-    part, _, rest = key.partition(".")
-    if part == "backbone":
-        return root + rest
-    if part == "projector" and f"{above}projection.{rest}" in tensors:
-        return f"{above}projection.{rest}"
-    return f"{above}{part}.{rest}"
-
-
-def _rows(weight: Tensor | None) -> int:
-    return 0 if weight is None or weight.dim() != 2 else len(weight)
+    stages = [found[1] for key in backbone if (found := _STAGE.fullmatch(key))]
+    depths = tuple(stages.count(stage) for stage in "1234")
+    bottlenecks = "layer1.0.conv3.weight" in backbone
+    for name, known in DEPTHS.items():
+        if depths == known and bottlenecks == (name == "resnet50"):
+            return {"backbone": name, "stem": "cifar" if first.shape[2] == 3 else "imagenet", "width": len(first)}
+    block = "bottleneck" if bottlenecks else "basic"
+    shape = "-".join(map(str, depths))
+    raise _bad(path, f"{block} blocks {shape} are no network that is known: {', '.join(DEPTHS)}")
 
 
 def _bad(path: Path, cause: str, *, hint: str = "") -> CfamcError:

@@ -7,7 +7,6 @@ features, C classes, n crops of a sample, S pixels of a side. Images are float i
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -79,14 +78,13 @@ class CropSource:
     seed: int
     split: str
 
-    def parameters(self, indices: Tensor, height: int, width: int) -> CropParameters:
-        """The crops of the samples at `indices` (N,) of the split, for images of height x width pixels."""
-        indices = indices.cpu()
+    def parameters(self, x: Tensor, indices: Tensor | None) -> CropParameters:
+        """The crops of the images `x` (N, 3, H, W), which lie at `indices` (N,) of the split; None: at 0 to N - 1."""
+        indices = torch.arange(len(x)) if indices is None else indices.cpu()
         blocks, place = torch.unique(indices // _BLOCK, return_inverse=True)
-        drawn = [_draw(self, int(block), height, width) for block in blocks]
+        drawn = [vars(_draw(self, int(block), x.shape[-2], x.shape[-1])).values() for block in blocks]
         columns = place * _BLOCK + indices % _BLOCK
-        names = CropParameters.__dataclass_fields__
-        return CropParameters(*(torch.cat([getattr(part, name) for part in drawn], 1)[:, columns] for name in names))
+        return CropParameters(*(torch.cat(parts, 1)[:, columns] for parts in zip(*drawn, strict=True)))
 
 
 @lru_cache(maxsize=256)
@@ -123,19 +121,23 @@ class Classifier(nn.Module):
 
         Differentiable in `x`, also through the crops. Without `indices` the samples count as 0 to N - 1.
         """
-        if self.crops is None:
-            return self.logits(self.encoder.features(x, features=self.features))
-        return self.logits(crop_features(self.encoder, x, indices, source=self.crops, features=self.features))
+        return self.logits(self.read(x, indices))
+
+    def read(self, x: Tensor, indices: Tensor | None = None) -> Tensor:
+        """What the head reads of images: (N, F)."""
+        return read_features(self.encoder, x, indices, features=self.features, crops=self.crops)
 
     def cut(self, x: Tensor, indices: Tensor | None = None) -> Tensor:
         """The crops of each image, (n, N, 3, S, S) in [0, 1], for an attacker who moves each of them by itself."""
         assert self.crops is not None, "only the aggregated head reads crops"
-        parameters = self.crops.parameters(_or_all(indices, x), x.shape[-2], x.shape[-1])
-        return crop_batch(x, parameters, size=self.crops.group.size)
+        return crop_batch(x, self.crops.parameters(x, indices), size=self.crops.group.size)
 
     def logits_of_crops(self, crops: Tensor) -> Tensor:
         """Logits (N, C) of crops (n, N, 3, S, S), such as `cut` returns."""
-        return self.logits(_mean_features(self.encoder, crops, features=self.features))
+        views, count = crops.shape[:2]
+        parts = crops.split(max(1, _VIEWS // count))
+        sums = [_sum_over_crops(self.encoder, part, features=self.features) for part in parts]
+        return self.logits(torch.stack(sums).sum(0) / views)
 
     def logits(self, features: Tensor) -> Tensor:
         """Logits (N, C) of features (N, F)."""
@@ -143,55 +145,42 @@ class Classifier(nn.Module):
         return logits
 
 
-def crop_features(
-    encoder: Encoder, x: Tensor, indices: Tensor | None, *, source: CropSource, features: Features
+def read_features(
+    encoder: Encoder, x: Tensor, indices: Tensor | None, *, features: Features, crops: CropSource | None
 ) -> Tensor:
-    """The mean feature of each image's crops, (N, F), differentiable in `x`.
+    """What a head reads of images, differentiable in `x`: their features, or the mean over the crops of each.
 
     Args:
         encoder: Read as it stands.
         x: (N, 3, H, W) in [0, 1].
-        indices: (N,) places in the split; 0 to N - 1 for None.
-        source: Which crops.
+        indices: (N,) places in the split, which fix the crops; 0 to N - 1 for None.
         features: Which layer to read.
+        crops: Which crops; None for whole images.
+
+    Returns:
+        (N, F).
     """
-    parameters = source.parameters(_or_all(indices, x), x.shape[-2], x.shape[-1])
-    rows = max(1, _VIEWS // len(x))  # crop numbers of one forward pass
-    views = source.group.count
+    if crops is None:
+        return encoder.features(x, features=features)
+    parameters, size = crops.parameters(x, indices), crops.group.size
+    views, rows = crops.group.count, max(1, _VIEWS // len(x))  # crop numbers of one forward pass
 
     def part(x: Tensor, first: int) -> Tensor:
-        names = CropParameters.__dataclass_fields__
-        own = CropParameters(*(getattr(parameters, name)[first : first + rows] for name in names))
-        crops = crop_batch(x, own, size=source.group.size)
-        read = encoder.features(crops.flatten(0, 1), features=features)
-        return read.view(-1, len(x), read.shape[1]).sum(0)
+        own = CropParameters(*(drawn[first : first + rows] for drawn in vars(parameters).values()))
+        return _sum_over_crops(encoder, crop_batch(x, own, size=size), features=features)
 
-    total: Tensor | None = None
+    total = torch.zeros(())
     for first in range(0, views, rows):
-        keeps_too_much = torch.is_grad_enabled() and rows < views  # activations of all crops: compute them again
-        piece = (
-            recomputed(part, x, first, use_reentrant=False, preserve_rng_state=False)
-            if keeps_too_much
-            else part(x, first)
-        )
-        total = piece if total is None else total + piece
-    assert total is not None, "there is at least one crop"
+        if torch.is_grad_enabled() and rows < views:  # keeps too much, the activations of all crops: compute them again
+            total = total + recomputed(part, x, first, use_reentrant=False, preserve_rng_state=False)
+        else:
+            total = total + part(x, first)
     return total / views
 
 
-def _mean_features(encoder: Encoder, crops: Tensor, *, features: Features) -> Tensor:
-    """Features of crops (n, N, 3, S, S), averaged over n: (N, F)."""
-    views, count = crops.shape[:2]
-    rows = max(1, _VIEWS // count)
-    sums = []
-    for first in range(0, views, rows):
-        read = encoder.features(crops[first : first + rows].flatten(0, 1), features=features)
-        sums.append(read.view(-1, count, read.shape[1]).sum(0))
-    return torch.stack(sums).sum(0) / views
-
-
-def _or_all(indices: Tensor | None, x: Tensor) -> Tensor:
-    return torch.arange(len(x)) if indices is None else indices
+def _sum_over_crops(encoder: Encoder, crops: Tensor, *, features: Features) -> Tensor:
+    """Features of crops (n, N, 3, S, S), summed over n: (N, F)."""
+    return encoder.features(crops.flatten(0, 1), features=features).unflatten(0, crops.shape[:2]).sum(0)
 
 
 @dataclass(frozen=True)
@@ -239,9 +228,7 @@ def load_encoder(folder: Path, model: Model, *, device: torch.device) -> LoadedE
 
 def feature_dim(encoder: Encoder, features: Features) -> int:
     """F, the length of what a head reads."""
-    if features == "backbone":
-        return encoder.backbone.feature_dim
-    return len(encoder.pre_feature.state_dict()["0.bias"])
+    return encoder.backbone.feature_dim if features == "backbone" else len(encoder.state_dict()["pre_feature.0.bias"])
 
 
 def load_recipe(run: RunPaths) -> Recipe:
@@ -257,19 +244,6 @@ def load_recipe(run: RunPaths) -> Recipe:
         problem = error.errors(include_url=False, include_context=False)[0]
         where = ".".join(map(str, problem["loc"]))
         raise CfamcError(f"{path}: {where}: {problem['msg']}"[:500], exit_code=ExitCode.BAD_DATA) from error
-
-
-def parse_settings(settings: Mapping[str, object], *, path: Path) -> Probe:
-    """The probe table of a record.
-
-    Raises:
-        CfamcError: Exit 4; it is none.
-    """
-    try:
-        parsed: Probe = _PROBE.validate_json(json.dumps(settings))
-    except ValidationError as error:
-        raise CfamcError(f"{path}: settings of no known head", exit_code=ExitCode.BAD_DATA) from error
-    return parsed
 
 
 _PROBE: TypeAdapter[Probe] = TypeAdapter(Probe)
@@ -291,7 +265,7 @@ def load_classifier(run: RunPaths, probe_folder: Path, *, device: torch.device) 
     """
     path = probe_folder / RECORD
     record = load_record(path, ProbeRecord)
-    recipe, settings = load_recipe(run), parse_settings(record.settings, path=path)
+    recipe = load_recipe(run)
     if record.head == "knn":
         raise CfamcError(
             f"{probe_folder.name} is a knn head, which has no differentiable logits",
@@ -305,6 +279,10 @@ def load_classifier(run: RunPaths, probe_folder: Path, *, device: torch.device) 
     head = LinearHead(
         feature_dim(loaded.encoder, record.features), len(record.classes), standardized="head.mean" in tensors
     )
+    try:
+        settings = _PROBE.validate_json(json.dumps(record.settings))
+    except ValidationError as error:
+        raise CfamcError(f"{path}: settings of no known head", exit_code=ExitCode.BAD_DATA) from error
     crops = crop_source(recipe, settings, split="test") if isinstance(settings, AggregatedCrops) else None
     classifier = Classifier(loaded.encoder, head.to(device), features=record.features, crops=crops)
     whole = classifier if record.head == "finetune" else nn.ModuleDict({"head": classifier.head})

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cfamc_cli.engine.heads import Classifier, CropSource, LinearHead, crop_features
+from cfamc_cli.engine.heads import Classifier, CropSource, LinearHead, read_features
 from cfamc_cli.engine.models import Encoder, Features
 from cfamc_cli.engine.optim import learning_rate
 from cfamc_cli.engine.randomness import addressed_generator, epoch_order
@@ -60,11 +60,8 @@ def extract_features(
     read: Tensor | None = None
     for first in range(0, len(images), size):
         chunk = images[first : first + size].to(device, non_blocking=True).float() / 255
-        if crops is None:
-            part = encoder.features(chunk, features=features)
-        else:
-            indices = torch.arange(first, first + len(chunk))
-            part = crop_features(encoder, chunk, indices, source=crops, features=features)
+        indices = torch.arange(first, first + len(chunk))
+        part = read_features(encoder, chunk, indices, features=features, crops=crops)
         if read is None:  # filled in place: the features of a data set would not fit twice
             read = torch.empty(len(images), part.shape[1], device=device)
         read[first : first + len(part)] = part
