@@ -12,7 +12,7 @@ import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -36,6 +36,7 @@ from cfamc_cli.records import (
     Environment,
     ExportRecord,
     Flag,
+    OutputSpec,
     ProbeRecord,
     Progress,
     Record,
@@ -378,8 +379,9 @@ def test_a_file_that_cannot_be_read_back_is_removed(
     assert "error: backbone.safetensors cannot be read back: " in capsys.readouterr().err
 
 
-def constant(logits: Tensor, output: str = "logits") -> export.Subject:
-    return export.Subject(Model(), nn.Identity(), lambda x: logits.expand(len(x), -1), CPU, output, logits.shape[-1])
+def constant(logits: Tensor, output: Literal["logits", "features"] = "logits") -> export.Subject:
+    made = OutputSpec(name=output, dim=logits.shape[-1])
+    return export.Subject(Model(), nn.Identity(), lambda x: logits.expand(len(x), -1), CPU, made)
 
 
 @pytest.mark.parametrize(
@@ -397,6 +399,7 @@ def test_another_class_nan_and_another_shape_are_differences(found: Tensor, text
             constant(torch.tensor([1.0 + 1e-6, 1.0])),
             lambda x: found.expand(len(x), -1),
             images,
+            data=USED,
             reader="a reader",
             name="x",
         )
@@ -411,7 +414,7 @@ def test_the_check_uses_different_images_in_batches_of_1_2_and_7() -> None:
         seen.append(x)
         return torch.ones(len(x), 2)
 
-    export.compare(constant(torch.ones(2), "features"), forward, TEST.images[:10], reader="", name="")
+    export.compare(constant(torch.ones(2), "features"), forward, TEST.images[:10], data=USED, reader="", name="")
     assert [len(x) for x in seen] == [1, 2, 7]
     assert torch.equal(torch.cat(seen), IMAGES)
 

@@ -25,14 +25,12 @@ from cfamc_cli.model_card import card
 from cfamc_cli.recipe import Recipe
 from cfamc_cli.records import (
     AttackRecord,
-    CheckRecord,
     Dashboard,
     DataUsed,
     ExportRecord,
     Format,
     InputSpec,
     MetricsRecord,
-    OutputSpec,
     ProbeRecord,
     R,
     Record,
@@ -48,7 +46,7 @@ from cfamc_cli.store import LATEST, RunFolder, cache_folder, default_store, find
 
 if TYPE_CHECKING:
     from cfamc_cli.engine.data import ImageSet
-    from cfamc_cli.engine.export import Agreement, Subject
+    from cfamc_cli.engine.export import Subject
 
 
 RECORD, CARD = "export.json", "README.md"
@@ -161,7 +159,7 @@ def _export_weights(
         sample = engine.some_images(images.images)
         with _staged(target, force=force) as staged:
             path = staged / f"{part}.{wanted}"
-            agreement = engine.write(chosen.subject, path, sample, wanted=wanted)
+            check = engine.write(chosen.subject, path, sample, data=_looked_at(images), wanted=wanted)
             made = ExportRecord(
                 cfamc=__version__,
                 created=now(),
@@ -176,13 +174,13 @@ def _export_weights(
                     dtype="float32",
                     range=(0.0, 1.0),
                 ),
-                output=OutputSpec(name="logits" if part == "classifier" else "features", dim=chosen.subject.output_dim),
+                output=chosen.subject.output,
                 classes=None if chosen.probe is None else tuple(entry.name for entry in chosen.probe.classes),
                 source=chosen.source,
                 recipe=portable(recipe).resolved(),
                 data=record.data,
                 licence=licence,
-                check=_check(agreement, images, rtol=engine.RTOL, atol=engine.ATOL),
+                check=check,
                 probes=results.probes,
                 attacks=results.attacks,
             )
@@ -190,9 +188,9 @@ def _export_weights(
             write_text(staged / CARD, card(made, portable(recipe), record))
     if not options.quiet:
         console.say(
-            f"{path.name}: read back by {agreement.reader}, differs by at most "
-            f"{agreement.largest_difference:.2g} from the live model at batch "
-            f"{', '.join(map(str, agreement.batches))}"
+            f"{path.name}: read back by {check.reader}, differs by at most "
+            f"{check.largest_difference:.2g} from the live model at batch "
+            f"{', '.join(map(str, check.batches))}"
         )
     return made
 
@@ -253,20 +251,12 @@ def _choose(
     return _Choice(subject, source, probe)
 
 
-def _check(agreement: Agreement, images: ImageSet, *, rtol: float, atol: float) -> CheckRecord:
-    return CheckRecord(
-        reader=agreement.reader,
-        batches=agreement.batches,
-        rtol=rtol,
-        atol=atol,
-        largest_difference=agreement.largest_difference,
-        data=DataUsed(
-            dataset=images.dataset,
-            split=images.split,
-            n=min(sum(agreement.batches), len(images)),
-            fingerprint=images.fingerprint,
-        ),
-    )
+def _looked_at(images: ImageSet) -> DataUsed:
+    """The images that a check looks at."""
+    from cfamc_cli.engine.export import IMAGES
+
+    n = min(IMAGES, len(images))
+    return DataUsed(dataset=images.dataset, split=images.split, n=n, fingerprint=images.fingerprint)
 
 
 def portable(recipe: Recipe) -> Recipe:

@@ -13,19 +13,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, assert_never
+from typing import Any, assert_never
 
 import torch
 from torch import Tensor, nn
 
 from cfamc_cli.engine import checkpoint
 from cfamc_cli.engine.device import full_precision
-from cfamc_cli.engine.heads import Classifier, LinearHead
-from cfamc_cli.engine.models import Encoder, Features
+from cfamc_cli.engine.heads import Classifier, LinearHead, feature_dim
+from cfamc_cli.engine.models import Encoder
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.recipe import DEPTHS, Model
+from cfamc_cli.records import CheckRecord, DataUsed, Format, OutputSpec
 
-Format = Literal["safetensors", "pt2", "onnx"]
 Forward = Callable[[Tensor], Tensor]
 
 RTOL, ATOL = 1e-3, 1e-5
@@ -65,42 +65,27 @@ class Subject:
         module: The weights under the names that they get, on the CPU, in eval mode.
         live: What the files are held against: the part of the encoder or classifier itself.
         device: Where `live` computes.
-        output: "features" or "logits".
-        output_dim: F or C.
+        output: What comes out.
     """
 
     model: Model
     module: nn.Module
     live: Forward
     device: torch.device
-    output: str
-    output_dim: int
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How a file that was read back compares with the live model.
-
-    Attributes:
-        reader: Library that read it, with its version.
-        batches: Sizes of the batches compared.
-        largest_difference: Of any output, absolute.
-    """
-
-    reader: str
-    batches: tuple[int, ...]
-    largest_difference: float
+    output: OutputSpec
 
 
 def backbone_of(encoder: Encoder, model: Model, *, device: torch.device) -> Subject:
     """The backbone, from images to (N, F), under torchvision's names."""
-    return Subject(model, _portable(encoder.backbone), encoder.backbone, device, "features", _dim(encoder, "backbone"))
+    output = OutputSpec(name="features", dim=feature_dim(encoder, "backbone"))
+    return Subject(model, _portable(encoder.backbone), encoder.backbone, device, output)
 
 
 def encoder_of(encoder: Encoder, model: Model, *, device: torch.device) -> Subject:
     """Backbone and `pre_feature`, from images to what heads read; the projector served the objective alone."""
     module = _portable(Stack(encoder.backbone, encoder.pre_feature, None))
-    return Subject(model, module, encoder.features, device, "features", _dim(encoder, "pre_feature"))
+    output = OutputSpec(name="features", dim=feature_dim(encoder, "pre_feature"))
+    return Subject(model, module, encoder.features, device, output)
 
 
 def classifier_of(classifier: Classifier, model: Model, *, device: torch.device) -> Subject:
@@ -119,7 +104,7 @@ def classifier_of(classifier: Classifier, model: Model, *, device: torch.device)
     pre_feature = encoder.pre_feature if classifier.features == "pre_feature" else None
     head = _plain_linear(classifier.head)
     module = _portable(Stack(encoder.backbone, pre_feature, head))
-    return Subject(model, module, classifier, device, "logits", head.out_features)
+    return Subject(model, module, classifier, device, OutputSpec(name="logits", dim=head.out_features))
 
 
 def require(wanted: Format) -> None:
@@ -138,13 +123,14 @@ def require(wanted: Format) -> None:
         )
 
 
-def write(subject: Subject, path: Path, images: Tensor, *, wanted: Format) -> Agreement:
+def write(subject: Subject, path: Path, images: Tensor, *, data: DataUsed, wanted: Format) -> CheckRecord:
     """Write a file, read it back and compare; the caller removes what does not agree.
 
     Args:
         subject: What to write.
         path: The file, in a folder where nothing else needs it yet.
         images: uint8, (IMAGES, 3, S, S), real ones; their size is the size that .pt2 and ONNX files take.
+        data: Where they are from.
         wanted: How to write it.
 
     Raises:
@@ -156,17 +142,20 @@ def write(subject: Subject, path: Path, images: Tensor, *, wanted: Format) -> Ag
     except Exception as error:  # whatever a library raises at a file that it cannot read
         cause = " ".join(str(error).split())[:200] or type(error).__name__
         raise CfamcError(f"{path.name} cannot be read back: {cause}") from error
-    return compare(subject, forward, images, reader=reader, name=path.name)
+    return compare(subject, forward, images, data=data, reader=reader, name=path.name)
 
 
 @torch.no_grad()
-def compare(subject: Subject, forward: Forward, images: Tensor, *, reader: str, name: str) -> Agreement:
+def compare(
+    subject: Subject, forward: Forward, images: Tensor, *, data: DataUsed, reader: str, name: str
+) -> CheckRecord:
     """Hold what was read back against the live model on batches of 1, 2 and 7 different images.
 
     Args:
         subject: The live model.
         forward: What was read back: (n, 3, S, S) in [0, 1] on the CPU to (n, F) or (n, C).
         images: uint8, (IMAGES, 3, S, S).
+        data: Where they are from.
         reader: Who read it.
         name: What messages call the file.
 
@@ -189,10 +178,10 @@ def compare(subject: Subject, forward: Forward, images: Tensor, *, reader: str, 
                 f"{where} by up to {difference:.3g}, more than {RTOL:g} relative and {ATOL:g} absolute",
                 hint="nothing was handed over; other versions of the libraries may do better",
             )
-        if subject.output == "logits" and not torch.equal(found.argmax(1), wanted.argmax(1)):
+        if subject.output.name == "logits" and not torch.equal(found.argmax(1), wanted.argmax(1)):
             raise CfamcError(f"{where}: another class", hint="nothing was handed over")
         largest = max(largest, difference)
-    return Agreement(reader, BATCHES, largest)
+    return CheckRecord(reader=reader, batches=BATCHES, rtol=RTOL, atol=ATOL, largest_difference=largest, data=data)
 
 
 def some_images(images: Tensor) -> Tensor:
@@ -211,7 +200,7 @@ def _save(subject: Subject, path: Path, images: Tensor, *, wanted: Format) -> No
                 _traced(subject.module, images),
                 dynamo=True,
                 input_names=[INPUT],
-                output_names=[subject.output],
+                output_names=[subject.output.name],
                 verbose=False,
             )
             assert program is not None, "dynamo returns a program"
@@ -265,20 +254,17 @@ def _onnx_session(path: Path) -> Forward:
 
 def _twin(subject: Subject) -> tuple[str, nn.Module]:
     """Other modules of the same names: torchvision's backbone, and plain layers on it."""
-    model, reader = subject.model, _version("torchvision")
     with torch.random.fork_rng(devices=[]):  # the initial weights are drawn, and overwritten
-        backbone = torchvision_backbone(model)
-        if not isinstance(subject.module, Stack):
-            return reader, backbone
-        pre_feature, head = subject.module.pre_feature, subject.module.head
-        if pre_feature is not None:
-            dim = subject.module.backbone.feature_dim
-            assert isinstance(dim, int), "a width is a number"
-            hidden = model.hidden_dim
-            pre_feature = nn.Sequential(nn.Linear(dim, hidden), nn.BatchNorm1d(hidden), nn.ReLU())
-        if isinstance(head, nn.Linear):
-            head = nn.Linear(head.in_features, head.out_features)
-        return reader, Stack(backbone, pre_feature, head)
+        twin = backbone = torchvision_backbone(subject.model)
+        if isinstance(subject.module, Stack):
+            pre_feature, head = subject.module.pre_feature, subject.module.head
+            if pre_feature is not None:
+                weight, hidden = pre_feature.state_dict()["0.weight"], subject.model.hidden_dim
+                pre_feature = nn.Sequential(nn.Linear(weight.shape[1], hidden), nn.BatchNorm1d(hidden), nn.ReLU())
+            if isinstance(head, nn.Linear):
+                head = nn.Linear(head.in_features, head.out_features)
+            twin = Stack(backbone, pre_feature, head)
+    return _version("torchvision"), twin
 
 
 def torchvision_backbone(model: Model) -> nn.Module:
@@ -311,16 +297,9 @@ def _plain_linear(head: LinearHead) -> nn.Linear:
     if head.mean is not None and head.std is not None:
         weight = weight / head.std.double().cpu()
         bias = bias - weight @ head.mean.double().cpu()
-    with torch.random.fork_rng(devices=[]):  # the initial weights are drawn, and overwritten
-        plain = nn.Linear(weight.shape[1], weight.shape[0])
-    plain.load_state_dict({"weight": weight.float(), "bias": bias.float()})
+    plain = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    plain.load_state_dict({"weight": weight.float(), "bias": bias.float()}, assign=True)
     return plain
-
-
-def _dim(encoder: Encoder, features: Features) -> int:
-    if features == "backbone":
-        return encoder.backbone.feature_dim
-    return int(encoder.state_dict()["pre_feature.0.weight"].shape[0])
 
 
 def _version(package: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Protocol
 
@@ -169,18 +169,16 @@ def read_features(
         own = CropParameters(*(drawn[first : first + rows] for drawn in vars(parameters).values()))
         return _sum_over_crops(encoder, crop_batch(x, own, size=size), features=features)
 
-    total = torch.zeros(())
-    for first in range(0, views, rows):
-        if torch.is_grad_enabled() and rows < views:  # keeps too much, the activations of all crops: compute them again
-            total = total + recomputed(part, x, first, use_reentrant=False, preserve_rng_state=False)
-        else:
-            total = total + part(x, first)
-    return total / views
+    # the activations of all crops would be too much to keep for a backward pass: compute them again
+    again = partial(recomputed, part, use_reentrant=False, preserve_rng_state=False)
+    read = again if torch.is_grad_enabled() and rows < views else part
+    sums = torch.stack([read(x, first) for first in range(0, views, rows)]).sum(0)
+    return sums / views
 
 
 def _sum_over_crops(encoder: Encoder, crops: Tensor, *, features: Features) -> Tensor:
     """Features of crops (n, N, 3, S, S), summed over n: (N, F)."""
-    return encoder.features(crops.flatten(0, 1), features=features).unflatten(0, crops.shape[:2]).sum(0)
+    return encoder.features(crops.flatten(0, 1), features=features).view(*crops.shape[:2], -1).sum(0)
 
 
 @dataclass(frozen=True)

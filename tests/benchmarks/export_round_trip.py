@@ -28,11 +28,11 @@ from torch import Tensor
 from cfamc_cli.engine import export
 from cfamc_cli.engine.attacks.pgd import pgd
 from cfamc_cli.engine.heads import Classifier, load_classifier, load_recipe
-from cfamc_cli.records import ProbeRecord, load_record
+from cfamc_cli.records import Format, ProbeRecord, load_record
 from cfamc_cli.store import RunFolder
 
 BATCH = 250
-FORMATS: tuple[export.Format, ...] = ("onnx", "pt2")
+FORMATS: tuple[Format, ...] = ("onnx", "pt2")
 _ROUNDING = 1e-6  # by which an example may leave the ball
 _PACKAGES = ("cfamc", "torch", "torchvision", "onnx", "onnxscript", "onnxruntime")
 
@@ -112,7 +112,7 @@ def main() -> None:
     for wanted in FORMATS:
         with tempfile.TemporaryDirectory() as folder:
             path, started = Path(folder, f"classifier.{wanted}"), time.perf_counter()
-            export.write(subject, path, export.some_images(images), wanted=wanted)
+            export.write(subject, path, export.some_images(images), data=record.test, wanted=wanted)
             written = time.perf_counter() - started
             reader, forward = export.read_back(subject, path, wanted=wanted)
             found = {name: agreement(live[name], logits_of(forward, batch), labels) for name, batch in sets.items()}
