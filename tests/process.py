@@ -24,53 +24,6 @@ from typing import Any, NoReturn
 from unittest import mock
 
 QUIET = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
-RECIPE = """schema = 1
-name = "tiny"
-[data]
-dataset = "fashion-mini"
-limit = 64
-[[crops]]
-count = {count}
-size = 16
-scale = [0.2, 1.0]
-[augment]
-jitter = [0.4, 0.4, 0.0, 0.0]
-grayscale_p = 0.0
-[model]
-width = 8
-hidden_dim = 32
-embedding_dim = 16
-[objective]
-name = "{objective}"
-[adversary]
-{adversary}
-[train]
-epochs = {epochs}
-batch_size = 8
-checkpoint_every = {every}
-log_every = {log_every}
-precision = "float32"
-"""
-ADVERSARIES = {
-    "none": 'name = "none"',
-    "pgd": 'name = "pgd"\nsteps = 2',
-    "free": 'name = "free"\nreplays = 3',
-}
-
-
-def recipe_text(
-    objective: str = "emp-ssl", adversary: str = "free", *, epochs: float = 1.0, every: int = 1, log_every: int = 2
-) -> str:
-    """A recipe whose update takes milliseconds: 8 batches an epoch."""
-    count = 4 if objective == "emp-ssl" else 2
-    return RECIPE.format(
-        objective=objective,
-        adversary=ADVERSARIES[adversary],
-        count=count,
-        epochs=epochs,
-        every=every,
-        log_every=log_every,
-    )
 
 
 @dataclass(frozen=True)

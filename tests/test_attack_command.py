@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from process import recipe_text
 from stages import ensemble
+from tiny import recipe_text
 
 from cfamc_cli import cli
 from cfamc_cli.commands import attack as command

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from process import Warm, recipe_text
+from process import Warm
+from tiny import recipe_text
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import typer
-from process import cfamc, environment, recipe_text
+from process import cfamc, environment
+from tiny import recipe_text
 
 from cfamc_cli import __version__, cli, recipe_file
 

@@ -9,12 +9,13 @@ import re
 import subprocess
 import sys
 import textwrap
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import NOON, attack_record, data_used, probe_record, run_record, write_record
 
 from cfamc_cli import sheets
 from cfamc_cli.commands.compare import compare
@@ -24,48 +25,15 @@ from cfamc_cli.gather import final_encoder_digest, gather
 from cfamc_cli.plots import panels
 from cfamc_cli.records import (
     Accuracy,
-    AttackRecord,
-    ClassAccuracy,
-    ClassRobustness,
-    DataUsed,
-    Environment,
     Evaluation,
     Flag,
     Outcomes,
-    ProbeRecord,
     Progress,
-    Record,
-    RunRecord,
-    Stage,
     StageOutcome,
     ThreatModel,
-    Totals,
     pack_bits,
 )
 from cfamc_cli.store import RunFolder, list_runs
-
-NOON = datetime(2026, 11, 22, 12, 0, 0, tzinfo=UTC)
-ENVIRONMENT = Environment(
-    cfamc="0.1.0",
-    python="3.11.7",
-    torch="2.9.0",
-    torchvision="0.24.0",
-    platform="Linux-6.1-x86_64",
-    cpu="Some CPU",
-    cores=2,
-    device="cpu",
-    git_revision="0" * 40,
-    git_changed=False,
-)
-
-
-def data(split: str, n: int, dataset: str = "cifar10") -> DataUsed:
-    return DataUsed(dataset=dataset, split=split, n=n, fingerprint=f"{dataset}-{split}".encode().hex())
-
-
-def write(path: Path, record: Record) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(record.model_dump_json(indent=2))
 
 
 def make_run(
@@ -79,48 +47,16 @@ def make_run(
     **changes: Any,
 ) -> Path:
     """A finished run without results; `changes` go to its record."""
-    record = RunRecord(
-        id=run,
-        name=name,
-        status="finished",
-        created=NOON,
-        updated=NOON,
-        recipe_digest=digest,
-        seed=seed,
-        progress=Progress(batch=500, step=1500, epoch=1.0, total=1500),
-        environment=ENVIRONMENT,
-        wall_seconds=700.0 + seed,
-        totals=Totals(steps=1500, view_passes=600_000, parameters=2_000_000),
-        data=data("train", 50_000),
-    ).model_copy(update=changes)
-    write(store / run / "run.json", record)
+    settled = {"id": run, "name": name, "recipe_digest": digest, "seed": seed, "wall_seconds": 700.0 + seed}
+    write_record(store / run / "run.json", run_record(**settled | changes))
     resolved = {"schema": 1, "name": name, "seed": seed, "adversary": {"name": "free", "replays": 3}, **(recipe or {})}
     (store / run / "resolved.json").write_text(json.dumps(resolved))
     return store / run
 
 
 def add_probe(run: Path, item: str = "linear-001", **changes: Any) -> None:
-    record = ProbeRecord(
-        id=item,
-        run=run.name,
-        created=NOON,
-        recipe_digest="aa",
-        seed=0,
-        head="linear",
-        features="pre_feature",
-        settings={"head": "linear", "protocol": "official", "epochs": 20},
-        encoder_digest="ee",
-        head_digest="dd",
-        train=data("train", 50_000),
-        test=data("test", 1000),
-        train_accuracy=None,
-        test_accuracy=Accuracy.of(700, 1000),
-        classes=tuple(ClassAccuracy(name=str(k), accuracy=Accuracy.of(70, 100)) for k in range(10)),
-        confusion=tuple(tuple(10 for _ in range(10)) for _ in range(10)),
-        wall_seconds=30.0,
-        environment=ENVIRONMENT,
-    )
-    write(run / "probes" / item / "record.json", record.model_copy(update=changes))
+    record = probe_record(**{"id": item, "run": run.name} | changes)
+    write_record(run / "probes" / item / "record.json", record)
 
 
 def add_attack(
@@ -137,36 +73,18 @@ def add_attack(
     clean = [i % 10 < 7 for i in range(1000)] if clean is None else clean
     robust = [right and i % 3 == 0 for i, right in enumerate(clean)] if robust is None else robust
     n = len(clean)
-    record = AttackRecord(
-        id=item,
-        run=run.name,
-        probe="linear-001",
-        created=NOON,
-        recipe_digest="aa",
-        seed=0,
-        head="linear",
-        features="pre_feature",
-        threat=ThreatModel(space=space, norm="linf", eps=eps),
-        attack="pgd",
-        settings={"name": "pgd", "eps": eps, "steps": 20, "step_size": "0.01", "restarts": 1, "seed": 3},
-        data=data("test", n),
-        subset=f"the first {n} of a balanced order",
-        order_digest="0b",
-        encoder_digest="ee",
-        head_digest="dd",
-        clean=Accuracy.of(sum(clean), n),
-        robust=Accuracy.of(sum(robust), n),
-        classes=tuple(
-            ClassRobustness(name=str(k), clean=Accuracy.of(70, 100), robust=Accuracy.of(30, 100)) for k in range(10)
-        ),
-        stages=(Stage(name="pgd", attacked=700, broken=400, forward=1, backward=1, wall_seconds=1.0),),
-        forward=1,
-        backward=1,
-        wall_seconds=1.0,
-        flags=(Flag(name="ball", figure=0.0, limit=0.0, verdict="passed", text="inside"),),
-        environment=ENVIRONMENT,
-    ).model_copy(update=changes)
-    write(run / "attacks" / item / "record.json", record)
+    settled = {
+        "id": item,
+        "run": run.name,
+        "threat": ThreatModel(space=space, norm="linf", eps=eps),
+        "settings": {"name": "pgd", "eps": eps, "steps": 20, "step_size": "0.01", "restarts": 1, "seed": 3},
+        "data": data_used("test", n),
+        "subset": f"the first {n} of a balanced order",
+        "clean": Accuracy.of(sum(clean), n),
+        "robust": Accuracy.of(sum(robust), n),
+    }
+    record = attack_record(**settled | changes)
+    write_record(run / "attacks" / item / "record.json", record)
     if outcomes:
         stage = StageOutcome(name="pgd", done=n, robust=pack_bits(robust))
         kept = Outcomes(
@@ -178,7 +96,7 @@ def add_attack(
             clean=pack_bits(clean),
             stages=(stage,),
         )
-        write(run / "attacks" / item / "outcomes.json", kept)
+        write_record(run / "attacks" / item / "outcomes.json", kept)
 
 
 def run(references: list[str], store: Path, **changes: Any) -> None:
@@ -351,7 +269,7 @@ def test_other_eps_spaces_and_attacks_stand_apart(store: Path, capsys: pytest.Ca
     add_attack(store / A, "pgd-002", eps="4/255")
     add_attack(store / A, "pgd-003", space="crops")
     add_attack(store / A, "autoattack-001", attack="autoattack", settings={"version": "standard"})
-    add_attack(store / A, "pgd-004", data=data("test", 1000, "cifar100"))
+    add_attack(store / A, "pgd-004", data=data_used("test", 1000, "cifar100"))
     add_attack(store / A, "pgd-005", eps="16/510")  # the same size in another spelling, and the newer number
     add_probe(store / A)
     found = result(capsys, [], store)
@@ -374,14 +292,14 @@ def test_seeds_fold(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert names(result(capsys, [], store)) == [[B, "a (3 seeds)"]]
     assert names(result(capsys, [], store, fold=False)) == [[B, A, C, D]]
     make_run(
-        store, D, name="a", seed=2, data=data("train", 50_000, "other")
+        store, D, name="a", seed=2, data=data_used("train", 50_000, "other")
     )  # not the same images: not the same recipe
     assert names(result(capsys, [], store)) == [[B, "a (2 seeds)", D]]
 
 
 def test_seeds_that_draw_their_own_part_of_the_data_fold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for seed, run_id in enumerate((A, B)):
-        drawn = data("train", 1000).model_copy(update={"fingerprint": f"{seed:064x}"})
+        drawn = data_used("train", 1000).model_copy(update={"fingerprint": f"{seed:064x}"})
         recipe = {"data": {"dataset": "cifar10", "limit": 1000}}
         add_attack(make_run(tmp_path, run_id, seed=seed, recipe=recipe, data=drawn))
     assert names(result(capsys, [], tmp_path)) == [["a (2 seeds)"]]
@@ -439,7 +357,7 @@ def test_the_manifest_of_a_checkpoint_tells_the_digest_of_its_encoder(tmp_path: 
 def test_a_head_fitted_to_fewer_images_hides_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = make_run(tmp_path, A)
     add_probe(made)
-    add_probe(made, "linear-002", train=data("train", 500), test_accuracy=Accuracy.of(400, 1000))
+    add_probe(made, "linear-002", train=data_used("train", 500), test_accuracy=Accuracy.of(400, 1000))
     (table,) = result(capsys, [], tmp_path)["tables"]
     rows = [(row["recipe"]["head.images"], row["clean"]["value"]) for row in table["rows"]]
     assert rows == [(50_000, 0.7), (500, 0.4)]
@@ -546,8 +464,8 @@ def test_published_rows_are_marked(store: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     "changes",
     [
-        {"data": data("test", 1000, "folder")},
-        {"data": data("train", 1000)},
+        {"data": data_used("test", 1000, "folder")},
+        {"data": data_used("train", 1000)},
         {"features": "backbone"},
         {"head": "crops"},
         {"attack": "autoattack"},

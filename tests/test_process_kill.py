@@ -12,7 +12,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from process import Child, recipe_text, warm
+from process import Child, warm
+from tiny import recipe_text
 
 from cfamc_cli.files import Process, _temp_name
 

@@ -16,7 +16,8 @@ import pytest
 import torch
 from fixed_inputs import uniform
 from PIL import Image
-from process import Child, Done, cfamc, recipe_text, warm
+from process import Child, Done, cfamc, warm
+from tiny import recipe_text
 
 TINY = ("--set", "train.epochs=0.25")  # two batches
 

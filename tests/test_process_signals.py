@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from process import Child, Done, recipe_text, warm
+from process import Child, Done, warm
+from tiny import recipe_text
 
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
 

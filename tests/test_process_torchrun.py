@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from process import environment, recipe_text
+from process import environment
+from tiny import recipe_text
 
 pytestmark = pytest.mark.slow
 

@@ -10,116 +10,29 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import attack_record, probe_record, run_record
 
 from cfamc_cli import records
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.files import JsonLines
 from cfamc_cli.records import (
     Accuracy,
-    AttackRecord,
-    DataUsed,
-    Environment,
     Evaluation,
     Failure,
     Outcomes,
-    ProbeRecord,
-    Progress,
     RunRecord,
     StageOutcome,
-    ThreatModel,
-    Totals,
 )
 
-ENVIRONMENT = Environment(
-    cfamc="0.1.0",
-    python="3.11.7",
-    torch="2.9.0",
-    torchvision="0.24.0",
-    platform="Linux",
-    cpu="some",
-    cores=2,
-    device="cpu",
-    git_revision=None,
-    git_changed=False,
+FAILED = run_record(
+    evaluation=Evaluation(
+        epoch=1.0, knn=None, clean=Accuracy.of(7, 10), robust=Accuracy.of(3, 10), eps="8/255", attack="pgd-10"
+    ),
+    failure=Failure(message="a", exit_code=3, step=4, loss=float("nan"), gradient_norm=float("inf")),
 )
-TEST = DataUsed(dataset="cifar10", split="test", n=10, fingerprint="ab12")
 
 
-def run_record() -> RunRecord:
-    return RunRecord(
-        id="20261122-201530-a-3f2a9c",
-        name="a",
-        status="finished",
-        created=records.now(),
-        updated=records.now(),
-        recipe_digest="0f",
-        seed=0,
-        progress=Progress(batch=3, step=9, epoch=1.0, total=9),
-        environment=ENVIRONMENT,
-        wall_seconds=1.5,
-        totals=Totals(steps=9, view_passes=100, parameters=7),
-        data=TEST,
-        evaluation=Evaluation(
-            epoch=1.0, knn=None, clean=Accuracy.of(7, 10), robust=Accuracy.of(3, 10), eps="8/255", attack="pgd-10"
-        ),
-        failure=Failure(message="a", exit_code=3, step=4, loss=float("nan"), gradient_norm=float("inf")),
-    )
-
-
-def probe_record() -> ProbeRecord:
-    return ProbeRecord(
-        id="linear-001",
-        run="r",
-        created=records.now(),
-        recipe_digest="0f",
-        seed=0,
-        head="linear",
-        features="pre_feature",
-        settings={"epochs": 20},
-        encoder_digest="aa",
-        head_digest=None,
-        train=TEST,
-        test=TEST,
-        train_accuracy=None,
-        test_accuracy=Accuracy.of(7, 10),
-        classes=(),
-        confusion=((3, 0), (1, 2)),
-        wall_seconds=1.0,
-        environment=ENVIRONMENT,
-    )
-
-
-def attack_record() -> AttackRecord:
-    return AttackRecord(
-        id="pgd-001",
-        run="r",
-        probe="linear-001",
-        created=records.now(),
-        recipe_digest="0f",
-        seed=0,
-        head="linear",
-        features="pre_feature",
-        threat=ThreatModel(space="image", norm="linf", eps="8/255"),
-        attack="pgd",
-        settings={"steps": 20, "step_size": "0.01"},
-        data=TEST,
-        subset="the first 10",
-        order_digest="bb",
-        encoder_digest="aa",
-        head_digest="cc",
-        clean=Accuracy.of(7, 10),
-        robust=Accuracy.of(3, 10),
-        classes=(),
-        stages=(),
-        forward=1,
-        backward=1,
-        wall_seconds=1.0,
-        flags=(),
-        environment=ENVIRONMENT,
-    )
-
-
-@pytest.mark.parametrize("record", [run_record(), probe_record(), attack_record()], ids=lambda record: record.id)
+@pytest.mark.parametrize("record", [FAILED, probe_record(), attack_record()], ids=lambda record: record.id)
 def test_a_record_comes_back_as_it_was(tmp_path: Path, record: records.Record) -> None:
     records.save_record(tmp_path / "record.json", record)
     assert records.load_record(tmp_path / "record.json", type(record)) == record
@@ -127,7 +40,7 @@ def test_a_record_comes_back_as_it_was(tmp_path: Path, record: records.Record) -
 
 def test_what_is_not_finite_or_no_text_is_stored_as_such(tmp_path: Path) -> None:
     failure = Failure(message="a\udcffb", exit_code=3, loss=float("nan"), gradient_norm=float("inf"))
-    records.save_record(tmp_path / "run.json", run_record().model_copy(update={"failure": failure}))
+    records.save_record(tmp_path / "run.json", run_record(failure=failure))
     stored = json.loads((tmp_path / "run.json").read_bytes())["failure"]
     assert stored["message"] == "a\\udcffb"
     assert stored["loss"] is None
@@ -137,7 +50,7 @@ def test_what_is_not_finite_or_no_text_is_stored_as_such(tmp_path: Path) -> None
 def test_a_record_that_breaks_its_schema_is_never_written(tmp_path: Path) -> None:
     for change in ({"seed": "0"}, {"wall_seconds": float("nan")}, {"status": "done"}):
         with pytest.raises(ValueError, match=r"validation error|not JSON compliant"):
-            records.save_record(tmp_path / "run.json", run_record().model_copy(update=change))
+            records.save_record(tmp_path / "run.json", run_record(**change))
     assert list(tmp_path.iterdir()) == []
 
 
