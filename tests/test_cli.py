@@ -192,34 +192,6 @@ def test_recipes(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch
 # Whole processes
 
 
-def test_light_commands_never_import_torch(tmp_path: Path) -> None:
-    lines = [
-        ["--help"],
-        ["--version"],
-        ["nothing"],
-        ["recipes", "list"],
-        ["recipes", "show", "cifar10"],
-        ["pretrain", "--help"],
-        ["pretrain", "imagenet100", "--dry-run", "--json"],
-        ["pretrain", "quickstart", "--set", "adversary.eps=8", "--json"],
-        ["pretrain", "--resume", "latest"],
-    ]
-    code = "\n".join(
-        [
-            "import sys",
-            "from cfamc_cli.cli import run",
-            f"print([run(words) for words in {lines!r}], file=sys.stderr)",
-            "heavy = {'torch', 'torchvision', 'numpy', 'matplotlib', 'safetensors'} & set(sys.modules)",
-            "sys.exit(f'imported {heavy}' if heavy else 0)",
-        ]
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "[0, 0, 2, 0, 0, 0, 0, 2, 2]" in done.stderr
-
-
 def shell(line: str, folder: Path, **env: str) -> tuple[int, str, str]:
     """Run a line of bash in which $cfamc is the program."""
     done = subprocess.run(

@@ -177,7 +177,6 @@ def test_a_file_size_limit_is_named(tmp_path: Path) -> None:
     assert names(tmp_path) == ["a"]
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_a_full_disk_is_named(tmp_path: Path) -> None:
     lines = files.JsonLines(tmp_path / "a")
     descriptor = os.open("/dev/full", os.O_WRONLY)

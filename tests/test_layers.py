@@ -6,12 +6,15 @@ import ast
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from process import environment
+from tiny import attack_record, probe_record, run_record, tiny_recipe, write_record
 
 import cfamc_cli
+from cfamc_cli.recipe_file import to_toml
 
 PACKAGE = Path(cfamc_cli.__file__).parent
 ENGINE = sorted((PACKAGE / "engine").rglob("*.py"))
@@ -58,52 +61,81 @@ def test_safetensors_is_touched_in_one_file_and_nothing_is_unpickled() -> None:
                 ), path
 
 
+# The one test of what starts without torch
+
 _PROBE = """
-import contextlib, io, json, sys
+import contextlib, importlib, io, json, sys
+modules, commands = json.loads(sys.argv[1])
+for name in modules:
+    importlib.import_module(name)
 from cfamc_cli import cli
 codes = []
-for arguments in json.loads(sys.argv[1]):
+for arguments in commands:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        try:
-            codes.append(cli.run(arguments))
-        except SystemExit as error:
-            codes.append(error.code)
-heavy = [name for name in ("torch", "torchvision", "numpy", "safetensors", "matplotlib") if name in sys.modules]
-print(json.dumps([codes, heavy]))
+        codes.append(cli.run(arguments))
+print(json.dumps([codes, sorted(sys.modules)]))
 """
+HEAVY = {"torch", "torchvision", "numpy", "scipy", "safetensors", "matplotlib", "PIL", "onnx", "tensorboard"}
 
 
-def test_help_listings_and_recipe_errors_come_without_torch(tmp_path: Path) -> None:
+def light_modules() -> list[str]:
+    """Every module that lies outside the engine."""
+    paths = [path for path in PACKAGE.rglob("*.py") if path not in ENGINE and path.stem != "__main__"]
+    dotted = [".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in paths]
+    return sorted(name.removesuffix(".__init__") for name in dotted)
+
+
+def loaded_by(modules: Sequence[str], commands: Sequence[Sequence[str]], *, cwd: Path) -> tuple[list[int], set[str]]:
+    """The exit codes of command lines in one process, and the modules that it holds at the end."""
+    command = [sys.executable, "-c", _PROBE, json.dumps([modules, commands])]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=cwd, env=environment())
+    codes, loaded = json.loads(done.stdout.splitlines()[-1])
+    return codes, set(loaded)
+
+
+def test_what_is_light_comes_without_torch(tmp_path: Path) -> None:
     broken = tmp_path / "broken.toml"
     broken.write_text("schema = 1\nname = 3\n[data]\ndataset = 'cifar11'\n")
-    commands: list[tuple[list[str], int | None]] = [
-        (["--help"], 0),
-        (["--version"], 0),
-        (["pretrain", "--help"], 0),
-        (["recipes", "list"], 0),
-        (["recipes", "show", "cifar10"], 0),
-        (["pretrain", "cifar10", "--dry-run"], 0),
-        (["pretrain", str(broken)], 2),
-        (["pretrain", str(tmp_path / "missing.toml")], 2),
-        (["pretrain", "cifar10", "--set", "train.batchsize=3"], 2),
-        (["pretrain", "cifar10", "--set", "adversary.eps=8", "--json"], 2),
-        (["nonsense"], 2),
-    ]
-    (tmp_path / "runs").mkdir()
-    known = cli_commands()
-    if "compare" in known:
-        commands += [(["compare", "--help"], 0), (["compare", str(tmp_path / "runs")], None)]
-    arguments = json.dumps([words for words, _ in commands])
-    done = subprocess.run(
-        [sys.executable, "-c", _PROBE, arguments], capture_output=True, text=True, check=True, cwd=tmp_path
+    run = tmp_path / "runs" / "20261122-120000-a-000000"
+    write_record(run / "run.json", run_record())
+    write_record(run / "probes/linear-001/record.json", probe_record())
+    write_record(run / "attacks/pgd-001/record.json", attack_record())
+    (run / "resolved.json").write_text(json.dumps(tiny_recipe().resolved()))
+    (run / "recipe.toml").write_text(to_toml(tiny_recipe()))
+    (run / "metrics.jsonl").write_text('{"kind":"train","step":1,"loss":1.0}\n')
+    commands = {
+        "--help": 0,
+        "--version": 0,
+        "nonsense": 2,
+        "recipes list": 0,
+        "recipes show cifar10": 0,
+        "pretrain --help": 0,
+        "pretrain cifar10 --dry-run": 0,
+        "pretrain imagenet100 --dry-run --json": 0,
+        "pretrain broken.toml": 2,
+        "pretrain missing.toml": 2,
+        "pretrain cifar10 --set train.batchsize=3": 2,
+        "pretrain quickstart --set adversary.eps=8 --json": 2,
+        "pretrain --resume latest": 2,
+        "probe --help": 0,
+        "attack --help": 0,
+        "attack --eps 8": 2,
+        "attack --norm l1": 2,
+        "compare --help": 0,
+        "compare": 0,
+        "compare runs --json": 0,
+        "export --help": 0,
+        "export latest --metrics csv --out m": 0,
+    }
+    codes, loaded = loaded_by(light_modules(), [words.split() for words in commands], cwd=tmp_path)
+    assert dict(zip(commands, codes, strict=True)) == commands
+    assert not loaded & HEAVY
+
+
+def test_recipes_and_their_plans_come_without_terminal_libraries() -> None:
+    code = (
+        "import sys; from cfamc_cli import plan, recipe_file; from cfamc_cli.commands import recipes;"
+        "plan.plan(recipe_file.load('cifar10')); recipes.list_recipes();"
+        "sys.exit(any(name in sys.modules for name in ('numpy', 'rich', 'typer')))"
     )
-    codes, heavy = json.loads(done.stdout.splitlines()[-1])
-    assert heavy == []
-    for code, (words, expected) in zip(codes, commands, strict=True):
-        assert expected is None or code == expected, words
-
-
-def cli_commands() -> set[str]:
-    from cfamc_cli.cli import app
-
-    return {str(command.name or getattr(command.callback, "__name__", "")) for command in app.registered_commands}
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
-import sys
 from typing import Any, Literal, get_args
 
 import pytest
@@ -157,12 +155,3 @@ def test_memory_has_its_parts() -> None:
 def test_a_short_run_has_one_batch() -> None:
     shown = plan(load("cifar10", "train.epochs=0.0001"))
     assert (shown.batches, shown.weight_updates) == (1, 3)
-
-
-def test_no_torch() -> None:
-    code = (
-        "import sys; from cfamc_cli import plan, recipe_file; from cfamc_cli.commands import recipes;"
-        "plan.plan(recipe_file.load('cifar10')); recipes.list_recipes();"
-        "sys.exit(any(name in sys.modules for name in ('torch', 'numpy', 'rich', 'typer')))"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
