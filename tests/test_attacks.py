@@ -17,6 +17,7 @@ from cfamc_cli.engine.attacks.search import fooled, logits_at
 from cfamc_cli.engine.attacks.square import _bump, _pyramid, share_of_area
 from cfamc_cli.engine.attacks.verify import in_region
 from cfamc_cli.engine.ball import Norm, norms
+from cfamc_cli.engine.pictures import loss_by_step
 from cfamc_cli.recipe import AutoAttackAttack, FabAttack, SquareAttack, TargetedApgdAttack, number
 
 CLASSES, SHAPE = 5, (3, 8, 8)
@@ -168,6 +169,47 @@ def test_a_larger_eps_breaks_more(norm: Norm) -> None:
     assert counts == sorted(counts)
     assert counts[0] == 0
     assert counts[-1] == len(x)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("index", range(8))
+def test_every_attack_breaks_more_with_a_larger_eps(norm: Norm, index: int) -> None:
+    radius = LINEAR.radius(norm)
+    counts = [int(LINEAR.broken(stages(float(radius.quantile(q)), norm)[index]).sum()) for q in (0.05, 0.3, 0.6, 0.95)]
+    assert counts == sorted(counts)
+    assert counts[0] < counts[-1]
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_fgsm_and_pgd_go_where_a_linear_model_with_two_classes_sends_them(norm: Norm) -> None:
+    linear = Linear(classes=2)
+    eps = float(linear.radius(norm).median()) / 2
+    across = (linear.w[1 - linear.y] - linear.w[linear.y]).view_as(linear.x)  # from the label to the other class
+    unit = across.sign() if norm == "linf" else across / norms(across, norm="l2")[:, None, None, None]
+    stays = linear.radius(norm) > 2 * eps  # nobody stops early
+    assert stays.sum() > 20
+    for stage, length in (
+        (fgsm(eps, norm), eps),
+        (pgd(eps, norm, step_size=eps / 8, steps=3, start="zero"), eps * 3 / 8),
+        (pgd(eps, norm, step_size=eps / 2, steps=5, start="zero"), eps),
+    ):
+        points = run_stage(stage, linear, linear.x, linear.y, embed=None, generator=generator())
+        torch.testing.assert_close(points[stays], (linear.x + length * unit)[stays], atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_loss_by_step_is_that_of_the_last_iterate(norm: Norm) -> None:
+    linear, steps = Linear(classes=2), 6
+    eps = float(linear.radius(norm).median()) * 1.2
+    step_size = eps / 4
+    losses, right = loss_by_step(linear, linear.x, linear.y, eps=eps, norm=norm, step_size=step_size, steps=steps)
+    z = linear(linear.x)
+    margin = z.gather(1, linear.y[:, None]).squeeze(1) - z.gather(1, 1 - linear.y[:, None]).squeeze(1)
+    slope = (linear.w[0] - linear.w[1]).norm(p=1 if norm == "linf" else 2)  # of the margin, for each unit of length
+    margins = [margin - min(step * step_size, eps) * slope for step in range(steps + 1)]
+    torch.testing.assert_close(torch.tensor(losses), torch.stack([nn.functional.softplus(-m).mean() for m in margins]))
+    assert right == pytest.approx([float((m > 0).float().mean()) for m in margins], abs=0.011)
+    assert right[0] == 1 > right[-1] + 0.3
 
 
 @pytest.mark.parametrize("norm", NORMS)

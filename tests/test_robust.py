@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -13,11 +14,14 @@ from cfamc_cli.engine import robust as module
 from cfamc_cli.engine.attacks.autoattack import Plan, Stage
 from cfamc_cli.engine.attacks.fast import frozen_copy
 from cfamc_cli.engine.attacks.verify import Meter, Predictor, in_region, look, undisturbed
+from cfamc_cli.engine.ball import Norm, norms
 from cfamc_cli.engine.randomness import balanced_order
 from cfamc_cli.engine.robust import Evaluation, Examples, Outcome, evaluate
 from cfamc_cli.engine.sink import NullSink
+from cfamc_cli.records import Stage as StageTotal
 
 CPU = torch.device("cpu")
+NORMS: tuple[Norm, Norm] = ("linf", "l2")
 EPS = 0.02
 ENSEMBLE = ensemble(EPS, steps=4, targets=2, queries=6)
 
@@ -67,6 +71,7 @@ def run(
     finished: list[Outcome] | None = None,
     images: Tensor = X,
     labels: Tensor = Y,
+    sink: NullSink | None = None,
 ) -> Evaluation:
     return evaluate(
         PREDICTOR,
@@ -80,7 +85,7 @@ def run(
         commit=ledger.commit,
         audit=None,
         label="attack",
-        sink=NullSink(),
+        sink=sink or NullSink(),
     )
 
 
@@ -101,6 +106,63 @@ def test_ledger_adds_up() -> None:
     assert evaluation.clean == tuple((HEAD(ENCODER(X)).argmax(1) == Y).tolist())
     assert all(t.forward > 0 for t in totals if t.attacked)
     assert totals[0].backward == totals[4].backward == 0 < totals[1].backward
+
+
+def outcome(block: int, stage: int, name: str, standing: str, broken: str, *, passes: int) -> Outcome:
+    masks = [tuple(bit == "1" for bit in text) for text in (standing, broken)]
+    none = (False,) * len(standing)
+    return Outcome(block, stage, name, masks[0], masks[1], none, none, none, passes, 10 * passes, passes / 4)
+
+
+def test_totals_are_those_of_the_blocks() -> None:
+    outcomes = (
+        outcome(0, 0, "clean", "1101", "0010", passes=1),
+        outcome(0, 1, "pgd-2", "1001", "0100", passes=2),
+        outcome(0, 2, "square", "0001", "1000", passes=4),
+        outcome(1, 0, "clean", "10", "00", passes=8),  # the second is right, but not steady
+        outcome(1, 1, "pgd-2", "10", "00", passes=16),
+        outcome(1, 2, "square", "10", "00", passes=32),
+    )
+    evaluation = Evaluation(outcomes, ())
+    assert evaluation.clean == (True, True, False, True, True, True)
+    assert evaluation.robust == (False, False, False, True, True, False)
+
+    def total(name: str, attacked: int, broken: int, passes: int) -> StageTotal:
+        return StageTotal(
+            name=name,
+            attacked=attacked,
+            broken=broken,
+            forward=passes,
+            backward=10 * passes,
+            wall_seconds=passes / 4,
+        )
+
+    assert evaluation.totals() == (total("clean", 6, 1, 9), total("pgd-2", 4, 1, 18), total("square", 3, 1, 36))
+
+
+def test_passes_of_a_stage_that_breaks_nothing() -> None:
+    totals = run(Ledger(), attack=pgd(0.0001, step_size=0.0001, steps=6, start="zero")).totals()
+    right = totals[1].attacked
+    assert totals[1].broken == 0 < right < 50
+    assert (totals[0].forward, totals[0].backward) == (4 * 50, 0)  # at once, and in batches of 1, 7 and 64
+    assert (totals[1].forward, totals[1].backward) == ((6 + 1 + 4) * right, 6 * right)
+
+
+def test_progress_goes_up_and_ends() -> None:
+    class Heard(NullSink):
+        def __init__(self) -> None:
+            self.steps: list[tuple[int, int]] = []
+
+        def progress(self, task: str, done: int, total: int, values: Mapping[str, float]) -> None:
+            assert task == "attack"
+            self.steps.append((done, total))
+
+    heard = Heard()
+    run(Ledger(), sink=heard)
+    assert heard.steps == sorted(heard.steps)
+    assert heard.steps[0] == (0, 50)
+    assert {done for done, _ in heard.steps} >= {0, 20, 40, 50}
+    assert heard.steps.count((50, 50)) == 1
 
 
 def test_examples_are_verified_and_complete() -> None:
@@ -208,8 +270,43 @@ def test_invalid_examples_are_no_success(monkeypatch: pytest.MonkeyPatch, wrong:
     assert {check.name for check in evaluation.checks if check.verdict == "failed"} == {"invalid-example"}
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_verification_in_float64(norm: str) -> None:
+def test_the_last_bit_of_the_box_counts() -> None:
+    x = torch.full((4, 1, 2, 2), 0.5)
+    points = x.clone()
+    points[0, 0, 0, 0], points[1, 0, 1, 1] = 1.0, 0.0
+    points[2, 0, 0, 0], points[3, 0, 1, 1] = 1 + 2**-23, -(2**-149)
+    for norm in NORMS:
+        assert in_region(x, points, eps=2.0, norm=norm).tolist() == [True, True, False, False]
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_edge_of_the_ball_is_measured_in_float64(norm: Norm) -> None:
+    """eps is put between a distance and what float32 makes of it."""
+    x, points = torch.rand((2, 400, 1, 1, 3), generator=torch.Generator().manual_seed(0)) ** 3
+    exact = norms(points.double() - x.double(), norm=norm)
+    rounded = norms(points - x, norm=norm).double()
+    assert min(int((exact < rounded).sum()), int((exact > rounded).sum())) > 50
+    for row in range(len(x)):
+        allowed = float(exact[row] + rounded[row]) / 2
+        inside = in_region(x[row][None], points[row][None], eps=(allowed - 1e-6) / (1 + 2e-6), norm=norm)
+        assert exact[row] == rounded[row] or bool(inside) == bool(exact[row] < rounded[row])
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_float32_rounding_is_allowed_on_the_surface_and_no_more(norm: Norm) -> None:
+    x, eps = torch.full((3, 1, 1, 2), 0.5), 8 / 255
+    reach = eps if norm == "linf" else eps / 2**0.5
+    points = x + torch.tensor([reach, reach + 9e-7 / 2, reach + 2e-6])[:, None, None, None]
+    assert in_region(x, points, eps=eps, norm=norm).tolist() == [True, True, False]
+    assert in_region(x, x + torch.tensor([0, 1e-7, 5e-7])[:, None, None, None], eps=0, norm=norm).tolist() == [
+        True,
+        False,
+        False,
+    ]
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_verification_in_float64(norm: Norm) -> None:
     x = torch.full((4, 1, 2, 2), 0.5)
     points = x.clone()
     points[0] += 0.1
@@ -217,7 +314,7 @@ def test_verification_in_float64(norm: str) -> None:
     points[2, 0, 0, 0] = torch.inf
     points[3] += 0.0
     eps = 0.1 if norm == "linf" else 0.2
-    assert in_region(x, points, eps=eps, norm="linf" if norm == "linf" else "l2").tolist() == [True, False, False, True]
+    assert in_region(x, points, eps=eps, norm=norm).tolist() == [True, False, False, True]
     assert in_region(x, points, eps=0.0, norm="linf").tolist() == [False, False, False, True]
 
 
