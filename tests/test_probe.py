@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
+from torchvision.transforms.v2.functional import resized_crop
 
 from cfamc_cli.engine import checkpoint, heads, probe
 from cfamc_cli.engine.crops import CropParameters
@@ -21,9 +22,16 @@ from cfamc_cli.engine.heads import Classifier, CropSource
 from cfamc_cli.engine.models import Encoder, build_encoder
 from cfamc_cli.engine.randomness import addressed_generator, epoch_order
 from cfamc_cli.engine.sink import NullSink
-from cfamc_cli.recipe import AggregatedCrops, Augment, Crops, Finetune, Linear, Model, RobustLinear
+from cfamc_cli.recipe import AggregatedCrops, Augment, Crops, Finetune, Linear, Model, Recipe, RobustLinear
 
 CPU = torch.device("cpu")
+TINY: dict[str, Any] = {
+    "schema": 1,
+    "name": "t",
+    "data": {"dataset": "fashion-mini"},
+    "objective": {"name": "emp-ssl"},
+    "adversary": {"name": "none"},
+}
 MODEL = Model(width=8, hidden_dim=16, embedding_dim=8)
 
 
@@ -140,17 +148,33 @@ def test_a_feature_that_never_changes_keeps_its_scale() -> None:
     assert linear_head(features, 2, standardize=True).scaled(features).isfinite().all()
 
 
-def test_knn_is_the_plain_vote() -> None:
+@pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (5, 0.07), (5, 1.0), (7, 0.01), (200, 0.5)])
+def test_knn_is_the_plain_vote(k: int, temperature: float) -> None:
+    """Equation 2 of arXiv:1805.01978 and its weighted vote, one query after the other in float64."""
     bank, labels = blobs(80, 8, 4, spread=2.0)
-    queries, _ = blobs(30, 8, 4, spread=2.0)
-    cosine = F.normalize(queries) @ F.normalize(bank).T
+    queries, _ = blobs(81, 8, 4, spread=2.0)
     expected = []
-    for row in cosine:
-        votes = torch.zeros(4)
-        for place in row.argsort(descending=True)[:5]:
-            votes[labels[place]] += torch.exp(row[place] / 0.07)
-        expected.append(int(votes.argmax()))
-    assert probe.weighted_knn(bank, labels, queries, classes=4, k=5).tolist() == expected
+    for query in queries.double().numpy():
+        wide = bank.double().numpy()
+        cosine = wide @ query / np.linalg.norm(wide, axis=1) / np.linalg.norm(query)
+        votes = dict.fromkeys(range(4), 0.0)
+        for place in np.argsort(-cosine)[:k]:
+            votes[int(labels[place])] += np.exp(cosine[place] / temperature)
+        expected.append(max(votes, key=lambda label: votes[label]))
+    answers = probe.weighted_knn(bank, labels, queries, classes=4, k=k, temperature=temperature)
+    assert answers.tolist() == expected
+
+
+def test_confusion_and_accuracy_by_class_are_counts() -> None:
+    truth = torch.tensor([0, 0, 0, 1, 1, 3, 3, 3, 3])
+    answers = torch.tensor([0, 1, 1, 1, 0, 3, 3, 3, 0])
+    confusion = probe.confusion_of(truth, answers, classes=4)
+    assert confusion == ((1, 2, 0, 0), (1, 1, 0, 0), (0, 0, 0, 0), (1, 0, 0, 3))
+    found = probe.accuracy_by_class(confusion, ["a", "b", "c", "d"])
+    assert [part.name for part in found] == ["a", "b", "c", "d"]
+    assert [None if part.accuracy is None else (part.accuracy.correct, part.accuracy.n) for part in found] == [
+        (1, 3), (1, 2), None, (3, 4),
+    ]  # fmt: skip
 
 
 SOURCE = CropSource(group=Crops(count=3, size=8), augment=Augment(), seed=0, split="test")
@@ -176,6 +200,32 @@ def test_a_samples_crops_are_its_own_whoever_is_in_the_batch() -> None:
         logits = classifier(x)
         torch.testing.assert_close(classifier(x[[5, 2]], torch.tensor([5, 2])), logits[[5, 2]], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(classifier.logits_of_crops(classifier.cut(x)), logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [(0.08, 0.2), (0.6, 0.7)])
+def test_a_head_reads_the_mean_over_crops_cut_as_the_recipe_says(scale: tuple[float, float]) -> None:
+    """Held against torchvision's crops of the same boxes; their share of the area is that of the recipe."""
+    calm = {"jitter_p": 0.0, "grayscale_p": 0.0, "blur_p": 0.0, "solarize_p": 0.0}
+    recipe = Recipe.model_validate(
+        TINY | {"crops": [{"count": 2, "size": 8, "scale": list(scale), "ratio": [0.9, 1.1]}], "augment": calm}
+    )
+    source = heads.crop_source(recipe, AggregatedCrops(head="crops", crops=5), split="test")
+    x = images(6, size=40).float() / 255
+    drawn = source.parameters(x, None)
+    share = drawn.box[..., 2] * drawn.box[..., 3] / 40**2
+    assert share.shape == (5, 6)
+    assert scale[0] - 0.03 <= float(share.min()) <= float(share.max()) <= scale[1] + 0.03  # sides are whole pixels
+    net = encoder()
+    expected = torch.zeros(6, 16)
+    for view in range(5):
+        for sample in range(6):
+            box = [int(side) for side in drawn.box[view, sample]]
+            crop = resized_crop(x[sample : sample + 1], *box, [8, 8], antialias=True)
+            expected[sample] += net.features(crop.flip(3) if drawn.flip[view, sample] else crop)[0] / 5
+    read = heads.read_features(net, x, None, features="pre_feature", crops=source)
+    torch.testing.assert_close(read, expected, rtol=1e-3, atol=1e-4)
+    extracted = probe.extract_features(net, (x * 255).round().byte(), device=CPU, crops=source)
+    torch.testing.assert_close(extracted, read, rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_pass_through_crops_also_when_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,6 +314,80 @@ def test_what_is_trained_moves_and_the_rest_stays(kind: str, tmp_path: Path) -> 
     assert any(key.startswith("encoder.pre_feature") for key in tuned) == (kind != "clean")  # clean reads the backbone
     passes = 2 if kind == "trades" else 1  # an attack's passes leave batch norm alone
     assert whole.classifier.encoder.backbone.bn1.num_batches_tracked == passes * whole.updates
+
+
+def ascent(
+    classifier: Classifier, x: Tensor, delta: Tensor, loss_of: Any, *, eps: float, size: float, k: int
+) -> Tensor:
+    """PGD written down once more: k signed steps, each cut to the ball and to [0, 1]."""
+    for _ in range(k):
+        point = (x + delta).requires_grad_()
+        (slope,) = torch.autograd.grad(loss_of(classifier(point)), point)
+        delta = (delta + size * slope.sign()).clamp(-eps, eps)
+        delta = (x + delta).clamp(0, 1) - x
+    return x + delta
+
+
+@pytest.mark.parametrize("kind", ["clean", "pgd", "trades", "robust-linear"])
+def test_training_is_written_down_step_by_step(kind: str, tmp_path: Path) -> None:
+    """Each update by hand: the batch, its examples, the loss, and the rate: half a cosine, or Adam's constant one."""
+    eps, size, k, beta, lr = 6 / 255, 0.01, 3, 2.5, 0.05
+    attack: dict[str, Any] = {"eps": "6/255", "step_size": "0.01", "steps": k}
+    settings: RobustLinear | Finetune
+    if kind == "robust-linear":
+        settings = RobustLinear(head="robust-linear", epochs=2, batch_size=9, lr=lr, **attack)
+    else:
+        more = {} if kind == "clean" else attack
+        more |= {"trades_beta": beta} if kind == "trades" else {}
+        fixed = {"head": "finetune", "objective": kind, "epochs": 2, "batch_size": 9, "lr": lr}
+        settings = Finetune.model_validate(fixed | {"momentum": 0.8, "weight_decay": 0.01} | more)
+    trained = trainer(settings)
+    plain = trainer(settings).classifier
+    x, labels = images().float() / 255, torch.arange(24) % 4
+    parts = [plain.head, *([] if kind == "robust-linear" else [plain.encoder.backbone, plain.encoder.pre_feature])]
+    parameters = [parameter for part in parts for parameter in part.parameters()]
+    optimizer: torch.optim.Optimizer
+    if kind == "robust-linear":
+        optimizer = torch.optim.Adam(parameters, lr=lr)
+    else:
+        optimizer = torch.optim.SGD(parameters, lr=lr, momentum=0.8, weight_decay=0.01)
+    for update in range(6):  # 9, 9 and 6 images in each of 2 epochs
+        epoch, index = divmod(update, 3)
+        before = {name: value.clone() for name, value in trained.classifier.state_dict().items()}
+        plain.load_state_dict(before)  # so that rounding does not add up
+        chosen = epoch_order(0, epoch, 24)[9 * index : 9 * index + 9]
+        batch, y = x[chosen], labels[chosen]
+        generator = addressed_generator("finetune-delta", 0, epoch, index)
+        if kind != "robust-linear":
+            batch = shift_and_flip(batch, addressed_generator("finetune-shift", 0, epoch, index))
+            optimizer.param_groups[0]["lr"] = lr * [1.0, 0.9330127, 0.75, 0.5, 0.25, 0.0669873][update]
+        points, loss_of = batch, lambda z, y=y: F.cross_entropy(z, y)
+        if kind == "pgd":
+            start = ((2 * torch.rand(batch.shape, generator=generator) - 1) * eps + batch).clamp(0, 1) - batch
+        elif kind == "trades":
+            start = 0.001 * torch.randn(batch.shape, generator=generator)
+            with torch.no_grad():
+                target = plain(batch).softmax(1)
+            loss_of = lambda z, p=target: (p * (p.log() - z.log_softmax(1))).sum() / len(z)  # noqa: E731
+        else:
+            start = torch.zeros_like(batch)
+        if kind != "clean":
+            points = ascent(plain, batch, start, loss_of, eps=eps, size=size, k=k)
+        plain.encoder.train(kind != "robust-linear")
+        if kind == "trades":
+            p = plain(batch).softmax(1)
+            q = plain(points).softmax(1)
+            loss = -p[range(len(y)), y].log().mean() + beta * (p * (p / q).log()).sum(1).mean()
+        else:
+            loss = F.cross_entropy(plain(points), y)
+        plain.eval()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        train(trained, tmp_path, until=update + 1)
+        for name, value in plain.state_dict().items():
+            moved, expected = trained.classifier.state_dict()[name] - before[name], value - before[name]
+            assert (moved - expected).abs().max() <= 0.01 * expected.abs().max(), (update, name)
 
 
 def test_a_single_last_sample_joins_the_batch_before(tmp_path: Path) -> None:

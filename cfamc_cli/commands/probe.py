@@ -24,7 +24,6 @@ from cfamc_cli.files import write_json, write_text
 from cfamc_cli.recipe import AggregatedCrops, Finetune, Knn, Linear, Recipe, RobustLinear
 from cfamc_cli.records import (
     Accuracy,
-    ClassAccuracy,
     DataUsed,
     PendingProbe,
     ProbeRecord,
@@ -519,13 +518,10 @@ class _Job:
 
     def _keep(self, folder: Path, head_digest: str | None, fitted: Tensor | None, answers: Tensor) -> Path:
         """Write the record of a head, which makes it one."""
-        import torch
-
         from cfamc_cli.engine.device import describe
+        from cfamc_cli.engine.probe import accuracy_by_class, confusion_of
 
-        truth = self._labels(self.test)
-        confusion = torch.bincount(truth * self.classes + answers, minlength=self.classes**2)
-        rows = confusion.view(self.classes, self.classes).tolist()
+        confusion = confusion_of(self._labels(self.test), answers, classes=self.classes)
         right = None if fitted is None else int((fitted == self._labels(self.train)).sum())
         settings = self.recipe.probe
         record = ProbeRecord(
@@ -544,12 +540,9 @@ class _Job:
             test=_used(self.test),
             train_accuracy=None if right is None else Accuracy.of(right, len(self.train)),
             converged=self.converged,
-            test_accuracy=Accuracy.of(sum(row[label] for label, row in enumerate(rows)), len(self.test)),
-            classes=tuple(
-                ClassAccuracy(name=name, accuracy=Accuracy.of(row[label], sum(row)) if sum(row) else None)
-                for label, (name, row) in enumerate(zip(self.train.classes, rows, strict=True))
-            ),
-            confusion=tuple(tuple(row) for row in rows),
+            test_accuracy=Accuracy.of(sum(row[label] for label, row in enumerate(confusion)), len(self.test)),
+            classes=accuracy_by_class(confusion, self.train.classes),
+            confusion=confusion,
             wall_seconds=self._seconds(),
             environment=capture_environment(describe(self.device)),
         )

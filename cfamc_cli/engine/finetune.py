@@ -25,11 +25,12 @@ from cfamc_cli.engine.data import to_device
 from cfamc_cli.engine.device import autocast, pick_precision
 from cfamc_cli.engine.heads import Classifier, feature_dim
 from cfamc_cli.engine.models import Encoder
+from cfamc_cli.engine.optim import learning_rate
 from cfamc_cli.engine.probe import new_head
 from cfamc_cli.engine.randomness import addressed_generator, epoch_order
 from cfamc_cli.engine.sink import Sink
 from cfamc_cli.errors import CfamcError, ExitCode
-from cfamc_cli.recipe import Finetune, RobustLinear, number
+from cfamc_cli.recipe import Cosine, Finetune, RobustLinear, number
 
 _KEEP = 2  # checkpoints, so that one damaged is not the end
 _TRADES_START = 1e-3  # deviation of the Gaussian that TRADES starts from, for its loss is flat at 0
@@ -89,9 +90,9 @@ class SupervisedTrainer:
                     parameters, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
                 )
         self.parameters = parameters
-        whole, rest = divmod(len(images), settings.batch_size)
-        joins = rest == 1 and whole > 0  # a single sample has no batch statistics: it joins the batch before
-        self.per_epoch = max(1, whole + (rest > 0) - joins)
+        count, size = len(images), settings.batch_size
+        joins = count % size == 1 and count > size  # a single sample has no batch statistics: it joins the batch before
+        self.per_epoch = math.ceil(count / size) - joins
         self.updates = self.per_epoch * settings.epochs
         self.step = 0
 
@@ -113,7 +114,10 @@ class SupervisedTrainer:
         while self.step < self.updates:
             epoch, index = divmod(self.step, self.per_epoch)
             x, y = self._batch(epoch, index)
-            self._set_rate()
+            if isinstance(self.settings, Finetune):
+                falling = Cosine(name="cosine")
+                rate = learning_rate(self.step, base=self.settings.lr, schedule=falling, updates=self.updates)
+                self.optimizer.param_groups[0]["lr"] = rate
             loss = self._loss(x, y, addressed_generator("finetune-delta", self.seed, epoch, index))
             self.optimizer.zero_grad()
             loss.backward()
@@ -163,12 +167,6 @@ class SupervisedTrainer:
         path = checkpoints.save(folder, self.step, Checkpoint(self._saved.state_dict(), state, progress))
         checkpoints.prune(folder, newest=path, keep=_KEEP)
 
-    def _set_rate(self) -> None:
-        if isinstance(self.settings, Finetune):
-            rate = self.settings.lr * (1 + math.cos(math.pi * self.step / self.updates)) / 2
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-
     def _batch(self, epoch: int, index: int) -> tuple[Tensor, Tensor]:
         size = self.settings.batch_size
         last = len(self.images) if index == self.per_epoch - 1 else (index + 1) * size
@@ -185,50 +183,52 @@ class SupervisedTrainer:
 
     def _loss(self, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
         """The loss of a weight update, on examples that were found in eval mode."""
-        settings = self.settings
-        if isinstance(settings, RobustLinear):
-            moved = self._attack(x, torch.zeros_like(x), lambda logits: F.cross_entropy(logits, y))
-            with torch.no_grad(), autocast(self.device, self.precision):
-                features = self.classifier.encoder.features(moved, features=settings.features)
-            return F.cross_entropy(self.classifier.logits(features.float()), y)
-        encoder = self.classifier.encoder
-        match settings.objective:
-            case "clean":
+        settings, encoder = self.settings, self.classifier.encoder
+        match settings:
+            case RobustLinear():
+                moved = self._attack(x, torch.zeros_like(x), lambda logits: F.cross_entropy(logits, y))
+                with torch.no_grad(), autocast(self.device, self.precision):
+                    features = self.classifier.read(moved)
+                return F.cross_entropy(self.classifier.logits(features.float()), y)
+            case Finetune(objective="clean"):
                 encoder.train()
                 loss = F.cross_entropy(self._logits(x), y)
-            case "pgd":
+            case Finetune(objective="pgd"):
                 start = ball.random_start(x, eps=number(settings.eps), generator=generator)
                 moved = self._attack(x, start, lambda logits: F.cross_entropy(logits, y))
                 encoder.train()
                 loss = F.cross_entropy(self._logits(moved), y)
-            case "trades":
+            case Finetune():
                 with torch.no_grad():
                     target = self._logits(x).softmax(1)
                 start = _TRADES_START * torch.randn(x.shape, generator=generator).to(x)
-                moved = self._attack(
-                    x, start, lambda logits: F.kl_div(logits.log_softmax(1), target, reduction="batchmean")
-                )
+                moved = self._attack(x, start, lambda logits: _divergence(logits, target))
                 encoder.train()
                 clean = self._logits(x)
-                apart = F.kl_div(self._logits(moved).log_softmax(1), clean.softmax(1), reduction="batchmean")
-                loss = F.cross_entropy(clean, y) + settings.trades_beta * apart
+                loss = F.cross_entropy(clean, y)
+                loss = loss + settings.trades_beta * _divergence(self._logits(moved), clean.softmax(1))
             case _:
-                assert_never(settings.objective)
+                assert_never(settings)
         encoder.eval()
         return loss
 
     def _attack(self, x: Tensor, start: Tensor, loss_of: Callable[[Tensor], Tensor]) -> Tensor:
-        settings = self.settings
-        eps, step_size = number(settings.eps), number(settings.step_size)
+        """PGD that takes all of its steps, as the training of encoders does."""
+        eps, step_size = number(self.settings.eps), number(self.settings.step_size)
         (delta,) = ascend_loss(
             lambda moved: loss_of(self._logits(moved[0])),
             [x],
             [start],
             eps=eps,
             step_size=step_size,
-            steps=settings.steps,
+            steps=self.settings.steps,
         )
         return x + delta
+
+
+def _divergence(logits: Tensor, target: Tensor) -> Tensor:
+    """KL(target || softmax(logits)), the mean over samples; both (N, C)."""
+    return F.kl_div(logits.log_softmax(1), target, reduction="batchmean")
 
 
 def shift_and_flip(x: Tensor, generator: torch.Generator) -> Tensor:

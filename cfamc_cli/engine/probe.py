@@ -6,7 +6,7 @@ Weighted kNN: Wu et al., arXiv:1805.01978. Symbols: N samples, F feature dimensi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import assert_never
 
 import torch
@@ -19,6 +19,7 @@ from cfamc_cli.engine.optim import learning_rate
 from cfamc_cli.engine.randomness import addressed_generator, epoch_order
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.recipe import AggregatedCrops, Cosine, Linear
+from cfamc_cli.records import Accuracy, ClassAccuracy
 
 _CHUNK = 512  # samples of a forward pass, and rows of a distance matrix
 _ROWS = 4096  # cached features of one product
@@ -130,6 +131,26 @@ def classify(
 def predict(head: LinearHead, features: Tensor) -> Tensor:
     """Predicted labels (N,) from features (N, F), in chunks."""
     return torch.cat([head(chunk).argmax(1) for chunk in torch.split(features, _ROWS)])
+
+
+def confusion_of(truth: Tensor, answers: Tensor, *, classes: int) -> tuple[tuple[int, ...], ...]:
+    """How often samples of each class (a row) were taken for each class (a column).
+
+    Args:
+        truth: (N,) int64 labels.
+        answers: (N,) predicted labels.
+        classes: C.
+    """
+    counts = torch.bincount(truth * classes + answers, minlength=classes**2)
+    return tuple(map(tuple, counts.view(classes, classes).tolist()))
+
+
+def accuracy_by_class(confusion: Sequence[Sequence[int]], names: Sequence[str]) -> tuple[ClassAccuracy, ...]:
+    """The accuracy on each class, whose names are in the order of the labels."""
+    return tuple(
+        ClassAccuracy(name=name, accuracy=Accuracy.of(row[label], sum(row)) if sum(row) else None)
+        for label, (name, row) in enumerate(zip(names, confusion, strict=True))
+    )
 
 
 def new_head(
