@@ -6,14 +6,14 @@ Weighted kNN: Wu et al., arXiv:1805.01978. Symbols: N samples, F feature dimensi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import assert_never
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cfamc_cli.engine.heads import Classifier, CropSource, LinearHead, read_features
+from cfamc_cli.engine.heads import Classifier, CropSource, LinearHead, feature_dim, read_features
 from cfamc_cli.engine.models import Encoder, Features
 from cfamc_cli.engine.optim import learning_rate
 from cfamc_cli.engine.randomness import addressed_generator, epoch_order
@@ -57,19 +57,21 @@ def extract_features(
     """
     training = encoder.training
     encoder.eval()
+    read = torch.empty(len(images), feature_dim(encoder, features), device=device)  # filled in place: no room for two
     size = _CHUNK if crops is None else max(1, _CHUNK // crops.group.count)
-    read: Tensor | None = None
-    for first in range(0, len(images), size):
-        chunk = images[first : first + size].to(device, non_blocking=True).float() / 255
-        indices = torch.arange(first, first + len(chunk))
-        part = read_features(encoder, chunk, indices, features=features, crops=crops)
-        if read is None:  # filled in place: the features of a data set would not fit twice
-            read = torch.empty(len(images), part.shape[1], device=device)
-        read[first : first + len(part)] = part
-        each(min(first + size, len(images)), len(images))
+    for x, indices in _chunks(images, size, device=device, each=each):
+        part = read_features(encoder, x, indices, features=features, crops=crops)
+        read[indices[0] : indices[-1] + 1] = part
     encoder.train(training)
-    assert read is not None, "no images, no features"
     return read
+
+
+def _chunks(images: Tensor, size: int, *, device: torch.device, each: Each) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images (n, 3, S, S) in [0, 1] and their indices (n,), n of them at most `size`."""
+    for indices in torch.arange(len(images)).split(size):
+        first, last = int(indices[0]), int(indices[-1]) + 1
+        yield images[first:last].to(device, non_blocking=True).float() / 255, indices
+        each(last, len(images))
 
 
 @torch.no_grad()
@@ -111,20 +113,10 @@ def weighted_knn(
 
 
 @torch.no_grad()
-def classify(
-    classifier: Classifier,
-    images: Tensor,
-    *,
-    device: torch.device,
-    each: Each = _silent,
-) -> Tensor:
+def classify(classifier: Classifier, images: Tensor, *, device: torch.device, each: Each = _silent) -> Tensor:
     """Predicted labels (N,) of images (N, 3, S, S) uint8, in float32 and in the mode that the classifier is in."""
-    parts = []
-    for first in range(0, len(images), _CHUNK):
-        chunk = images[first : first + _CHUNK].to(device, non_blocking=True).float() / 255
-        parts.append(classifier(chunk, torch.arange(first, first + len(chunk))).argmax(1))
-        each(min(first + _CHUNK, len(images)), len(images))
-    return torch.cat(parts)
+    chunks = _chunks(images, _CHUNK, device=device, each=each)
+    return torch.cat([classifier(x, indices).argmax(1) for x, indices in chunks])
 
 
 @torch.no_grad()
