@@ -17,6 +17,7 @@ from typing import TypeVar
 from cfamc_cli.compare import Condition, Entry, OutcomesOf, Run, Scalar, Settings
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.files import explained, read_bytes, read_jsonl
+from cfamc_cli.recipe import Outside, outside
 from cfamc_cli.records import AttackResult, Outcomes, ProbeResult, RunRecord, load_record
 from cfamc_cli.store import RunFolder, find_run, list_runs
 
@@ -24,10 +25,7 @@ _SCALAR = (str, int, float, type(None))
 Result = TypeVar("Result", ProbeResult, AttackResult)
 
 ONLINE = "online linear"  # the head that monitors training
-_NOT_THE_ENCODER = (  # recipe keys that never tell encoders apart
-    *("schema", "name", "seed", "probe", "attack", "data.root"),
-    *("train.checkpoint_every", "train.keep", "train.evaluate_every", "train.log_every"),
-)
+_NOT_THE_ENCODER = ("schema", *outside(Outside.ENCODER))  # recipe keys that never tell encoders apart
 _NOT_THE_ATTACK = ("seed", "name", "eps", "norm", "space")  # they have a field of their own, or make no other attack
 
 

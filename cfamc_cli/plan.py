@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, assert_never
 
 from cfamc_cli.datasets import KNOWN_SETS
-from cfamc_cli.errors import CfamcError, ExitCode
-from cfamc_cli.recipe import DEPTHS, Cosine, FreeAdversary, Model, NoAdversary, PgdAdversary, Recipe
+from cfamc_cli.recipe import DEPTHS, FreeAdversary, Model, NoAdversary, PgdAdversary, Recipe
 
 PER_IMAGES = 1_000  # what counts refer to where the number of images is unknown
 _FLOAT = 4  # bytes of a float32
@@ -60,14 +59,6 @@ class Plan:
     crop_bytes: int
 
 
-def known_images(recipe: Recipe) -> int | None:
-    """How many images an epoch has, as far as the recipe tells: None for a folder without a limit."""
-    known = KNOWN_SETS.get(recipe.data.dataset)
-    if known is None:
-        return recipe.data.limit  # a folder may have fewer
-    return known.train if recipe.data.limit is None else min(known.train, recipe.data.limit)
-
-
 def plan(recipe: Recipe, images: int | None = None) -> Plan:
     """Count what a run of `recipe` does.
 
@@ -76,27 +67,14 @@ def plan(recipe: Recipe, images: int | None = None) -> Plan:
         images: Training images, where they were counted; else those of a known set, or 1,000 of a folder.
 
     Raises:
-        CfamcError: A batch is larger than that, or warm-up takes all updates.
+        CfamcError: As for `Recipe.require_fit`.
     """
-    if images is None:
-        images = known_images(recipe)
-    per_thousand = images is None
-    batch = recipe.train.batch_size
-    count = max(PER_IMAGES, batch) if images is None else images
-    if batch > count:
-        raise CfamcError(
-            f"train.batch_size: {batch} is more than the {count} training images",
-            hint=f"--set train.batch_size={count}" if count > 1 else "add images",
-            exit_code=ExitCode.INVALID,
-        )
+    batch, counted = recipe.train.batch_size, recipe.data.known_images if images is None else images
+    count = max(PER_IMAGES, batch) if counted is None else counted
+    if counted is not None:
+        recipe.require_fit(counted)
     batches = recipe.batches(count)
     updates = batches * recipe.replays
-    if images is not None and isinstance(recipe.schedule, Cosine) and recipe.schedule.warmup >= updates:
-        raise CfamcError(
-            f"schedule.warmup: {recipe.schedule.warmup} updates of warm-up leave nothing of a run of {updates}",
-            hint="lower schedule.warmup, or raise train.epochs",
-            exit_code=ExitCode.INVALID,
-        )
 
     # Per image: arithmetic of all its crops, and of those that a PGD step passes.
     costs = [group.count * flops_per_view(recipe.model, size=group.size) for group in recipe.crops]
@@ -124,7 +102,7 @@ def plan(recipe: Recipe, images: int | None = None) -> Plan:
     weight_bytes, data_bytes, crop_bytes = 3 * _FLOAT * parameters, count * 3 * size**2, _FLOAT * kept_pixels * pixels
     return Plan(
         images=count,
-        per_thousand=per_thousand,
+        per_thousand=counted is None,
         batches_per_epoch=count // batch,
         batches=batches,
         weight_updates=updates,

@@ -11,8 +11,11 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Iterator
+from enum import Enum
 from fractions import Fraction
-from typing import Annotated, Any, Literal, Self
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -25,6 +28,9 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import PydanticCustomError
+
+from cfamc_cli.datasets import KNOWN_SETS
+from cfamc_cli.errors import CfamcError, ExitCode
 
 # Blocks of the four stages of a ResNet.
 DEPTHS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3)}
@@ -132,6 +138,16 @@ Jitter = Annotated[
 ]
 
 
+class Outside(Enum):
+    """The mark of a field that is no part of what makes the encoder; `outside` lists them.
+
+    The digest, the columns of a comparison and the check of a resumed run all read these marks, and nothing else.
+    """
+
+    ENCODER = "another value makes another run of the same recipe"
+    RUN = "a run may even be resumed with another value"
+
+
 class Table(BaseModel):
     """A table of the recipe: frozen, strict, without unknown keys, and without settings that have no effect.
 
@@ -163,7 +179,8 @@ class Data(Table):
     """Which images; labels are read where there are some, and used by no objective but supcon."""
 
     dataset: Literal["fashion-mini", "cifar10", "cifar100", "fashion-mnist", "svhn", "stl10", "folder"]
-    root: PathText | None = None  # the folder of "folder"; where the raw files of the others lie, else the cache
+    # The folder of "folder"; where the raw files of the others lie, else the cache.
+    root: Annotated[PathText | None, Outside.RUN] = None
     size: Annotated[int, Field(ge=8, le=1024)] | None = None  # pixels; resize the shorter side, then centre crop
     limit: Count | None = None  # the first images of a seeded shuffle of the training split
 
@@ -172,6 +189,14 @@ class Data(Table):
         if self.dataset == "folder" and self.root is None:
             raise _at("root", 'missing; dataset "folder" needs the folder that holds train/ and test/')
         return self
+
+    @property
+    def known_images(self) -> int | None:
+        """Training images, as far as the recipe tells: None for a folder without a limit."""
+        known = KNOWN_SETS.get(self.dataset)
+        if known is None:
+            return self.limit  # a folder may have fewer
+        return known.train if self.limit is None else min(known.train, self.limit)
 
 
 class Crops(Table):
@@ -307,10 +332,10 @@ class Train(Table):
     deterministic: bool = False
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: bool = False
-    checkpoint_every: Annotated[int, Field(ge=0, le=10**9)] = 0  # batches; 0: the end of each epoch
-    keep: Annotated[int, Field(ge=1, le=10_000)] = 2  # newest checkpoints
-    evaluate_every: Annotated[int, Field(ge=0, le=100_000)] = 0  # epochs; 0: never
-    log_every: Count = 10  # batches
+    checkpoint_every: Annotated[int, Field(ge=0, le=10**9), Outside.RUN] = 0  # batches; 0: the end of each epoch
+    keep: Annotated[int, Field(ge=1, le=10_000), Outside.RUN] = 2  # newest checkpoints
+    evaluate_every: Annotated[int, Field(ge=0, le=100_000), Outside.ENCODER] = 0  # epochs; 0: never
+    log_every: Annotated[Count, Outside.RUN] = 10  # batches
 
 
 class Linear(Table):
@@ -517,8 +542,8 @@ class Recipe(Table):
     """One run, whole."""
 
     schema_version: Annotated[Literal[1], Field(alias="schema")]
-    name: Annotated[str, Field(min_length=1, max_length=200)]
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    name: Annotated[str, Field(min_length=1, max_length=200), Outside.RUN]
+    seed: Annotated[int, Field(ge=0, lt=2**32), Outside.ENCODER] = 0
     data: Data
     crops: Annotated[tuple[Crops, ...], Field(strict=False, min_length=1, max_length=16)]
     augment: Augment = Augment()
@@ -528,8 +553,8 @@ class Recipe(Table):
     optimizer: Lars = Lars()
     schedule: Schedule = Cosine(name="cosine")
     train: Train = Train()
-    probe: Probe = Linear(head="linear")
-    attack: Annotated[tuple[Attack, ...], Field(strict=False)] = (PgdAttack(name="pgd"),)
+    probe: Annotated[Probe, Outside.ENCODER] = Linear(head="linear")
+    attack: Annotated[tuple[Attack, ...], Field(strict=False), Outside.ENCODER] = (PgdAttack(name="pgd"),)
 
     @property
     def views(self) -> int:
@@ -545,20 +570,60 @@ class Recipe(Table):
         """Batches of a run over `images` images, at least one; an epoch's incomplete last batch is dropped."""
         return max(1, math.floor(self.train.epochs * (images // self.train.batch_size) + 0.5))
 
+    def misfits(self, images: int, *, processes: int = 1) -> Iterator[tuple[str, str, str]]:
+        """What does not fit that many training images and processes: a dotted key, what is wrong, and a way out."""
+        batch, updates = self.train.batch_size, self.batches(images) * self.replays
+        if batch > images:
+            hint = f"--set train.batch_size={images}" if images > 1 else "add images"
+            yield "train.batch_size", f"{batch} is more than the {images} training images", hint
+        elif batch % processes:
+            hint = f"set train.batch_size to a multiple of {processes}"
+            yield "train.batch_size", f"{batch} images do not divide among {processes} processes", hint
+        elif isinstance(self.schedule, Cosine) and self.schedule.warmup >= updates:
+            wrong = f"{self.schedule.warmup} updates of warm-up leave nothing of a run of {updates}"
+            yield "schedule.warmup", wrong, "lower schedule.warmup, or raise train.epochs"
+
+    def require_fit(self, images: int, *, processes: int = 1) -> None:
+        """Refuse a recipe that does not fit the images and processes that were found.
+
+        Raises:
+            CfamcError: A batch is larger than the data or does not divide, or warm-up takes all updates.
+        """
+        for key, wrong, hint in self.misfits(images, processes=processes):
+            raise CfamcError(f"{key}: {wrong}", hint=hint, exit_code=ExitCode.INVALID)
+
     def resolved(self) -> dict[str, Any]:
         """Every setting with its value, as plain JSON values."""
         return self.model_dump(mode="json", by_alias=True)
 
     def digest(self) -> str:
-        """SHA-256 of what makes the encoder, in hex.
-
-        Left out are seed, name, paths, checkpointing and logging, and the probe and attack tables, which are
-        recorded with each result: seeds of one recipe share a digest.
-        """
+        """SHA-256 of what makes the encoder, in hex: of every field that is not marked `Outside`."""
         kept = self.resolved()
-        for key in ("seed", "name", "probe", "attack"):
-            del kept[key]
-        del kept["data"]["root"]
-        for key in ("checkpoint_every", "keep", "evaluate_every", "log_every"):
-            del kept["train"][key]
+        for path in outside(Outside.ENCODER):
+            table, _, key = path.rpartition(".")
+            del (kept[table] if table else kept)[key]
         return hashlib.sha256(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def tables(annotation: Any) -> list[type[Table]]:
+    """The models that an annotation of `Recipe` allows, below unions, tuples and metadata."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return tables(get_args(annotation)[0])
+    if origin in (Union, UnionType, tuple):
+        return [table for part in get_args(annotation) if part is not NoneType for table in tables(part)]
+    return [annotation] if isinstance(annotation, type) and issubclass(annotation, Table) else []
+
+
+def outside(what: Outside) -> list[str]:
+    """The dotted keys that are no part of the encoder, or of the run: what is outside the run is outside both."""
+
+    def marked(table: type[Table], prefix: str = "") -> Iterator[str]:
+        for name, field in table.model_fields.items():
+            if Outside.RUN in field.metadata or what in field.metadata:
+                yield prefix + name
+            else:
+                for inner in tables(field.annotation):
+                    yield from marked(inner, f"{prefix}{name}.")
+
+    return list(marked(Recipe))

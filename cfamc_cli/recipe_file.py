@@ -12,24 +12,32 @@ import os
 import re
 import stat
 import tomllib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
 from cfamc_cli.datasets import KNOWN_SETS
 from cfamc_cli.errors import CfamcError, ExitCode
-from cfamc_cli.plan import known_images
-from cfamc_cli.recipe import Cosine, FreeAdversary, PgdAdversary, Recipe, SimClr, SupCon, Table, number
+from cfamc_cli.recipe import (
+    NoAdversary,
+    Outside,
+    PgdAdversary,
+    Recipe,
+    SimClr,
+    SupCon,
+    Table,
+    number,
+    outside,
+    tables,
+)
 
 MAX_BYTES = 2**20
 MAX_PROBLEMS = 50  # as many are worded; the rest is counted
 _DEEP_KEY = re.compile(r"(?<![\w\"'-])(?:[\w\"'-]++[ \t]*+\.[ \t]*+){64}")
-_TAGGED = ("objective", "adversary", "schedule", "probe", "attack")  # tables chosen by a name or head
-_STAND_INS: dict[str, Any] = {
+_STAND_INS: dict[str, Any] = {  # valid, in place of what is broken or missing
     "schema": 1,
     "name": "stand-in",
     "data": {"dataset": "cifar10"},
@@ -37,7 +45,7 @@ _STAND_INS: dict[str, Any] = {
     "objective": {"name": "emp-ssl"},
     "adversary": {"name": "none"},
 }
-_OUTSIDE_THE_RUN = ("name", "data.root", "train.keep", "train.checkpoint_every", "train.log_every")
+_MODELS = {field.alias or name: tables(field.annotation) for name, field in Recipe.model_fields.items()}
 
 
 @dataclass(frozen=True)
@@ -136,10 +144,7 @@ def read(path: Path, *, label: str) -> str:
             raise refused("is a folder, not a recipe")
         if not stat.S_ISREG(mode):
             raise refused("is not a regular file")
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with os.fdopen(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise refused("is not a regular file")
+        with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise refused(f"cannot be read: {error.strerror or error}", hint="") from None
@@ -183,31 +188,19 @@ def validate(raw: Mapping[str, Any], *, label: str, before: Sequence[Problem] = 
     Raises:
         CfamcError: Something is wrong; the message names every problem, `details` lists them for `--json`.
     """
-    problems = list(before)
-    total = len(problems)
-    recipe = None
+    errors = []
     try:
         recipe = Recipe.model_validate(raw)
-        found = check_across(recipe)
-        problems += found
-        total += len(found)
     except ValidationError as invalid:
         errors = invalid.errors(include_url=False)
-        worded = _worded(errors[:MAX_PROBLEMS], raw)
-        broken = {str(error["loc"][0]) for error in errors if error["loc"]}
-        found = check_across(Recipe.model_validate(_repaired(raw, broken)), broken=broken)
-        problems += [*worded, *found]
-        total += len(worded) + len(found) + max(0, len(errors) - MAX_PROBLEMS)
-    if recipe is not None and not problems:
+    broken = {str(error["loc"][0]) for error in errors}
+    if broken:
+        recipe = Recipe.model_validate(_STAND_INS | {key: value for key, value in raw.items() if key not in broken})
+    problems = [*before, *_worded(errors[:MAX_PROBLEMS])]
+    problems += [problem for needed, problem in _across(recipe) if needed.isdisjoint(broken)]
+    if not problems:
         return recipe
-    raise _refusal(label, problems, total)
-
-
-def _repaired(raw: Mapping[str, Any], broken: set[str]) -> dict[str, Any]:
-    """The recipe with something valid in place of each broken table."""
-    return {key: value for key, value in (_STAND_INS | dict(raw)).items() if key not in broken} | {
-        key: value for key, value in _STAND_INS.items() if key in broken
-    }
+    raise _refusal(label, problems, len(problems) + max(0, len(errors) - MAX_PROBLEMS))
 
 
 def _refusal(label: str, problems: Sequence[Problem], total: int) -> CfamcError:
@@ -268,113 +261,104 @@ def _value(text: str) -> Any:
 def _place(raw: dict[str, Any], keys: Sequence[str], value: Any) -> str:
     """Put `value` at a dotted path; returns what is wrong with the path, or nothing."""
     if len(keys) > 1 and keys[0] not in raw:
-        default = _DEFAULTS.get(keys[0])
-        raw[keys[0]] = json.loads(json.dumps(default)) if default is not None else {}
+        raw[keys[0]] = _default(keys[0])
     node: Any = raw
     for place, key in enumerate(keys):
-        walked = ".".join(keys[:place])
-        last = place == len(keys) - 1
+        walked = _plain(".".join(keys[:place]))
+        step: int | str = key
         if isinstance(node, list):
             if not re.fullmatch(r"[0-9]{1,9}", key, re.ASCII):
-                meant = ".".join([walked, "0", *keys[place:]])
-                return f'{_plain(walked)} is a list, so an index comes next (did you mean "{_plain(meant)}"?)'
-            index = int(key)
-            if index >= len(node):
-                count = f"{len(node)} {'entry' if len(node) == 1 else 'entries'}"
-                return f"{_plain(walked)} has {count}, counted from 0"
-            if last:
-                node[index] = value
-            else:
-                node = node[index]
-        elif isinstance(node, dict):
-            if last:
-                node[key] = value
-            else:
-                node = node.setdefault(key, {})
+                meant = _plain(".".join([walked, "0", *keys[place:]]))
+                return f'{walked} is a list, so an index comes next (did you mean "{meant}"?)'
+            step = int(key)
+            if step >= len(node):
+                return f"{walked} has {len(node)} {'entry' if len(node) == 1 else 'entries'}, counted from 0"
+        elif not isinstance(node, dict):
+            return f"{walked} is {_shown(node)}, not a table"
+        if place == len(keys) - 1:
+            node[step] = value
         else:
-            return f"{_plain(walked)} is {_shown(node)}, not a table"
+            node = node[step] if isinstance(node, list) else node.setdefault(step, {})
     return ""
+
+
+def _default(key: str) -> Any:
+    """What stands in a table that the file leaves out, as it would be parsed."""
+    default = Recipe.model_fields[key].default if key in Recipe.model_fields else None
+    if isinstance(default, tuple):
+        return [entry.model_dump(exclude_unset=True) for entry in default]
+    return default.model_dump(exclude_unset=True) if isinstance(default, Table) else {}
 
 
 # Problems in a user's words
 
 
-def _worded(errors: Sequence[Mapping[str, Any]], raw: Mapping[str, Any]) -> list[Problem]:
+_WORDS = {  # of Pydantic's kinds of errors, filled with its own context
+    "at_field": "{message}",
+    "value_error": "{error}",
+    "greater_than": "must be above {gt}, not {shown}",
+    "greater_than_equal": "must be at least {ge}, not {shown}",
+    "less_than": "must be below {lt}, not {shown}",
+    "less_than_equal": "must be at most {le}, not {shown}",
+    "finite_number": "must be a finite number, not {shown}",
+    "string_too_short": "must not be empty",
+    "string_too_long": "must have at most {max_length} characters, not {length}",
+    "too_short": "needs at least one table: [[{key}]]",
+    "too_long": "has {actual_length} tables, more than {max_length}",
+    "float_type": "must be a number, not {shown}",
+    "int_type": "must be a whole number, not {shown}",
+    "bool_type": "must be true or false, not {shown}",
+    "string_type": "must be text, not {shown}",
+    "string_unicode": "must be text in UTF-8, not {shown}",
+    "tuple_type": "must be a list, not {shown}",
+    "model_type": "must be a table, not {shown}",
+    "model_attributes_type": "must be a table, not {shown}",
+}
+
+
+def _worded(errors: Sequence[Mapping[str, Any]]) -> list[Problem]:
     problems: dict[str, Problem] = {}
     for error in errors:
-        for problem in _problems_of(error, raw):
+        for problem in _problems_of(error):
             problems.setdefault(problem.path, problem)
     return list(problems.values())
 
 
-def _problems_of(error: Mapping[str, Any], raw: Mapping[str, Any]) -> Iterator[Problem]:
-    loc = _without_tags(error["loc"])
+def _problems_of(error: Mapping[str, Any]) -> Iterator[Problem]:
+    loc = _without_tag(error["loc"])
     path = ".".join(_plain(str(part)) for part in loc)
-    kind, value, ctx = error["type"], error["input"], error.get("ctx", {})
+    kind, value, context = error["type"], error["input"], error.get("ctx", {})
     match kind:
         case "at_field":
-            for field, message in ctx["fields"].items():
+            for field, message in context["fields"].items():
                 yield Problem(f"{path}.{field}", message)
         case "extra_forbidden":
-            yield _unknown(loc, path, raw)
+            yield _unknown(error["loc"], path)
         case "missing" if isinstance(loc[-1], int):  # a tuple that is too short
-            yield Problem(path.rpartition(".")[0], _wants_list(loc[:-1], raw))
-        case "too_long" if isinstance(value, list) and value and not isinstance(value[0], dict):
-            yield Problem(path, _wants_list(loc, raw))
-        case "too_short" if isinstance(value, list) and len(value) >= ctx["min_length"]:
+            yield Problem(path.rpartition(".")[0], _wants_list(loc[-2], value))
+        case "missing":
+            yield Problem(path, _missing(path))
+        case "too_long" if loc[-1] not in ("crops", "attack"):
+            yield Problem(path, _wants_list(loc[-1], value))
+        case "too_short" if len(value) >= context["min_length"]:
             return  # what is wrong with its entries is told already
         case "union_tag_not_found":
-            key = str(ctx["discriminator"]).strip("'")
-            yield Problem(f"{path}.{key}", f"missing; {_one_of(_tags(loc))}")
+            yield Problem(f"{path}.{_tag(path)}", f"missing; {_one_of(_choices(path))}")
         case "union_tag_invalid":
-            key = str(ctx["discriminator"]).strip("'")
-            yield Problem(f"{path}.{key}", _not_among(value[key] if isinstance(value, dict) else value, _tags(loc)))
-        case _:
-            yield Problem(path, _wording(kind, value, ctx, loc))
-
-
-def _wording(kind: str, value: Any, ctx: Mapping[str, Any], loc: Sequence[str | int]) -> str:
-    shown = _shown(value)
-    match kind:
-        case "missing":
-            return _missing(loc)
-        case "literal_error" if tuple(loc) == ("schema",):
-            return f"must be 1, the version that this cfamc reads, not {shown}"
+            yield Problem(f"{path}.{_tag(path)}", _not_among(value[_tag(path)], _choices(path)))
+        case "literal_error" if path == "schema":
+            yield Problem(path, f"must be 1, the version that this cfamc reads, not {_shown(value)}")
         case "literal_error":
-            return _not_among(value, _literals(loc))
-        case "value_error":
-            return str(ctx["error"])
-        case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
-            bound = {"greater_than": "gt", "greater_than_equal": "ge", "less_than": "lt", "less_than_equal": "le"}[kind]
-            words = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}[bound]
-            limit = ctx[bound]
-            text = f"{limit:,}".replace(",", "_") if isinstance(limit, int) else f"{limit:g}"
-            return f"must be {words} {text}, not {shown}"
-        case "finite_number":
-            return f"must be a finite number, not {shown}"
-        case "string_too_short":
-            return "must not be empty"
-        case "string_too_long":
-            return f"must have at most {ctx['max_length']} characters, not {len(value)}"
-        case "too_short":
-            return f"needs at least one table: [[{loc[-1]}]]"
-        case "too_long":
-            return f"has {ctx['actual_length']} tables, more than {ctx['max_length']}"
+            yield Problem(path, _not_among(value, re.findall("'([^']+)'", context["expected"])))
         case _:
-            return f"must be {_WANTED.get(kind, 'something else')}, not {shown}{_meant(kind, value, loc)}"
+            spelled = {key: _limit(found) for key, found in context.items()}
+            length = len(value) if isinstance(value, str) else 0
+            text = _WORDS[kind].format(**spelled, shown=_shown(value), length=length, key=loc[-1])
+            yield Problem(path, text + _meant(kind, value, loc))
 
 
-_WANTED = {
-    "float_type": "a number",
-    "int_type": "a whole number",
-    "bool_type": "true or false",
-    "string_type": "text",
-    "string_unicode": "text in UTF-8",
-    "tuple_type": "a list",
-    "model_type": "a table",
-    "model_attributes_type": "a table",
-    "dict_type": "a table",
-}
+def _limit(found: object) -> object:
+    return f"{found:_}" if isinstance(found, int) else f"{found:g}" if isinstance(found, float) else found
 
 
 def _meant(kind: str, value: Any, loc: Sequence[str | int]) -> str:
@@ -384,47 +368,68 @@ def _meant(kind: str, value: Any, loc: Sequence[str | int]) -> str:
     if kind in ("float_type", "int_type") and isinstance(value, str) and re.fullmatch(r"[0-9.eE+-]{1,20}", value):
         complete = re.sub(r"(?<![0-9])[.]", "0.", re.sub(r"[.](?![0-9])", ".0", value))  # TOML: digits on both sides
         return f" (did you mean {complete}{', without quotes' if complete == value else ''}?)"
-    if kind == "string_type" and isinstance(value, int | float) and not isinstance(value, bool):
-        return " (in quotes it is text; from a shell: 'name=\"7\"')" if loc[-1] == "name" else ""
+    if kind == "string_type" and loc[-1] == "name" and isinstance(value, int | float) and not isinstance(value, bool):
+        return " (in quotes it is text; from a shell: 'name=\"7\"')"
     return ""
 
 
-def _missing(loc: Sequence[str | int]) -> str:
-    if len(loc) > 1:
-        return "missing"
-    match loc[0]:
+def _missing(path: str) -> str:
+    match path:
         case "schema":
             return "missing; write schema = 1"
         case "crops":
             return "missing; add a table [[crops]] with a count"
-        case "objective" | "adversary" as table:
-            return f"missing; add a table [{table}] with a name: {_one_of(_tags(loc))}"
+        case "objective" | "adversary":
+            return f"missing; add a table [{path}] with a name: {_one_of(_choices(path))}"
         case "data":
             return "missing; add a table [data] with a dataset"
         case _:
             return "missing"
 
 
-def _wants_list(loc: Sequence[str | int], raw: Mapping[str, Any]) -> str:
-    value = _dig(raw, loc)
-    wanted = 4 if loc[-1] == "jitter" else 2
-    return f"must be a list of {wanted} numbers, not of {len(value) if isinstance(value, list) else 0}"
+def _wants_list(key: str | int, value: Sequence[Any]) -> str:
+    return f"must be a list of {4 if key == 'jitter' else 2} numbers, not of {len(value)}"
 
 
-def _unknown(loc: Sequence[str | int], path: str, raw: Mapping[str, Any]) -> Problem:
+def _unknown(loc: Sequence[str | int], path: str) -> Problem:
     """An unknown key, with what may have been meant: a sibling, another choice's key, the same key elsewhere."""
-    key = str(loc[-1])
-    table = _table_at(loc[:-1], raw)
-    siblings = list(_keys(table)) if table else []
-    choices = _choices(loc[:-1])
-    if len(choices) > 1 and table is not None and any(key in _keys(choice) for choice in choices):
-        tag = "head" if loc[0] == "probe" else "name"
-        chosen = _literals_of(table, tag)[0]
-        return Problem(path, f'unknown key "{path}": {tag} = "{chosen}" has no {_plain(key)}', stale=True)
+    key, table, choices = str(loc[-1]), Recipe, _MODELS[str(loc[0])] if len(loc) > 1 else []
+    for choice in choices:
+        if len(choices) == 1 or loc[-2] in _literals(choice, _tag(path)):
+            table = choice
+    if any(key in choice.model_fields for choice in choices):
+        return Problem(path, f'unknown key "{path}": {_tag(path)} = "{loc[-2]}" has no {_plain(key)}', stale=True)
+    siblings = list(_MODELS if table is Recipe else table.model_fields)
     close = difflib.get_close_matches(key, siblings, n=1) if len(key) <= 60 else []
-    if not close and len(loc) == 1:
+    if not close and table is Recipe:
         close = [found for found in _all_paths() if found.rpartition(".")[2] == key][:1]
     return Problem(path, f'unknown key "{path}"' + (f' (did you mean "{close[0]}"?)' if close else ""))
+
+
+def _all_paths() -> Iterator[str]:
+    for key, models in _MODELS.items():
+        for inner in (inner for model in models for inner in model.model_fields):
+            yield f"{key}.0.{inner}" if key in ("crops", "attack") else f"{key}.{inner}"
+
+
+def _tag(path: str) -> str:
+    """The key that chooses among the models of a table."""
+    return "head" if path.startswith("probe") else "name"
+
+
+def _choices(path: str) -> list[str]:
+    """The names or heads that a table may have."""
+    return [choice for model in _MODELS[path.partition(".")[0]] for choice in _literals(model, _tag(path))]
+
+
+def _literals(model: type[Table], key: str) -> tuple[str, ...]:
+    return get_args(model.model_fields[key].annotation)
+
+
+def _without_tag(loc: Sequence[str | int]) -> Sequence[str | int]:
+    """A path without the tag that Pydantic puts behind the tables of a union."""
+    place = 2 if loc[0] == "attack" else 1
+    return [*loc[:place], *loc[place + 1 :]] if len(_MODELS.get(str(loc[0]), ())) > 1 else loc
 
 
 def _not_among(value: Any, allowed: Sequence[str]) -> str:
@@ -434,26 +439,18 @@ def _not_among(value: Any, allowed: Sequence[str]) -> str:
 
 def _one_of(allowed: Sequence[str]) -> str:
     quoted = [f'"{choice}"' for choice in allowed]
-    return f"must be {', '.join(quoted[:-1])}{' or ' if len(quoted) > 1 else ''}{quoted[-1]}"
+    return f"must be {', '.join(quoted[:-1])} or {quoted[-1]}"
 
 
 def _shown(value: Any) -> str:
     """A value of a TOML file as its writer would name it."""
-    match value:
-        case bool():
-            return "true" if value else "false"
-        case int():
-            return str(value) if value.bit_length() <= 128 else "a number of more than 38 digits"
-        case float():
-            return repr(value)
-        case str():
-            return f'the text "{_plain(value, limit=40)}"'
-        case list():
-            return "a list"
-        case dict():
-            return "a table"
-        case _:
-            return "a date or time"
+    if isinstance(value, str):
+        return f'the text "{_plain(value, limit=40)}"'
+    if isinstance(value, int) and value.bit_length() > 128:
+        return "a number of more than 38 digits"
+    if isinstance(value, bool | int | float):
+        return repr(value).lower()
+    return {list: "a list", dict: "a table"}.get(type(value), "a date or time")
 
 
 def _plain(text: str, *, limit: int = 200) -> str:
@@ -462,124 +459,19 @@ def _plain(text: str, *, limit: int = 200) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
 
 
-# The shape of a recipe, read from its models
-
-
-def _tables(annotation: Any) -> list[type[Table]]:
-    """The models that an annotation allows, below unions, tuples and metadata."""
-    origin = get_origin(annotation)
-    if origin is Annotated:
-        return _tables(get_args(annotation)[0])
-    if origin in (Union, UnionType, tuple):
-        return [table for part in get_args(annotation) if part is not NoneType for table in _tables(part)]
-    return [annotation] if isinstance(annotation, type) and issubclass(annotation, Table) else []
-
-
-def _choices(loc: Sequence[str | int]) -> list[type[Table]]:
-    """The models that may stand at a path."""
-    if not loc:
-        return [Recipe]
-    field = Recipe.model_fields.get(str(loc[0]))
-    depth = 2 if loc[0] in ("crops", "attack") else 1
-    return _tables(field.annotation) if field is not None and len(loc) <= depth else []
-
-
-def _table_at(loc: Sequence[str | int], raw: Mapping[str, Any]) -> type[Table] | None:
-    """The model that stands at a path, told by the name or head that was given there."""
-    choices = _choices(loc)
-    if len(choices) < 2:
-        return choices[0] if choices else None
-    tag = "head" if loc[0] == "probe" else "name"
-    given = _dig(raw, [*loc, tag])
-    return next((choice for choice in choices if given in _literals_of(choice, tag)), None)
-
-
-def _keys(table: type[Table]) -> Iterator[str]:
-    for name, field in table.model_fields.items():
-        yield field.alias or name
-
-
-def _all_paths() -> Iterator[str]:
-    for key in _keys(Recipe):
-        for table in _choices([key]):
-            for inner in _keys(table):
-                yield f"{key}.0.{inner}" if key in ("crops", "attack") else f"{key}.{inner}"
-
-
-def _literals_of(table: type[Table], key: str) -> tuple[str, ...]:
-    annotation = table.model_fields[key].annotation
-    return get_args(annotation) if get_origin(annotation) is Literal else ()
-
-
-def _tags(loc: Sequence[str | int]) -> list[str]:
-    tag = "head" if loc[0] == "probe" else "name"
-    return [literal for choice in _choices(loc) for literal in _literals_of(choice, tag)]
-
-
-def _literals(loc: Sequence[str | int]) -> list[str]:
-    """The texts that are allowed at a path."""
-    found = [
-        literal
-        for choice in _choices(loc[:-1])
-        if str(loc[-1]) in choice.model_fields
-        for literal in _literals_of(choice, str(loc[-1]))
-    ]
-    return list(dict.fromkeys(found))
-
-
-def _without_tags(loc: Sequence[str | int]) -> tuple[str | int, ...]:
-    """A path without the tags that Pydantic puts behind the tables of a union."""
-    place = 2 if loc and loc[0] == "attack" else 1
-    if loc and loc[0] in _TAGGED and len(loc) > place:
-        return (*loc[:place], *loc[place + 1 :])
-    return tuple(loc)
-
-
-def _dig(node: Any, loc: Sequence[str | int]) -> Any:
-    for key in loc:
-        try:
-            node = node[key]
-        except (KeyError, IndexError, TypeError):
-            return None
-    return node
-
-
-_DEFAULTS: dict[str, Any] = {
-    key: [entry.model_dump(mode="json", exclude_unset=True) for entry in default]
-    if isinstance(default := field.default, tuple)
-    else default.model_dump(mode="json", exclude_unset=True)
-    for key, field in Recipe.model_fields.items()
-    if isinstance(field.default, Table | tuple)
-}
-
-
-# Checks across tables
-
-
-def check_across(recipe: Recipe, *, broken: Collection[str] = ()) -> list[Problem]:
-    """Find what no table shows by itself.
-
-    Args:
-        recipe: A recipe whose tables are valid each.
-        broken: Tables that only stand in for broken ones, of which nothing is said.
-    """
-    problems = []
-    for tables, problem in _across(recipe):
-        if tables.isdisjoint(broken):
-            problems.append(problem)
-    return problems
+# Checks across tables, comparing and writing
 
 
 def _across(recipe: Recipe) -> Iterator[tuple[set[str], Problem]]:
-    """Problems, each with the tables it stands on."""
-    objective, adversary, train = recipe.objective, recipe.adversary, recipe.train
+    """What no table shows by itself, each problem with the tables that it stands on."""
+    objective, adversary, limit = recipe.objective, recipe.adversary, recipe.data.limit
     if recipe.views < 2:
         if isinstance(objective, SimClr | SupCon):
             message = f"{objective.name} compares two views of an image, and this is one (set crops.0.count = 2)"
         else:
             message = "emp-ssl draws the crops of an image together, and this is one (set crops.0.count = 2 or more)"
         yield {"crops", "objective"}, Problem("crops.0.count", message)
-    if isinstance(adversary, PgdAdversary | FreeAdversary) and adversary.views == "second" and len(recipe.crops) < 2:
+    if not isinstance(adversary, NoAdversary) and adversary.views == "second" and len(recipe.crops) < 2:
         message = '"second" perturbs the second group of crops, and there is one group'
         yield {"crops", "adversary"}, Problem("adversary.views", message)
     if isinstance(adversary, PgdAdversary):
@@ -590,48 +482,28 @@ def _across(recipe: Recipe) -> Iterator[tuple[set[str], Problem]]:
     if recipe.schedule.name == "official-cosine" and recipe.replays < 2:
         message = '"official-cosine" differs from "cosine" only in a free adversary of 2 or more replays'
         yield {"schedule", "adversary"}, Problem("schedule.name", message)
-    yield from _against_the_data(recipe)
-    images = known_images(recipe)
-    if images is not None and isinstance(recipe.schedule, Cosine) and images >= train.batch_size:
-        updates = recipe.batches(images) * recipe.replays
-        if recipe.schedule.warmup >= updates:
-            message = f"{recipe.schedule.warmup} updates of warm-up leave nothing of a run of {updates}"
-            yield {"schedule", "data", "train", "adversary"}, Problem("schedule.warmup", message)
-
-
-def _against_the_data(recipe: Recipe) -> Iterator[tuple[set[str], Problem]]:
-    limit, batch = recipe.data.limit, recipe.train.batch_size
-    known = KNOWN_SETS.get(recipe.data.dataset)
+    known, images = KNOWN_SETS.get(recipe.data.dataset), recipe.data.known_images
     if limit is not None and known is not None and limit > known.train:
         message = f"{recipe.data.dataset} has {known.train} training images, not {limit}"
         yield {"data"}, Problem("data.limit", message)
-    images = known_images(recipe)
-    if images is not None and batch > images:
-        whose = "data.limit leaves" if limit == images else f"{recipe.data.dataset} has"
-        yield {"data", "train"}, Problem("train.batch_size", f"{batch} is more than the {images} images that {whose}")
-
-
-# Comparing and writing
+    for key, message, _ in recipe.misfits(images) if images is not None else ():
+        needed = {"schedule", "adversary"} if key == "schedule.warmup" else set()
+        yield {"data", "train"} | needed, Problem(key, message)
 
 
 def differing_keys(a: Recipe, b: Recipe) -> list[str]:
-    """The dotted keys in which two recipes describe different runs, sorted.
-
-    Left out is what may change when a run is resumed: its name, where the data lie, how checkpoints are kept, and how
-    often it logs.
-    """
+    """The dotted keys in which two recipes describe different runs, sorted: those not marked `Outside.RUN`."""
     left, right = dict(_leaves(a.resolved(), "")), dict(_leaves(b.resolved(), ""))
-    keys = sorted(left.keys() | right.keys())
     missing = object()
-    return [key for key in keys if key not in _OUTSIDE_THE_RUN and left.get(key, missing) != right.get(key, missing)]
+    differing = {key for key in left | right if left.get(key, missing) != right.get(key, missing)}
+    return sorted(differing.difference(outside(Outside.RUN)))
 
 
 def _leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
-    entries: Iterator[tuple[Any, Any]]
     if isinstance(node, dict):
-        entries = iter(node.items())
+        entries = list(node.items())
     elif isinstance(node, list) and node and isinstance(node[0], dict):
-        entries = iter(enumerate(node))
+        entries = list(enumerate(node))
     else:
         yield path, node
         return
@@ -641,30 +513,18 @@ def _leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 def to_toml(recipe: Recipe) -> str:
     """Write a recipe with every setting that has an effect; what is written loads as an equal recipe."""
-    resolved = recipe.resolved()
-    lines = [f"{key} = {_toml(value)}" for key, value in resolved.items() if not _is_table(value)]
-    for key, value in resolved.items():
-        if not _is_table(value):
+    settings, below = [], []
+    for key, value in recipe.resolved().items():
+        entries = value if isinstance(value, list) else [value]
+        if not entries or not isinstance(entries[0], dict):
+            settings.append(f"{key} = {_toml(value)}")
             continue
-        for table in value if isinstance(value, list) else [value]:
-            lines += ["", f"[[{key}]]" if isinstance(value, list) else f"[{key}]"]
-            lines += [f"{inner} = {_toml(setting)}" for inner, setting in table.items() if setting is not None]
-    return "\n".join(lines) + "\n"
-
-
-def _is_table(value: Any) -> bool:
-    return isinstance(value, dict) or (isinstance(value, list) and bool(value) and isinstance(value[0], dict))
+        for table in entries:
+            below += ["", f"[[{key}]]" if entries is value else f"[{key}]"]
+            below += [f"{inner} = {_toml(setting)}" for inner, setting in table.items() if setting is not None]
+    return "\n".join([*settings, *below]) + "\n"
 
 
 def _toml(value: Any) -> str:
-    match value:
-        case bool():
-            return "true" if value else "false"
-        case int() | float():
-            return repr(value)
-        case str():
-            return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-        case list():
-            return f"[{', '.join(_toml(entry) for entry in value)}]"
-        case _:
-            raise AssertionError(f"no recipe holds {type(value)}")
+    """A plain value of a recipe, which TOML writes as JSON does, but for one character."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny import tiny_recipe
 
 from cfamc_cli.engine.distributed import World
 from cfamc_cli.errors import CfamcError, ExitCode
@@ -96,6 +97,7 @@ def test_two_gloo_ranks_equal_one_process_with_frozen_batch_norm() -> None:
 def test_ranks_share_a_batch_without_overlap() -> None:
     shares = [World(rank, 4).share(12) for rank in range(4)]
     assert [index for share in shares for index in range(12)[share]] == list(range(12))
-    with pytest.raises(CfamcError, match="does not divide") as caught:
-        World(0, 5).share(12)
+    with pytest.raises(CfamcError, match="12 images do not divide among 5 processes") as caught:
+        tiny_recipe(train={"batch_size": 12}).require_fit(64, processes=5)
     assert caught.value.exit_code == ExitCode.INVALID
+    assert caught.value.hint == "set train.batch_size to a multiple of 5"

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cfamc_cli import recipe_file
 from cfamc_cli.engine.models import Encoder
 from cfamc_cli.errors import CfamcError, ExitCode
-from cfamc_cli.plan import activations_per_view, flops_per_view, known_images, parameter_counts, plan
+from cfamc_cli.plan import activations_per_view, flops_per_view, parameter_counts, plan
 from cfamc_cli.recipe import Model, Recipe
 
 Backbone = Literal["resnet18", "resnet34", "resnet50"]
@@ -116,7 +116,7 @@ def test_groups_of_different_sizes() -> None:
 
 def test_folders_count_per_thousand_images_until_they_are_counted() -> None:
     folder = load("folder")
-    assert known_images(folder) is None
+    assert folder.data.known_images is None
     rough = plan(folder)
     assert (rough.images, rough.per_thousand, rough.batches_per_epoch) == (1_000, True, 10)
     counted = plan(folder, 2_550)

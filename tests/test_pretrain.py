@@ -282,7 +282,7 @@ def test_checkpoints_come_when_asked_for_and_old_ones_go(every: int, tiny_images
 
 
 def test_a_batch_larger_than_the_data_and_supcon_without_labels_are_refused(tiny_images: ImageSet) -> None:
-    with pytest.raises(CfamcError, match="64 images") as caught:
+    with pytest.raises(CfamcError, match="65 is more than the 64 training images") as caught:
         trainer_of(tiny_recipe(train={"batch_size": 65}), tiny_images)
     assert caught.value.exit_code == ExitCode.INVALID
     unlabelled = ImageSet(**{**vars(tiny_images), "labels": torch.full((64,), -1)})

@@ -158,7 +158,7 @@ def _start(recipes: Sequence[Recipe], options: Options) -> list[Mapping[str, obj
                 if results and (signal := signals.pending()):  # it came too late to cut the run before
                     raise Interrupted(signal)
                 data = _load(recipe, options, world)  # this and the next two lines before a run is made for nothing
-                plan(recipe, images=len(data.images))
+                recipe.require_fit(len(data.images), processes=world.size)
                 _starting_weights(recipe, store)
                 run = create_run(store, recipe.name, now=now()) if world.leads else None
                 results.append(_train(recipe, data, run, options, world=world, signals=signals, fresh=True))

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cfamc_cli.errors import CfamcError, ExitCode
+from cfamc_cli.errors import CfamcError
 
 _LOST = re.compile(r"gloo|nccl|connection (closed|reset)|broken pipe", re.IGNORECASE)
 
@@ -32,17 +32,7 @@ class World:
         return self.rank == 0
 
     def share(self, batch_size: int) -> slice:
-        """The images of the global batch that are this process's.
-
-        Raises:
-            CfamcError: The batch does not divide among the processes.
-        """
-        if batch_size % self.size:
-            raise CfamcError(
-                f"a batch of {batch_size} images does not divide among {self.size} processes",
-                hint=f"set train.batch_size to a multiple of {self.size}",
-                exit_code=ExitCode.INVALID,
-            )
+        """The images of the global batch that are this process's."""
         part = batch_size // self.size
         return slice(self.rank * part, (self.rank + 1) * part)
 

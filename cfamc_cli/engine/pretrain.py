@@ -63,17 +63,11 @@ class Trainer:
             sink: Who listens.
 
         Raises:
-            CfamcError: The batch is larger than the data, or does not divide among the processes; supcon without
-                labels.
+            CfamcError: As for `Recipe.require_fit`; supcon without labels.
         """
+        recipe.require_fit(len(data.images), processes=world.size)
         batch_size = recipe.train.batch_size
         self.per_epoch = len(data.images) // batch_size  # an incomplete batch is dropped: delta is carried by position
-        if self.per_epoch == 0:
-            raise CfamcError(
-                f"train.batch_size is {batch_size} but the data has {len(data.images)} images",
-                hint="lower train.batch_size",
-                exit_code=ExitCode.INVALID,
-            )
         self.labels = data.require_labels().to(device) if recipe.objective.name == "supcon" else None
         prepare(device, deterministic=recipe.train.deterministic)
         self.recipe, self.device, self.world, self.sink = recipe, device, world, sink
