@@ -116,7 +116,7 @@ def test_free_steps_once_a_replay_and_carries_delta_by_position() -> None:
 
 def test_a_carried_delta_leaves_black_and_white_images_alone_where_it_points_outwards() -> None:
     adversary = build_adversary(FreeAdversary(name="free"))
-    adversary.load([torch.full_like(group, EPS) for group in two_groups(0)])
+    adversary.delta = [torch.full_like(group, EPS) for group in two_groups(0)]
     white = [torch.ones_like(group) for group in two_groups(0)]
     adversary.begin(white, generators())
     assert all(torch.equal(moved, torch.ones_like(moved)) for moved in adversary.perturb(linear_loss))
@@ -127,8 +127,10 @@ def test_free_goes_on_from_a_saved_delta() -> None:
     clean = two_groups(0)
     straight.begin(clean, generators())
     replay(straight)
-    cut.load([delta.clone() for delta in straight.delta])
-    cut.resume(clean)
+    cut.delta = [delta.clone() for delta in straight.delta]
+    clean = two_groups(1)
+    for adversary in (straight, cut):
+        adversary.begin(clean, generators())
     for moved, other in zip(replay(straight), replay(cut), strict=True):
         assert torch.equal(moved, other)
 

@@ -15,6 +15,7 @@ from cfamc_cli.engine.models import Encoder
 from cfamc_cli.recipe import Model
 
 EPS = 8 / 255
+HERE: monitor.Where = {"step": 3, "batch": 1, "epoch": 0.5}
 
 
 @pytest.mark.parametrize("updates", [*range(1, 60), 119, 999, 1000, 5001, 15_630])
@@ -53,8 +54,8 @@ def test_the_grip_of_a_full_attack_is_one_and_of_none_is_zero() -> None:
     crops = [torch.full((1, 4, 3, 6, 6), 0.5)]
     zero = [torch.zeros_like(crops[0])]
     strongest = ascend_loss(smooth, crops, zero, eps=EPS, step_size=0.01, steps=10)
-    assert monitor.measure_grip(smooth, crops, strongest, first=0, eps=EPS).strength == pytest.approx(1, abs=1e-3)
-    grip = monitor.measure_grip(smooth, crops, zero, first=0, eps=EPS)
+    assert monitor.measure_grip(smooth, crops, strongest, eps=EPS, where=HERE).strength == pytest.approx(1, abs=1e-3)
+    grip = monitor.measure_grip(smooth, crops, zero, eps=EPS, where=HERE)
     assert grip.strength == pytest.approx(0, abs=1e-3)
     assert grip.strongest > grip.clean == pytest.approx(grip.trained)
 
@@ -62,7 +63,7 @@ def test_the_grip_of_a_full_attack_is_one_and_of_none_is_zero() -> None:
 def test_one_large_step_loses_its_grip_on_an_overfitted_loss() -> None:
     crops = [torch.full((1, 4, 3, 6, 6), 0.5)]
     single = ascend_loss(overfitted, crops, [torch.zeros_like(crops[0])], eps=EPS, step_size=10 / 255, steps=1)
-    grip = monitor.measure_grip(overfitted, crops, single, first=0, eps=EPS)
+    grip = monitor.measure_grip(overfitted, crops, single, eps=EPS, where=HERE)
     assert grip.strength < monitor.LOST
     assert grip.strongest > grip.clean + 100
 
@@ -74,7 +75,7 @@ def test_the_first_group_stays_clean_where_the_second_view_alone_is_perturbed() 
         assert torch.equal(groups[0], crops[0])
         return smooth(groups)
 
-    grip = monitor.measure_grip(loss_of, crops, [torch.full_like(crops[1], EPS)], first=1, eps=EPS)
+    grip = monitor.measure_grip(loss_of, crops, [torch.full_like(crops[1], EPS)], eps=EPS, where=HERE)
     assert grip.strength == pytest.approx(1, abs=1e-3)
 
 
@@ -94,9 +95,10 @@ def test_online_evaluation_counts_and_leaves_everything_alone() -> None:
         images[32:],
         labels[32:],
         classes=2,
-        eps=EPS,
+        eps="8/255",
         device=torch.device("cpu"),
         stop=lambda: 0,
+        where=HERE,
     )
     assert found is not None
     assert found.n == 16
@@ -121,9 +123,10 @@ def test_online_evaluation_without_one_right_answer() -> None:
         images[16:],
         torch.full((8,), 2),
         classes=3,
-        eps=EPS,
+        eps="8/255",
         device=torch.device("cpu"),
         stop=lambda: 0,
+        where=HERE,
     )
     assert found is not None
     assert (found.n, found.knn, found.clean, found.robust) == (8, 0, 0, 0)
@@ -135,6 +138,8 @@ def test_online_evaluation_ends_when_it_is_asked_to() -> None:
     labels = torch.arange(24) % 2
     cpu, asked = torch.device("cpu"), iter([0, 0, 15])
     bank, held_out = (images[:16], labels[:16]), (images[16:], labels[16:])
-    found = monitor.evaluate(encoder, *bank, *held_out, classes=2, eps=EPS, device=cpu, stop=lambda: next(asked))
+    found = monitor.evaluate(
+        encoder, *bank, *held_out, classes=2, eps="8/255", device=cpu, stop=lambda: next(asked), where=HERE
+    )
     assert found is None
     assert encoder.training

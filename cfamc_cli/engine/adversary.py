@@ -20,14 +20,17 @@ LossOf = Callable[[Sequence[Tensor]], Tensor]
 
 
 class Adversary:
-    """Clean training: the crops pass as they are."""
+    """Clean training: the crops pass as they are.
+
+    Attributes:
+        delta: The perturbations of the perturbed groups; none here.
+    """
+
+    def __init__(self) -> None:
+        self.delta: Groups = []
 
     def begin(self, crops: Groups, generators: Sequence[torch.Generator]) -> None:  # noqa: ARG002
         """Take the crops of the next batch, and a CPU generator for each group."""
-        self.crops = crops
-
-    def resume(self, crops: Groups) -> None:
-        """Take the crops of a batch that was cut between two of its replays."""
         self.crops = crops
 
     def perturb(self, loss_of: LossOf) -> Groups:  # noqa: ARG002
@@ -37,85 +40,72 @@ class Adversary:
     def ascend(self) -> None:
         """Use the gradient that the training loss's backward pass left, if it is of use."""
 
-    @property
-    def delta(self) -> Groups:
-        """The perturbations of the perturbed groups; none for clean training."""
-        return []
 
-    def load(self, delta: Groups) -> None:
-        """Carry on from a saved `delta`."""
-        assert not delta, "clean training carries nothing"
+class Moving(Adversary):
+    """What PGD and free training share: the ball, and which groups stay clean."""
+
+    def __init__(self, settings: PgdAdversary | FreeAdversary) -> None:
+        super().__init__()
+        self.first = 1 if settings.views == "second" else 0  # index of the first group that is perturbed
+        self.start = settings.start
+        self.eps, self.step_size = number(settings.eps), number(settings.step_size)
+
+    def begin(self, crops: Groups, generators: Sequence[torch.Generator]) -> None:
+        self.spared, self.clean = crops[: self.first], crops[self.first :]
+        self.generators = generators[self.first :]
+
+    def fresh(self) -> Groups:
+        """Perturbations that carry nothing on: zero, or drawn from the ball."""
+        if self.start == "zero":
+            return [torch.zeros_like(x) for x in self.clean]
+        return [
+            ball.random_start(x.flatten(0, 1), eps=self.eps, generator=generator).view_as(x)
+            for x, generator in zip(self.clean, self.generators, strict=True)
+        ]
+
+    def moved(self) -> Groups:
+        """All groups, with the perturbations on."""
+        return [*self.spared, *(x + delta for x, delta in zip(self.clean, self.delta, strict=True))]
 
 
-class Pgd(Adversary):
+class Pgd(Moving):
     """K ascent steps on the perturbation before each weight step; the weights' gradients stay untouched."""
 
     def __init__(self, settings: PgdAdversary) -> None:
-        self.settings = settings
-        self.eps, self.step_size = number(settings.eps), number(settings.step_size)
-        self._delta: Groups = []
-
-    def begin(self, crops: Groups, generators: Sequence[torch.Generator]) -> None:
-        self.crops = crops
-        first = _first_perturbed(self.settings.views)
-        self._start = _start(crops[first:], generators[first:], start=self.settings.start, eps=self.eps)
+        super().__init__(settings)
+        self.steps = settings.steps
 
     def perturb(self, loss_of: LossOf) -> Groups:
-        first = _first_perturbed(self.settings.views)
-        clean = self.crops[first:]
-        self._delta = ascend_loss(
-            lambda moved: loss_of([*self.crops[:first], *moved]),
-            clean,
-            self._start,
+        self.delta = ascend_loss(
+            lambda moved: loss_of([*self.spared, *moved]),
+            self.clean,
+            self.fresh(),
             eps=self.eps,
             step_size=self.step_size,
-            steps=self.settings.steps,
+            steps=self.steps,
         )
-        return [*self.crops[:first], *(x + delta for x, delta in zip(clean, self._delta, strict=True))]
-
-    @property
-    def delta(self) -> Groups:
-        return self._delta
-
-    def load(self, delta: Groups) -> None:
-        """Nothing to carry on: every batch starts afresh."""
+        return self.moved()
 
 
-class Free(Adversary):
+class Free(Moving):
     """One backward pass pays for the weight step and the ascent; delta is carried from batch to batch by position."""
 
-    def __init__(self, settings: FreeAdversary) -> None:
-        self.settings = settings
-        self.eps, self.step_size = number(settings.eps), number(settings.step_size)
-        self._delta: Groups = []
-
     def begin(self, crops: Groups, generators: Sequence[torch.Generator]) -> None:
-        self.crops = crops
-        first = _first_perturbed(self.settings.views)
-        clean = crops[first:]
-        carried = self._delta or _start(clean, generators[first:], start=self.settings.start, eps=self.eps)
-        self._delta = [ball.project(x, delta, eps=self.eps) for x, delta in zip(clean, carried, strict=True)]
+        super().begin(crops, generators)
+        carried = self.delta or self.fresh()
+        self.delta = [ball.project(x, delta, eps=self.eps) for x, delta in zip(self.clean, carried, strict=True)]
 
     def perturb(self, loss_of: LossOf) -> Groups:  # noqa: ARG002
-        first = _first_perturbed(self.settings.views)
-        self._delta = [delta.detach().requires_grad_() for delta in self._delta]
-        return [*self.crops[:first], *(x + delta for x, delta in zip(self.crops[first:], self._delta, strict=True))]
+        self.delta = [delta.detach().requires_grad_() for delta in self.delta]
+        return self.moved()
 
     @torch.no_grad()
     def ascend(self) -> None:
-        clean = self.crops[_first_perturbed(self.settings.views) :]
         moved = []
-        for x, delta in zip(clean, self._delta, strict=True):
+        for x, delta in zip(self.clean, self.delta, strict=True):
             assert delta.grad is not None, "ascend() follows the backward pass of the training loss"
             moved.append(ball.ascend(x, delta.detach(), delta.grad, eps=self.eps, step_size=self.step_size))
-        self._delta = moved
-
-    @property
-    def delta(self) -> Groups:
-        return [delta.detach() for delta in self._delta]
-
-    def load(self, delta: Groups) -> None:
-        self._delta = list(delta)
+        self.delta = moved
 
 
 def build_adversary(settings: NoAdversary | PgdAdversary | FreeAdversary) -> Adversary:
@@ -158,17 +148,3 @@ def ascend_loss(
                 for x, part, gradient in zip(clean, delta, gradients, strict=True)
             ]
     return delta
-
-
-def _first_perturbed(views: str) -> int:
-    """Index of the first group that is perturbed; those before it stay clean."""
-    return 1 if views == "second" else 0
-
-
-def _start(crops: Groups, generators: Sequence[torch.Generator], *, start: str, eps: float) -> Groups:
-    if start == "zero":
-        return [torch.zeros_like(x) for x in crops]
-    return [
-        ball.random_start(x.flatten(0, 1), eps=eps, generator=generator).view_as(x)
-        for x, generator in zip(crops, generators, strict=True)
-    ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -16,21 +15,14 @@ from cfamc_cli.engine.data import ImageSet, batch, class_balanced_split
 from cfamc_cli.engine.device import peak_memory
 from cfamc_cli.engine.losses import Terms, effective_rank, feature_std
 from cfamc_cli.engine.models import Encoder
+from cfamc_cli.engine.monitor import Where
 from cfamc_cli.engine.randomness import addressed_generator
 from cfamc_cli.engine.sink import Sink
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.recipe import EmpSsl, NoAdversary, PgdAdversary, Recipe, number
-from cfamc_cli.records import EvaluationLine, GripLine, TimingLine, TrainLine
+from cfamc_cli.records import TimingLine, TrainLine
 
 HELD_OUT = 1000  # training images that the online evaluation asks about
-
-
-class Where(TypedDict):
-    """The position of a line, as its constructor takes it."""
-
-    step: int
-    batch: int
-    epoch: float
 
 
 class Diverged(CfamcError):  # noqa: N818 - it names an outcome
@@ -57,10 +49,10 @@ class Journal:
         parts = ["invariance", "coding_rate"] if isinstance(recipe.objective, EmpSsl) else []
         self._names = ["lr", "loss", "gradient_norm", *parts]
         self._rows: list[Tensor] = []
-        attack_steps = recipe.adversary.steps if isinstance(recipe.adversary, PgdAdversary) else 0
-        self._passes_per_update = 1 + attack_steps
+        self._eps = 0.0 if isinstance(recipe.adversary, NoAdversary) else number(recipe.adversary.eps)
+        self._passes_per_update = 1 + (recipe.adversary.steps if isinstance(recipe.adversary, PgdAdversary) else 0)
         self._grip_plan = monitor.schedule(updates=updates, batch_size=share, passes_per_update=self._passes_per_update)
-        self._evaluated: dict[str, float] = {}
+        self._accuracy: dict[str, float] = {}
         self.start(0)
 
     def start(self, step: int) -> None:
@@ -109,27 +101,41 @@ class Journal:
             )
         return rows
 
-    def after_batch(self, encoder: Encoder, z: Tensor, delta: Groups, *, step: int) -> None:
-        """Write the records of an interval when it is full, or the run is.
+    def after_batch(
+        self, encoder: Encoder, z: Tensor, crops: Groups, delta: Groups, loss_of: LossOf, *, step: int
+    ) -> None:
+        """Write the lines of an interval when it is full or the run is, and compare adversaries when that is due.
 
         Args:
             encoder: To be checked for finite weights.
             z: Embeddings of the last update, (V, B, D).
-            delta: The adversary's perturbations.
+            crops: The batch's clean crops.
+            delta: The adversary's perturbations of the last groups.
+            loss_of: The training loss, leaving batch-norm statistics alone.
             step: Weight updates made.
 
         Raises:
             Diverged: As `check_finite`.
         """
-        finished = step // self.recipe.replays
-        if finished % self.recipe.train.log_every and step < self.updates:
-            return
-        rows = self.check_finite(encoder, step=step)
-        means = dict(zip(self._names, rows.double().mean(0).tolist(), strict=True))
-        means["lr"] = float(rows[-1, 0])
+        full = step // self.recipe.replays % self.recipe.train.log_every == 0 or step == self.updates
+        every = self._grip_plan.every if delta else 0
+        compared = every > 0 and step // every > (step - self.recipe.replays) // every
+        if full or compared:
+            rows = self.check_finite(encoder, step=step)
+        if full:
+            self._write(rows, z, delta, step=step)
+        if compared:
+            self._watch_grip(crops, delta, loss_of, step=step)
+
+    def _write(self, rows: Tensor, z: Tensor, delta: Groups, *, step: int) -> None:
+        means = dict(zip(self._names, rows.double().mean(0).tolist(), strict=True)) | {"lr": float(rows[-1, 0])}
         where = self._where(step)
         shape = {"effective_rank": float(effective_rank(z[-1])), "feature_std": float(feature_std(z[-1]))}
-        self.sink.metrics(TrainLine.model_validate({**where, **means, **self._delta_statistics(delta), **shape}))
+        if delta:
+            size = torch.cat([part.abs().flatten() for part in delta])
+            shape |= {"delta_mean": float(size.mean())}
+            shape |= {"delta_at_bound": float((size >= 0.999 * self._eps).float().mean())}
+        self.sink.metrics(TrainLine.model_validate({**where, **means, **shape}))
 
         seconds = max(time.perf_counter() - self._since, 1e-9)
         views = (step - self._since_step) * self.recipe.views * self.recipe.train.batch_size
@@ -138,60 +144,21 @@ class Journal:
         self.sink.timing(
             TimingLine(**where, views_per_second=rate, data_share=share, seconds=seconds, peak_memory=memory)
         )
-        shown = {"epoch": where["epoch"], **means, "views_per_second": rate, **self._evaluated}
+        shown = {"epoch": where["epoch"], **means, "views_per_second": rate, **self._accuracy}
         self.sink.progress("train", step, self.updates, shown)
         self._rows = []
         self.start(step)
 
     def _where(self, step: int) -> Where:
-        finished = step // self.recipe.replays
-        return {"step": step, "batch": finished, "epoch": finished / self.per_epoch}
+        batch = step // self.recipe.replays
+        return {"step": step, "batch": batch, "epoch": batch / self.per_epoch}
 
-    def _delta_statistics(self, delta: Groups) -> dict[str, float]:
-        adversary = self.recipe.adversary
-        if isinstance(adversary, NoAdversary):
-            return {}
-        size = torch.cat([part.abs().flatten() for part in delta])
-        at_bound = (size >= 0.999 * number(adversary.eps)).float().mean()
-        return {"delta_mean": float(size.mean()), "delta_at_bound": float(at_bound)}
-
-    def watch_grip(self, encoder: Encoder, loss_of: LossOf, crops: Groups, delta: Groups, *, step: int) -> None:
-        """Compare the training adversary with PGD-10 when that is due, and warn when it has lost its grip.
-
-        Args:
-            encoder: To be checked for finite weights.
-            loss_of: The training loss, leaving batch-norm statistics alone.
-            crops: The batch's clean crops.
-            delta: The perturbations that were trained on.
-            step: Weight updates made.
-
-        Raises:
-            Diverged: As `check_finite`.
-        """
-        adversary, every = self.recipe.adversary, self._grip_plan.every
-        if isinstance(adversary, NoAdversary) or every == 0 or step // every == (step - self.recipe.replays) // every:
-            return
-        self.check_finite(encoder, step=step)
+    def _watch_grip(self, crops: Groups, delta: Groups, loss_of: LossOf, *, step: int) -> None:
         few = slice(0, self._grip_plan.images)
-        grip = monitor.measure_grip(
-            loss_of,
-            [group[:, few] for group in crops],
-            [part[:, few] for part in delta],
-            first=1 if adversary.views == "second" else 0,
-            eps=number(adversary.eps),
-        )
-        lost = grip.strength < monitor.LOST
-        self.sink.metrics(
-            GripLine(
-                **self._where(step),
-                clean=grip.clean,
-                trained=grip.trained,
-                strongest=grip.strongest,
-                strength=grip.strength,
-                lost=lost,
-            )
-        )
-        if lost:
+        cut_crops, cut_delta = ([group[:, few] for group in groups] for groups in (crops, delta))
+        grip = monitor.measure_grip(loss_of, cut_crops, cut_delta, eps=self._eps, where=self._where(step))
+        self.sink.metrics(grip)
+        if grip.lost:
             self.sink.warning(
                 f"update {step}: PGD-{monitor.ATTACK_STEPS} raises the loss by {grip.strongest - grip.clean:.3g}, the "
                 f"training adversary only by {grip.trained - grip.clean:.3g}: catastrophic overfitting is likely; "
@@ -199,7 +166,7 @@ class Journal:
             )
 
     def evaluate(self, encoder: Encoder, images: Tensor, *, step: int, stop: Callable[[], int]) -> bool:
-        """Record the accuracy of cheap heads on held-out training images, where the recipe asks and labels exist.
+        """Record the accuracy of cheap heads on held-out training images, where labels exist.
 
         Args:
             encoder: To read; its mode is restored.
@@ -213,35 +180,32 @@ class Journal:
         Raises:
             Diverged: As `check_finite`.
         """
-        if self.recipe.train.evaluate_every == 0:
-            return True
         labels = self.data.labels
         if labels is None or len(self.data.classes) < 2 or int((labels >= 0).sum()) < 2 * HELD_OUT:
             if step == 0:
                 self.sink.message(f"no online evaluation: it needs {2 * HELD_OUT:,} labelled images of two classes")
             return True
+        began = time.perf_counter()
         self.check_finite(encoder, step=step)
-        adversary = self.recipe.adversary
-        eps = "8/255" if isinstance(adversary, NoAdversary) else adversary.eps
         held_out, others = class_balanced_split(labels, HELD_OUT, seed=self.recipe.seed)
         bank = others[torch.randperm(len(others), generator=addressed_generator("bank", self.recipe.seed))]
         bank = bank[: monitor.BANK]
-        accuracy = monitor.evaluate(
+        adversary = self.recipe.adversary
+        line = monitor.evaluate(
             encoder,
             batch(images, bank, device=self.device),
             labels[bank],
             batch(images, held_out, device=self.device),
             labels[held_out],
             classes=len(self.data.classes),
-            eps=number(eps),
+            eps="8/255" if isinstance(adversary, NoAdversary) else adversary.eps,
             device=self.device,
             stop=stop,
+            where=self._where(step),
         )
-        if accuracy is None:
+        self._since += time.perf_counter() - began  # no part of the rate of training
+        if line is None:
             return False
-        n, knn, clean, robust = accuracy.n, accuracy.knn, accuracy.clean, accuracy.robust
-        self.sink.metrics(
-            EvaluationLine(**self._where(step), n=n, knn=knn, clean=clean, robust=robust, eps=eps, attack="pgd-10")
-        )
-        self._evaluated = {"knn": knn / n, "clean": clean / n, "robust": robust / n}
+        self.sink.metrics(line)
+        self._accuracy = {"knn": line.knn / line.n, "clean": line.clean / line.n, "robust": line.robust / line.n}
         return True

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,8 @@ from torch import Tensor
 from cfamc_cli.engine.adversary import Groups, LossOf, ascend_loss
 from cfamc_cli.engine.models import Encoder
 from cfamc_cli.engine.probe import extract_features, fit_converged, new_head, weighted_knn
+from cfamc_cli.recipe import number
+from cfamc_cli.records import EvaluationLine, GripLine
 
 BANK = 5000  # training images that the online heads are fitted to, at most
 ATTACK_STEPS = 10
@@ -26,20 +29,16 @@ _FEWEST = 8  # images of a comparison; with fewer the loss says little
 _CHUNK = 250  # samples of an attack's forward pass
 
 
-@dataclass(frozen=True)
-class OnlineAccuracy:
-    """Counts of right answers among `n` held-out training images.
+class Where(TypedDict):
+    """The position of a line of metrics.jsonl."""
 
-    Attributes:
-        knn: Weighted nearest neighbours, k 20, temperature 0.07.
-        clean: Linear head on detached features.
-        robust: The same head under PGD-10 of radius eps, step 2.5 eps / 10.
-    """
+    step: int
+    batch: int
+    epoch: float
 
-    n: int
-    knn: int
-    clean: int
-    robust: int
+
+class _Cut(Exception):  # noqa: N818 - no error
+    """The evaluation was asked to stop."""
 
 
 def evaluate(
@@ -50,11 +49,15 @@ def evaluate(
     held_out_labels: Tensor,
     *,
     classes: int,
-    eps: float,
+    eps: str,
     device: torch.device,
     stop: Callable[[], int],
-) -> OnlineAccuracy | None:
+    where: Where,
+) -> EvaluationLine | None:
     """Fit heads to features of `bank` and count how often they are right on `held_out`.
+
+    `knn` is weighted nearest neighbours (k 20, temperature 0.07), `clean` a linear head on detached features, `robust`
+    the same head under PGD-10 of radius eps, step 2.5 eps / 10.
 
     Args:
         encoder: On `device`; its mode is restored.
@@ -63,91 +66,55 @@ def evaluate(
         held_out: (M, 3, S, S) uint8.
         held_out_labels: (M,) int64.
         classes: C.
-        eps: L-inf radius of the attack.
+        eps: L-inf radius of the attack, exact text.
         device: Where to compute.
         stop: Asked all the while; what it returns, if not 0, ends the evaluation.
+        where: The encoder's position in its run.
 
     Returns:
         The counts; None where `stop` ended it.
     """
-    training = encoder.training
-    try:
-        return _evaluate(encoder, bank, bank_labels, held_out, held_out_labels, classes, eps, device, stop)
-    except _Cut:
-        return None
-    finally:
-        encoder.train(training)
 
-
-class _Cut(Exception):  # noqa: N818 - no error
-    """The evaluation was asked to stop."""
-
-
-def _evaluate(
-    encoder: Encoder,
-    bank: Tensor,
-    bank_labels: Tensor,
-    held_out: Tensor,
-    held_out_labels: Tensor,
-    classes: int,
-    eps: float,
-    device: torch.device,
-    stop: Callable[[], int],
-) -> OnlineAccuracy:
     def look_up(done: int = 0, total: int = 0) -> None:  # noqa: ARG001 - how features report
         if stop():
             raise _Cut
 
+    training = encoder.training
     bank_labels, held_out_labels = bank_labels.to(device), held_out_labels.to(device)
-    features = extract_features(encoder, bank, device=device, each=look_up)
-    queries = extract_features(encoder, held_out, device=device, each=look_up)
-    neighbours = weighted_knn(features, bank_labels, queries, classes=classes)
-    head = new_head(features.shape[1], classes, seed=0, device=device, statistics=features).requires_grad_(False)
-    fit_converged(head, features, bank_labels, l2=1e-4, iterations=100, each=look_up)
-    right = head(queries).argmax(1) == held_out_labels
+    try:
+        features = extract_features(encoder, bank, device=device, each=look_up)
+        queries = extract_features(encoder, held_out, device=device, each=look_up)
+        neighbours = weighted_knn(features, bank_labels, queries, classes=classes)
+        head = new_head(features.shape[1], classes, seed=0, device=device, statistics=features).requires_grad_(False)
+        fit_converged(head, features, bank_labels, l2=1e-4, iterations=100, each=look_up)
+        right = head(queries).argmax(1) == held_out_labels
 
-    encoder.eval()
-    still = right.clone()
-    for chunk in right.nonzero().squeeze(1).split(_CHUNK):
-        x = held_out[chunk.to(held_out.device)].to(device).float() / 255
-        y = held_out_labels[chunk]
+        encoder.eval()
+        still = right.clone()
+        for chunk in right.nonzero().squeeze(1).split(_CHUNK):
+            x = held_out[chunk.to(held_out.device)].to(device).float() / 255
+            y = held_out_labels[chunk]
 
-        def loss_of(moved: Sequence[Tensor], y: Tensor = y) -> Tensor:
-            look_up()
-            return F.cross_entropy(head(encoder.features(moved[0])), y, reduction="sum")
+            def loss_of(moved: Sequence[Tensor], y: Tensor = y) -> Tensor:
+                look_up()
+                return F.cross_entropy(head(encoder.features(moved[0])), y, reduction="sum")
 
-        (delta,) = ascend_loss(
-            loss_of, [x], [torch.zeros_like(x)], eps=eps, step_size=2.5 * eps / ATTACK_STEPS, steps=ATTACK_STEPS
-        )
-        with torch.no_grad():
-            still[chunk] = head(encoder.features(x + delta)).argmax(1) == y
-    return OnlineAccuracy(
-        n=len(held_out_labels),
-        knn=int((neighbours == held_out_labels).sum()),
-        clean=int(right.sum()),
-        robust=int(still.sum()),
-    )
+            (delta,) = _strongest(loss_of, [x], eps=number(eps))
+            with torch.no_grad():
+                still[chunk] = head(encoder.features(x + delta)).argmax(1) == y
+    except _Cut:
+        return None
+    finally:
+        encoder.train(training)
+    knn, clean, robust = (int(hits.sum()) for hits in (neighbours == held_out_labels, right, still))
+    n = len(held_out_labels)
+    return EvaluationLine(**where, n=n, knn=knn, clean=clean, robust=robust, eps=eps, attack=f"pgd-{ATTACK_STEPS}")
 
 
-@dataclass(frozen=True)
-class Grip:
-    """How strong the training adversary is beside PGD-10 on the same crops.
-
-    Attributes:
-        clean: Loss without a perturbation.
-        trained: Loss under the perturbation that training uses.
-        strongest: Loss under PGD-10.
-        strength: (trained - clean) / (strongest - clean): 1 where training meets the strongest attack, about 0 where
-            it meets none.
-    """
-
-    clean: float
-    trained: float
-    strongest: float
-
-    @property
-    def strength(self) -> float:
-        return (self.trained - self.clean) / max(self.strongest - self.clean, 1e-12)
+def _strongest(loss_of: LossOf, clean: Groups, *, eps: float) -> Groups:
+    """PGD-10 from zero, with steps of 2.5 eps / 10."""
+    start = [torch.zeros_like(x) for x in clean]
+    return ascend_loss(loss_of, clean, start, eps=eps, step_size=2.5 * eps / ATTACK_STEPS, steps=ATTACK_STEPS)
 
 
 @dataclass(frozen=True)
@@ -179,42 +146,36 @@ def schedule(*, updates: int, batch_size: int, passes_per_update: int) -> Schedu
     return Schedule(every=math.ceil(updates / checks), images=min(batch_size, int(allowed / checks)))
 
 
-def measure_grip(
-    loss_of: LossOf,
-    crops: Groups,
-    trained: Groups,
-    *,
-    first: int,
-    eps: float,
-) -> Grip:
+def measure_grip(loss_of: LossOf, crops: Groups, trained: Groups, *, eps: float, where: Where) -> GripLine:
     """Compare the training perturbation with PGD-10 (step 2.5 eps / 10, from zero) on the training loss.
 
     Args:
         loss_of: The training loss of groups of crops, leaving batch-norm statistics alone.
         crops: Clean groups, already cut to the images of the comparison.
-        trained: The training perturbation of groups `first` and later.
-        first: Index of the first perturbed group.
+        trained: The training perturbation of the last of these groups; those before them stay clean.
         eps: L-inf radius.
+        where: The encoder's position in its run.
     """
+    first = len(crops) - len(trained)
     clean = crops[first:]
 
     def moved_loss(moved: Sequence[Tensor]) -> Tensor:
         return loss_of([*crops[:first], *moved])
 
-    strongest = ascend_loss(
-        moved_loss,
-        clean,
-        [torch.zeros_like(x) for x in clean],
-        eps=eps,
-        step_size=2.5 * eps / ATTACK_STEPS,
-        steps=ATTACK_STEPS,
-    )
+    strongest = _strongest(moved_loss, clean, eps=eps)
+    still = [torch.zeros_like(x) for x in clean]
     with torch.no_grad():
-        losses = torch.stack(
-            [
-                moved_loss(clean),
-                moved_loss([x + delta for x, delta in zip(clean, trained, strict=True)]),
-                moved_loss([x + delta for x, delta in zip(clean, strongest, strict=True)]),
-            ]
-        ).tolist()
-    return Grip(*losses)
+        losses = [
+            moved_loss([x + part for x, part in zip(clean, delta, strict=True)])
+            for delta in (still, trained, strongest)
+        ]
+    at_rest, under_training, under_attack = torch.stack(losses).tolist()
+    strength = (under_training - at_rest) / max(under_attack - at_rest, 1e-12)
+    return GripLine(
+        **where,
+        clean=at_rest,
+        trained=under_training,
+        strongest=under_attack,
+        strength=strength,
+        lost=strength < LOST,
+    )

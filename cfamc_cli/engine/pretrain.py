@@ -77,7 +77,6 @@ class Trainer:
         self.batches = recipe.batches(len(data.images))
         self.updates = self.batches * recipe.replays
         self.step = 0
-        self.owes_evaluation = False  # a signal cut the one that is due at this step
         self.encoder = build_encoder(recipe.model, generator=addressed_generator("init", recipe.seed)).to(device)
         if recipe.train.compile:
             self.encoder.compile()
@@ -98,31 +97,29 @@ class Trainer:
 
         Args:
             folder: Where checkpoints go.
-            stop: Asked after every weight update; on a signal the loop saves and returns.
+            stop: Asked after every batch, and all the while in an evaluation; on a signal the loop saves and returns.
 
         Raises:
             Diverged: A loss, gradient or weight is not finite; nothing of it was saved.
             CfamcError: A checkpoint could not be written.
         """
-        replays = self.recipe.replays
-        if (self.step == 0 or self.owes_evaluation) and not self._evaluated(stop):
-            self.save(folder)
-            return Outcome("interrupted", self.step, stop())
         self.encoder.train()
         self.journal.start(self.step)
-        while self.step < self.updates:
-            batch, replay = divmod(self.step, replays)
+        while True:
+            batch = self.step // self.recipe.replays
+            # A checkpoint of this moment is older than its evaluation, which a run that goes on from there makes again.
+            if self._evaluates_after(batch) and not self._evaluate(stop):
+                self.save(folder)
+                return Outcome("interrupted", self.step, stop())
+            if batch == self.batches:
+                return Outcome("finished", self.step, 0)
+
             with self.journal.waiting():
                 crops, labels = self.crops_of(batch)
             attacked_loss = partial(self.attacked_loss, labels=labels)
-            if replay == 0:
-                self.adversary.begin(crops, self._generators("delta", batch))
-            else:
-                self.adversary.resume(crops)  # the run was cut between two replays of this batch
-
-            while self.step < (batch + 1) * replays:
-                perturbed = self.adversary.perturb(attacked_loss)
-                z, terms = self.loss_of(perturbed, labels)  # (V, B, D), unit norm
+            self.adversary.begin(crops, self._generators("delta", batch))
+            for _ in range(self.recipe.replays):
+                z, terms = self.loss_of(self.adversary.perturb(attacked_loss), labels)  # (V, B, D), unit norm
                 terms.loss.backward()  # for free training, this one pass pays for weights and delta
                 sum_gradients(self.optimizer.parameters, self.world)
                 self.adversary.ascend()
@@ -131,23 +128,14 @@ class Trainer:
                 self.optimizer.step(lr=lr)
                 self.optimizer.zero_grad()
                 self.step += 1
-                if self.step % replays and (signal := largest(stop(), self.world)):
-                    self.save(folder)
-                    return Outcome("interrupted", self.step, signal)
 
-            self.journal.after_batch(self.encoder, z.detach(), self.adversary.delta, step=self.step)
-            self.journal.watch_grip(
-                self.encoder,
-                attacked_loss,
-                crops,
-                self.adversary.delta,
-                step=self.step,
-            )
-            complete = self._after_batch(batch + 1, folder, stop)
-            if (self.step < self.updates or not complete) and (signal := largest(stop(), self.world)):
+            delta = self.adversary.delta
+            self.journal.after_batch(self.encoder, z.detach(), crops, delta, attacked_loss, step=self.step)
+            signal = largest(stop(), self.world)
+            if signal or self._saves_after(batch + 1):
                 self.save(folder)
+            if signal and self.step < self.updates:
                 return Outcome("interrupted", self.step, signal)
-        return Outcome("finished", self.step, 0)
 
     def loss_of(self, groups: Sequence[Tensor], labels: Tensor | None) -> tuple[Tensor, Terms]:
         """Embed this process's crops, and compute the objective over the whole batch: z (V, B, D) and its terms."""
@@ -197,26 +185,21 @@ class Trainer:
         groups = range(len(self.recipe.crops))
         return [addressed_generator(purpose, self.recipe.seed, epoch, index, group, rank) for group in groups]
 
-    def _after_batch(self, batch: int, folder: Path, stop: Callable[[], int]) -> bool:
-        """Evaluate and save where the recipe asks for it, and at the end; False where a signal cut the evaluation."""
-        train = self.recipe.train
-        last, ends_epoch = batch == self.batches, batch % self.per_epoch == 0
-        epoch = batch // self.per_epoch
-        due = train.evaluate_every and (last or (ends_epoch and epoch % train.evaluate_every == 0))
-        if due and not self._evaluated(stop):
-            return False
-        every = train.checkpoint_every
-        if last or (batch % every == 0 if every else ends_epoch):
-            self.save(folder)
-        return True
+    def _evaluates_after(self, batches: int) -> bool:
+        """Whether an evaluation is due when so many batches are done: at epochs of the recipe's choice, and the end."""
+        every, (epoch, rest) = self.recipe.train.evaluate_every, divmod(batches, self.per_epoch)
+        return every > 0 and (batches == self.batches or (rest == 0 and epoch % every == 0))
 
-    def _evaluated(self, stop: Callable[[], int]) -> bool:
-        """Evaluate in the process that leads; one that was cut is owed, and made when the run goes on."""
-        if self.world.leads:
-            cut_by = stop if self.world.size == 1 else lambda: 0  # the other processes are waiting
-            done = self.journal.evaluate(self.encoder, self.images, step=self.step, stop=cut_by)
-            self.owes_evaluation = not done
-        return not self.owes_evaluation
+    def _saves_after(self, batches: int) -> bool:
+        """Whether a checkpoint is due when so many batches are done."""
+        return batches == self.batches or batches % (self.recipe.train.checkpoint_every or self.per_epoch) == 0
+
+    def _evaluate(self, stop: Callable[[], int]) -> bool:
+        """Evaluate in the process that leads; False where a signal cut it."""
+        if not self.world.leads:
+            return True
+        cut_by = stop if self.world.size == 1 else lambda: 0  # the other processes are waiting
+        return self.journal.evaluate(self.encoder, self.images, step=self.step, stop=cut_by)
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint of this moment, and drop those beyond `train.keep`.
@@ -233,8 +216,7 @@ class Trainer:
         state = {f"momentum.{index:04d}": buffer for index, buffer in enumerate(self.optimizer.momentum)}
         state |= {f"delta.{index:04d}": part for index, part in enumerate(delta)}
         state["journal"] = self.journal.rows()
-        owed = {"owes_evaluation": self.owes_evaluation}
-        progress = {**owed, "step": self.step, "recipe": self.recipe.digest(), "positions": self.sink.positions()}
+        progress = {"step": self.step, "recipe": self.recipe.digest(), "positions": self.sink.positions()}
         path = checkpoints.save(folder, self.step, Checkpoint(self.encoder.state_dict(), state, progress))
         checkpoints.prune(folder, newest=path, keep=self.recipe.train.keep)
 
@@ -254,10 +236,12 @@ class Trainer:
                     raise ValueError("another parameter's momentum")
                 buffer.copy_(kept)
             delta = [saved.state[name] for name in sorted(saved.state) if name.startswith("delta.")]
-            self.adversary.load([_channels_last(part[:, self.share].to(self.device)) for part in delta])
+            self.adversary.delta = [_channels_last(part[:, self.share].to(self.device)) for part in delta]
             self.journal.load(saved.state["journal"].to(self.device))
-            self.step = int(str(saved.progress["step"]))
-            self.owes_evaluation = saved.progress["owes_evaluation"] is True
+            step = saved.progress["step"]
+            if not isinstance(step, int) or step % self.recipe.replays:
+                raise ValueError("not the end of a batch")
+            self.step = step
         except (LookupError, RuntimeError, TypeError, ValueError, AssertionError) as error:
             cause = f"{path}: its state does not fit the recipe"
             raise CfamcError(cause, exit_code=ExitCode.BAD_DATA) from error
