@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from stages import ensemble
-from tiny import recipe_text
+from tiny import recipe_text, tiny_recipe
 
 from cfamc_cli import cli
 from cfamc_cli.commands import attack as command
@@ -33,7 +33,7 @@ from cfamc_cli.engine.randomness import balanced_order
 from cfamc_cli.engine.robust import Outcome
 from cfamc_cli.engine.sink import NullSink
 from cfamc_cli.errors import CfamcError, ExitCode
-from cfamc_cli.recipe import AutoAttackAttack, Recipe
+from cfamc_cli.recipe import AutoAttackAttack
 from cfamc_cli.records import AttackRecord, Outcomes, ProbeRecord, load_record, unpack_bits
 from cfamc_cli.store import RunFolder, list_runs, lock
 
@@ -96,31 +96,19 @@ def kept(store: Path, item: str = "pgd-001") -> tuple[bytes, dict[str, Any]]:
     return (folder / "outcomes.json").read_bytes(), record
 
 
-def recipe(**tables: Any) -> Recipe:
-    base = {
-        "schema": 1,
-        "name": "a",
-        "data": {"dataset": "cifar10"},
-        "crops": [{"count": 2}],
-        "objective": {"name": "emp-ssl"},
-        "adversary": {"name": "none"},
-    }
-    return Recipe.model_validate(base | tables)
-
-
 # What is asked for
 
 
 def test_without_flags_the_recipe_decides() -> None:
     tables = [{"name": "fgsm", "eps": "4/255"}, {"name": "autoattack"}]
-    asked = asked_attacks(Flags(limit=5, audit=True), recipe(attack=tables))
+    asked = asked_attacks(Flags(limit=5, audit=True), tiny_recipe(attack=tables))
     assert [table.model_dump(exclude_unset=True) for table in asked] == tables
     with pytest.raises(CfamcError, match="no \\[\\[attack\\]\\]"):
-        asked_attacks(Flags(), recipe(attack=[]))
+        asked_attacks(Flags(), tiny_recipe(attack=[]))
 
 
 def test_any_flag_means_pgd_of_the_official_protocol() -> None:
-    (asked,) = asked_attacks(Flags(steps=7), recipe())
+    (asked,) = asked_attacks(Flags(steps=7), tiny_recipe())
     assert asked.model_dump() == {
         "name": "pgd",
         "eps": "8/255",
@@ -130,24 +118,24 @@ def test_any_flag_means_pgd_of_the_official_protocol() -> None:
         "restarts": 1,
         "start": "zero",
     }
-    curve = asked_attacks(Flags(eps=("2/255", "0.01")), recipe())
+    curve = asked_attacks(Flags(eps=("2/255", "0.01")), tiny_recipe())
     assert [(table.eps, table.model_dump()["steps"]) for table in curve] == [("2/255", 20), ("0.01", 20)]
-    (again,) = asked_attacks(Flags(restarts=3), recipe())
+    (again,) = asked_attacks(Flags(restarts=3), tiny_recipe())
     assert (again.model_dump()["restarts"], again.model_dump()["start"]) == (3, "zero")
 
 
 def test_l2_has_defaults_of_its_own() -> None:
-    (asked,) = asked_attacks(Flags(norm="l2"), recipe())
+    (asked,) = asked_attacks(Flags(norm="l2"), tiny_recipe())
     assert (asked.eps, asked.model_dump()["step_size"]) == ("128/255", "0.1")
-    assert asked_attacks(Flags(norm="l2", eps=("1",)), recipe())[0].eps == "1"
-    assert plan(asked_attacks(Flags(norm="l2", eps=("1.5",)), recipe())[0], classes=10).eps == 1.5
-    assert recipe(attack=[{"name": "fgsm", "norm": "l2"}]).attack[0].eps == "128/255"
+    assert asked_attacks(Flags(norm="l2", eps=("1",)), tiny_recipe())[0].eps == "1"
+    assert plan(asked_attacks(Flags(norm="l2", eps=("1.5",)), tiny_recipe())[0], classes=10).eps == 1.5
+    assert tiny_recipe(attack=[{"name": "fgsm", "norm": "l2"}]).attack[0].eps == "128/255"
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("name", NAMES)
 def test_every_attack_reaches_the_engine(name: str, norm: str) -> None:
-    (asked,) = asked_attacks(Flags(attack=name, norm=norm, eps=("3/255",)), recipe())
+    (asked,) = asked_attacks(Flags(attack=name, norm=norm, eps=("3/255",)), tiny_recipe())
     made = plan(asked, classes=10)
     assert (made.eps, made.norm) == (3 / 255, norm)
     if not isinstance(asked, AutoAttackAttack):

@@ -23,7 +23,7 @@ from unittest import mock
 import pytest
 import torch
 from fixed_inputs import signed, uniform
-from PIL import Image
+from tiny import image_folder
 from torch import Tensor, nn
 
 from cfamc_cli import cli, recipe_file
@@ -33,8 +33,6 @@ from cfamc_cli.engine.robust import Examples, Outcome, evaluate
 from cfamc_cli.engine.sink import NullSink
 from cfamc_cli.errors import CfamcError
 from cfamc_cli.recipe import Attack, Probe, Recipe, Table
-
-CLASSES, SIDE, IMAGES = 4, 12, {"train": 6, "test": 20}  # images of each class
 
 # Runs of two batches that together make every setting of training effective
 BASE: dict[str, Any] = {
@@ -277,14 +275,7 @@ class Workshop:
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
     folder = tmp_path_factory.mktemp("workshop")
-    for split, count in IMAGES.items():
-        pixels = (uniform(CLASSES, count, SIDE, SIDE, 3, key=split) * 256).to(torch.uint8).numpy()
-        for label in range(CLASSES):
-            (folder / "images" / split / str(label)).mkdir(parents=True)
-            for number in range(count):
-                Image.fromarray(pixels[label, number]).save(
-                    folder / "images" / split / str(label) / f"{number:02d}.png"
-                )
+    image_folder(folder / "images", train=6, test=20, classes="abcd", told=0)
     shutil.copytree(folder / "images", folder / "moved")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))

@@ -9,12 +9,12 @@ import io
 import json
 import re
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
+from tiny import attack_record, data_used, probe_record, run_record, tiny_recipe, write_record
 from torch import Tensor, nn
 
 from cfamc_cli.cli import run as command_line
@@ -25,72 +25,34 @@ from cfamc_cli.engine.heads import Classifier, LinearHead, write_head
 from cfamc_cli.engine.models import Encoder, Features, build_encoder
 from cfamc_cli.engine.sink import NullSink
 from cfamc_cli.errors import CfamcError, ExitCode
-from cfamc_cli.recipe import Model, Recipe
+from cfamc_cli.recipe import Model
 from cfamc_cli.recipe_file import to_toml
 from cfamc_cli.records import (
     Accuracy,
-    AttackRecord,
     ClassAccuracy,
     DataUsed,
-    Environment,
     ExportRecord,
     Flag,
     OutputSpec,
-    ProbeRecord,
-    Progress,
-    Record,
-    RunRecord,
     ThreatModel,
-    Totals,
     load_record,
 )
 
-NOON = datetime(2026, 11, 22, 12, 0, 0, tzinfo=UTC)
 RUN = "20261122-120000-tiny-000000"
 CPU = torch.device("cpu")
-ENVIRONMENT = Environment(
-    cfamc="0.1.0",
-    python="3.11.7",
-    torch="2.9.0",
-    torchvision="0.24.0",
-    platform="Linux",
-    cpu="Some CPU",
-    cores=2,
-    device="cpu",
-    git_revision=None,
-    git_changed=False,
-)
-TEST = load_data(Recipe.model_validate({
-    "schema": 1, "name": "t", "data": {"dataset": "fashion-mini"}, "crops": [{"count": 2}],
-    "objective": {"name": "emp-ssl"}, "adversary": {"name": "none"},
-}).data, "test", seed=0, cache=Path(), sink=NullSink())  # fmt: skip
+RECIPE = tiny_recipe(data={"dataset": "fashion-mini", "root": None, "limit": 64}, crops=[{"count": 4, "size": 16}])
+TEST = load_data(RECIPE.data, "test", seed=0, cache=Path(), sink=NullSink())
 CLASSES = TEST.classes
 USED = DataUsed(dataset="fashion-mini", split="test", n=len(TEST), fingerprint=TEST.fingerprint)
 IMAGES = TEST.images[:10].float() / 255
-
-
-def write(path: Path, record: Record) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(record.model_dump_json(indent=2))
 
 
 class Made:
     """A finished run whose weights were drawn, with running statistics that are not their initial ones."""
 
     def __init__(self, store: Path, *, name: str = "tiny", progress: dict[str, object] | None = None, **model: Any):
-        table = {"width": 8, "hidden_dim": 16, "embedding_dim": 8} | model
-        self.recipe = Recipe.model_validate(
-            {
-                "schema": 1,
-                "name": name,
-                "data": {"dataset": "fashion-mini", "limit": 64},
-                "crops": [{"count": 4, "size": 16}],
-                "model": table,
-                "objective": {"name": "emp-ssl"},
-                "adversary": {"name": "free"},
-                "train": {"batch_size": 8},
-            }
-        )
+        table = RECIPE.model.model_copy(update=model)
+        self.recipe = RECIPE.model_copy(update={"name": name, "model": table})
         self.store, self.path = store, store / RUN
         self.path.mkdir(parents=True)
         generator = torch.Generator().manual_seed(5)
@@ -107,21 +69,13 @@ class Made:
         self.record()
 
     def record(self, **changes: Any) -> None:
-        record = RunRecord(
-            id=RUN,
-            name=self.recipe.name,
-            status="finished",
-            created=NOON,
-            updated=NOON,
-            recipe_digest=self.recipe.digest(),
-            seed=0,
-            progress=Progress(batch=8, step=24, epoch=1.0, total=24),
-            environment=ENVIRONMENT,
-            wall_seconds=12.0,
-            totals=Totals(steps=24, view_passes=768, parameters=1000),
-            data=DataUsed(dataset="fashion-mini", split="train", n=64, fingerprint="ab"),
-        )
-        write(self.path / "run.json", record.model_copy(update=changes))
+        settled = {
+            "id": RUN,
+            "name": self.recipe.name,
+            "recipe_digest": self.recipe.digest(),
+            "data": data_used("train", 64, "fashion-mini"),
+        }
+        write_record(self.path / "run.json", run_record(**settled | changes))
 
     def add_probe(
         self, item: str = "linear-001", *, features: Features = "pre_feature", standardize: bool = False, **changes: Any
@@ -148,60 +102,38 @@ class Made:
         classifier = Classifier(self.encoder, head, features=features).eval().requires_grad_(False)
         folder = self.path / "probes" / item
         folder.mkdir(parents=True)
-        record = ProbeRecord(
-            id=item,
-            run=RUN,
-            created=NOON,
-            recipe_digest=self.recipe.digest(),
-            seed=0,
-            head="linear",
-            features=features,
-            settings={"head": "linear", "features": features, "standardize": standardize},
-            encoder_digest=self.digest,
-            head_digest=write_head(folder, classifier, finetuned=False),
-            train=DataUsed(dataset="fashion-mini", split="train", n=64, fingerprint="ab"),
-            test=USED,
-            train_accuracy=None,
-            test_accuracy=Accuracy.of(700, 1000),
-            classes=tuple(ClassAccuracy(name=name, accuracy=None) for name in CLASSES),
-            confusion=(),
-            wall_seconds=1.0,
-            environment=ENVIRONMENT,
-            data=self.recipe.data.model_dump(mode="json"),
-        )
-        self.probe = record.model_copy(update=changes)
-        write(folder / "record.json", self.probe)
+        settled = {
+            "id": item,
+            "run": RUN,
+            "recipe_digest": self.recipe.digest(),
+            "features": features,
+            "settings": {"head": "linear", "features": features, "standardize": standardize},
+            "encoder_digest": self.digest,
+            "head_digest": write_head(folder, classifier, finetuned=False),
+            "train": data_used("train", 64, "fashion-mini"),
+            "test": USED,
+            "classes": tuple(ClassAccuracy(name=name, accuracy=None) for name in CLASSES),
+            "confusion": (),
+            "data": self.recipe.data.model_dump(mode="json"),
+        }
+        self.probe = probe_record(**settled | changes)
+        write_record(folder / "record.json", self.probe)
         return classifier
 
     def add_attack(self, item: str = "pgd-001", **changes: Any) -> None:
-        record = AttackRecord(
-            id=item,
-            run=RUN,
-            probe=self.probe.id,
-            created=NOON,
-            recipe_digest=self.recipe.digest(),
-            seed=0,
-            head="linear",
-            features=self.probe.features,
-            threat=ThreatModel(space="image", norm="linf", eps="8/255"),
-            attack="pgd",
-            settings={"name": "pgd", "eps": "8/255", "steps": 20, "step_size": "0.01"},
-            data=USED,
-            subset="all",
-            order_digest="0b",
-            encoder_digest=self.digest,
-            head_digest=self.probe.head_digest,
-            clean=Accuracy.of(700, 1000),
-            robust=Accuracy.of(334, 1000),
-            classes=(),
-            stages=(),
-            forward=1,
-            backward=1,
-            wall_seconds=1.0,
-            flags=(Flag(name="ball", figure=0.0, limit=0.0, verdict="passed", text="inside"),),
-            environment=ENVIRONMENT,
-        )
-        write(self.path / "attacks" / item / "record.json", record.model_copy(update=changes))
+        settled = {
+            "id": item,
+            "run": RUN,
+            "probe": self.probe.id,
+            "recipe_digest": self.recipe.digest(),
+            "features": self.probe.features,
+            "settings": {"name": "pgd", "eps": "8/255", "steps": 20, "step_size": "0.01"},
+            "data": USED,
+            "encoder_digest": self.digest,
+            "head_digest": self.probe.head_digest,
+            "robust": Accuracy.of(334, 1000),
+        }
+        write_record(self.path / "attacks" / item / "record.json", attack_record(**settled | changes))
 
     def export(self, out: Path, *arguments: str) -> int:
         return command_line(

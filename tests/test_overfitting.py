@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import tiny_recipe
 
 from cfamc_cli.engine import data
 from cfamc_cli.engine.distributed import World
 from cfamc_cli.engine.monitor import CHECKS, COST, schedule
 from cfamc_cli.engine.pretrain import Trainer
 from cfamc_cli.engine.sink import NullSink
-from cfamc_cli.recipe import Recipe
 from cfamc_cli.records import MetricLine
 
 
@@ -30,17 +30,15 @@ class Listener(NullSink):
 
 
 def trained(adversary: dict[str, object], *, epochs: float, folder: Path) -> Listener:
-    recipe = Recipe.model_validate(
-        {
-            "schema": 1,
-            "name": "grip",
-            "data": {"dataset": "fashion-mini"},
-            "crops": [{"count": 4, "size": 16}],
-            "model": {"width": 8, "hidden_dim": 128, "embedding_dim": 64},
-            "objective": {"name": "emp-ssl"},
-            "adversary": adversary,
-            "train": {"batch_size": 50, "epochs": epochs, "log_every": 20},
-        }
+    recipe = tiny_recipe(
+        "emp-ssl",
+        str(adversary["name"]),
+        name="grip",
+        data={"dataset": "fashion-mini", "root": None},
+        crops=[{"count": 4, "size": 16}],
+        model={"hidden_dim": 128, "embedding_dim": 64},
+        adversary=adversary,
+        train={"batch_size": 50, "epochs": epochs, "log_every": 20, "precision": "auto"},
     )
     listener = Listener()
     images = data.load(recipe.data, "train", seed=0, cache=folder, sink=listener)

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torchvision
 from PIL import Image
 from safetensors.torch import save_file
+from tiny import image_folder, run_record, tiny_recipe
 from torch import Tensor
 
 from cfamc_cli import cli, recipe_file
@@ -40,10 +40,7 @@ from cfamc_cli.recipe import Model
 from cfamc_cli.records import (
     DataUsed,
     ProbeRecord,
-    Progress,
     RunRecord,
-    Totals,
-    capture_environment,
     load_record,
     now,
     save_record,
@@ -60,33 +57,10 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     monkeypatch.delenv("CFAMC_RUNS", raising=False)
 
 
-def image_folder(root: Path, *, train: int = 8, test: int = 5, classes: tuple[str, ...] = CLASSES) -> Path:
-    """Images of 12x12 pixels whose colour tells the class, with noise."""
-    draw = np.random.default_rng(0)
-    for split, count in (("train", train), ("test", test)):
-        for label, name in enumerate(classes):
-            folder = root / split / name
-            folder.mkdir(parents=True)
-            for number in range(count):
-                pixels = draw.integers(0, 120, (12, 12, 3))
-                pixels[..., label % 3] += 100
-                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number:03d}.png")
-    return root
-
-
 def make_run(store: Path, data: Path, **tables: Mapping[str, Any]) -> RunFolder:
     """A finished run, as pretraining leaves one, of an encoder that was not trained."""
-    raw: dict[str, Any] = {
-        "schema": 1,
-        "name": "small",
-        "data": {"dataset": "folder", "root": str(data)},
-        "crops": [{"count": 4, "size": 12}],
-        "model": {"width": 8, "hidden_dim": 16, "embedding_dim": 8},
-        "objective": {"name": "emp-ssl"},
-        "adversary": {"name": "none"},
-        "train": {"batch_size": 8, "precision": "float32"},
-    }
-    recipe = recipe_file.validate(raw | tables, label="test")
+    settled: dict[str, Any] = {"data": {"root": str(data)}, "crops": [{"count": 4, "size": 12}]}
+    recipe = tiny_recipe("emp-ssl", "none", **settled | {"name": "small"} | tables)
     run = create_run(store, recipe.name, now=now())
     write_text(run.recipe_toml, recipe_file.to_toml(recipe))
     write_json(run.resolved_json, recipe.resolved())
@@ -94,20 +68,7 @@ def make_run(store: Path, data: Path, **tables: Mapping[str, Any]) -> RunFolder:
     checkpoint.save(run.checkpoints, 9, Checkpoint(encoder.state_dict(), {}, {"step": 9}))
     images = load(recipe.data, "train", seed=0, cache=Path(os.environ["XDG_CACHE_HOME"]) / "cfamc", sink=NullSink())
     used = DataUsed(dataset="folder", split="train", n=len(images), fingerprint=images.fingerprint)
-    record = RunRecord(
-        id=run.id,
-        name=recipe.name,
-        status="finished",
-        created=now(),
-        updated=now(),
-        recipe_digest=recipe.digest(),
-        seed=0,
-        progress=Progress(),
-        environment=capture_environment("cpu"),
-        wall_seconds=1.0,
-        totals=Totals(steps=9, view_passes=1, parameters=1),
-        data=used,
-    )
+    record = run_record(id=run.id, name=recipe.name, recipe_digest=recipe.digest(), data=used)
     save_record(run.run_json, record)
     return run
 

@@ -16,6 +16,7 @@ from unittest import mock
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny import tiny_recipe
 
 from cfamc_cli import recipe_file
 from cfamc_cli.errors import CfamcError, ExitCode
@@ -544,19 +545,16 @@ NASTY = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=4
 def test_what_is_written_loads_as_an_equal_recipe(
     name: str, root: str, seed: int, lr: float, scale: Sequence[float], weights: float, eps: int
 ) -> None:
-    recipe = Recipe.model_validate(
-        {
-            "schema": 1,
-            "name": name,
-            "seed": seed,
-            "data": {"dataset": "folder", "root": root},
-            "crops": [{"count": 2, "scale": scale}, {"count": 1, "size": 96}],
-            "augment": {"jitter_p": 0.0},
-            "objective": {"name": "emp-ssl", "tcr_weight": weights},
-            "adversary": {"name": "free", "eps": f"{eps}/255"},
-            "optimizer": {"lr": lr},
-            "attack": [{"name": "autoattack"}, {"name": "pgd", "eps": 1e-30}],
-        }
+    recipe = tiny_recipe(
+        name=name,
+        seed=seed,
+        data={"root": root},
+        crops=[{"count": 2, "scale": scale}, {"count": 1, "size": 96}],
+        augment={"jitter_p": 0.0},
+        objective={"tcr_weight": weights},
+        adversary={"eps": f"{eps}/255"},
+        optimizer={"lr": lr},
+        attack=[{"name": "autoattack"}, {"name": "pgd", "eps": 1e-30}],
     )
     written = recipe_file.to_toml(recipe)
     again = recipe_file.validate(recipe_file.parse(written, label="written"), label="written")
