@@ -147,7 +147,9 @@ def other_values(leaf: Leaf) -> Sequence[Any]:
 
 
 def _numbers(value: float) -> list[float]:
-    return [value + 1, value * 2, value // 2] if isinstance(value, int) else [value / 2, value * 2, value + 0.1]
+    if isinstance(value, int):
+        return [value + 1, value * 2, value // 2]
+    return [value / 2, value * 2, value + 0.1, value / 100]
 
 
 def changed(recipe: Recipe, leaf: Leaf) -> Iterator[Recipe]:
