@@ -413,11 +413,17 @@ def test_robust_head_beats_the_clean_one_under_its_own_attack(tmp_path: Path) ->
     assert losses[0] < losses[1]
 
 
-def test_shifted_images_are_windows_of_the_padded_ones() -> None:
-    x = images(6, size=16).float()
+def test_images_are_shifted_by_every_reach_and_every_other_one_is_mirrored() -> None:
+    x = images(400, size=16).float()
     moved = shift_and_flip(x, addressed_generator("shift"))
-    padded = F.pad(x, (2, 2, 2, 2))
-    for before, after in zip(padded, moved, strict=True):
-        windows = [before[:, top : top + 16, left : left + 16] for top in range(5) for left in range(5)]
-        assert any(torch.equal(after, w) or torch.equal(after, w.flip(2)) for w in windows)
+    seen = []
+    for before, after in zip(F.pad(x, (2, 2, 2, 2)), moved, strict=True):
+        places = [(top, left, flip) for top in range(5) for left in range(5) for flip in (False, True)]
+        for top, left, flip in places:
+            window = before[:, top : top + 16, left : left + 16]
+            if torch.equal(after, window.flip(2) if flip else window):
+                seen.append((top, left, flip))
+    assert len(seen) == 400  # each image is one window
+    assert {place[:2] for place in seen} == {(top, left) for top in range(5) for left in range(5)}
+    assert 160 < sum(flip for _, _, flip in seen) < 240
     assert torch.equal(moved, shift_and_flip(x, addressed_generator("shift")))

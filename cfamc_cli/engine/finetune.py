@@ -14,7 +14,7 @@ from typing import Literal, assert_never
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from cfamc_cli.engine import ball
 from cfamc_cli.engine import checkpoint as checkpoints
@@ -23,7 +23,7 @@ from cfamc_cli.engine.checkpoint import Checkpoint
 from cfamc_cli.engine.data import batch as gather
 from cfamc_cli.engine.data import to_device
 from cfamc_cli.engine.device import autocast, pick_precision
-from cfamc_cli.engine.heads import Classifier, feature_dim
+from cfamc_cli.engine.heads import Classifier, feature_dim, stored
 from cfamc_cli.engine.models import Encoder
 from cfamc_cli.engine.optim import learning_rate
 from cfamc_cli.engine.probe import new_head
@@ -76,14 +76,13 @@ class SupervisedTrainer:
         self.precision = pick_precision(precision, device)
         head = new_head(feature_dim(encoder, settings.features), classes, seed=seed, device=device)
         self.classifier = Classifier(encoder, head, features=settings.features).eval()
+        self._saved = stored(self.classifier, finetuned=isinstance(settings, Finetune))
         parameters = list(head.parameters())
         self.optimizer: torch.optim.Optimizer
         match settings:
             case RobustLinear():
-                self._saved: nn.Module = nn.ModuleDict({"head": head})
                 self.optimizer = torch.optim.Adam(parameters, lr=settings.lr)
             case Finetune():
-                self._saved = self.classifier
                 read = [encoder.backbone, *([encoder.pre_feature] if settings.features == "pre_feature" else [])]
                 parameters += [part for module in read for part in module.requires_grad_(True).parameters()]
                 self.optimizer = torch.optim.SGD(
@@ -138,17 +137,13 @@ class SupervisedTrainer:
             CfamcError: Exit 4; it does not fit.
         """
         checkpoints.load_state(self._saved, saved.model, path=path)
-        try:
-            for name, tensor in saved.state.items():
-                place, _, key = name.partition(".")
-                parameter = self.parameters[int(place)]
-                # like its parameter in memory, which a convolution's gradient is too
-                own = torch.empty_like(parameter).copy_(tensor) if tensor.dim() else tensor.clone()
-                self.optimizer.state[parameter][key] = own
-            self.step = int(str(saved.progress["step"]))
-        except (KeyError, IndexError, RuntimeError, ValueError) as error:
-            cause = f"{path}: its state does not fit the head"
-            raise CfamcError(cause, exit_code=ExitCode.BAD_DATA) from error
+        for name, tensor in saved.state.items():
+            place, _, key = name.partition(".")
+            parameter = self.parameters[int(place)]
+            # like its parameter in memory, which a convolution's gradient is too
+            own = torch.empty_like(parameter).copy_(tensor) if tensor.dim() else tensor.clone()
+            self.optimizer.state[parameter][key] = own
+        self.step = int(str(saved.progress["step"]))
 
     def _save(self, folder: Path, loss: Tensor, *, seconds: float) -> None:
         trained = [loss, *(parameter.detach() for parameter in self.parameters)]

@@ -273,7 +273,9 @@ def load_classifier(run: RunPaths, probe_folder: Path, *, device: torch.device) 
     loaded = load_encoder(run.checkpoints, recipe.model, device=device)
     if loaded.digest != record.encoder_digest:
         raise _changed(f"the encoder of {loaded.path} is not the one that {probe_folder.name} was fitted to")
-    tensors = read_head(probe_folder / HEAD, digest=record.head_digest)
+    tensors = checkpoints.read_tensors(probe_folder / HEAD)
+    if checkpoints.sha256(checkpoints.encode(tensors)) != record.head_digest:
+        raise _changed(f"{probe_folder / HEAD} is not the head that its record was made with")
     head = LinearHead(
         feature_dim(loaded.encoder, record.features), len(record.classes), standardized="head.mean" in tensors
     )
@@ -283,31 +285,18 @@ def load_classifier(run: RunPaths, probe_folder: Path, *, device: torch.device) 
         raise CfamcError(f"{path}: settings of no known head", exit_code=ExitCode.BAD_DATA) from error
     crops = crop_source(recipe, settings, split="test") if isinstance(settings, AggregatedCrops) else None
     classifier = Classifier(loaded.encoder, head.to(device), features=record.features, crops=crops)
-    whole = classifier if record.head == "finetune" else nn.ModuleDict({"head": classifier.head})
-    checkpoints.load_state(whole, tensors, path=probe_folder / HEAD)
+    checkpoints.load_state(stored(classifier, finetuned=record.head == "finetune"), tensors, path=probe_folder / HEAD)
     return classifier.eval().requires_grad_(False)
-
-
-def read_head(path: Path, *, digest: str | None) -> dict[str, Tensor]:
-    """Read head.safetensors, "head." before each name; a finetuned classifier has "encoder." as well.
-
-    Raises:
-        CfamcError: Exit 4; it is missing, damaged, or not what `digest` says.
-    """
-    try:
-        data = read_bytes(path, limit=2**40)
-    except CfamcError as error:
-        raise CfamcError(error.message, hint=error.hint, exit_code=ExitCode.BAD_DATA) from error
-    tensors = checkpoints.decode(path, data)
-    if checkpoints.sha256(data) != digest:
-        raise _changed(f"{path} is not the head that its record was made with")
-    return tensors
 
 
 def write_head(folder: Path, classifier: Classifier, *, finetuned: bool) -> str:
     """Write head.safetensors, with the encoder where that was changed too, and return its SHA-256."""
-    whole = classifier if finetuned else nn.ModuleDict({"head": classifier.head})
-    return checkpoints.write_tensors(folder / HEAD, whole.state_dict())
+    return checkpoints.write_tensors(folder / HEAD, stored(classifier, finetuned=finetuned).state_dict())
+
+
+def stored(classifier: Classifier, *, finetuned: bool) -> nn.Module:
+    """What head.safetensors holds: "head." before each name, and "encoder." before those of a finetuned one."""
+    return classifier if finetuned else nn.ModuleDict({"head": classifier.head})
 
 
 def _changed(message: str) -> CfamcError:
