@@ -6,6 +6,8 @@ import gzip
 import hashlib
 import io
 import os
+import select
+import signal
 import socket
 import struct
 import subprocess
@@ -14,7 +16,6 @@ import tarfile
 import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -31,19 +32,16 @@ from cfamc_cli.engine.data import ImageSet, batch, class_balanced_split, load, t
 from cfamc_cli.engine.randomness import addressed_generator, addressed_seed, epoch_order
 from cfamc_cli.engine.sink import NullSink
 from cfamc_cli.errors import CfamcError, ExitCode
+from cfamc_cli.recipe import Data
 
 CPU = torch.device("cpu")
 Name = Literal["fashion-mini", "cifar10", "cifar100", "fashion-mnist", "svhn", "stl10", "folder"]
 
 
-@dataclass(frozen=True)
-class Settings:
-    """A [data] table."""
-
-    dataset: Name = "folder"
-    root: str | None = None
-    size: int | None = None
-    limit: int | None = None
+def Settings(  # noqa: N802 - a [data] table, short
+    dataset: Name = "folder", root: str | None = None, size: int | None = None, limit: int | None = None
+) -> Data:
+    return Data(dataset=dataset, root=root, size=size, limit=limit)
 
 
 class Listener(NullSink):
@@ -65,11 +63,11 @@ def _no_socket(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
-def read(settings: Settings, cache: Path, split: Literal["train", "test"] = "train", *, seed: int = 0) -> ImageSet:
+def read(settings: Data, cache: Path, split: Literal["train", "test"] = "train", *, seed: int = 0) -> ImageSet:
     return load(settings, split, seed=seed, cache=cache, sink=NullSink())
 
 
-def refused(settings: Settings, cache: Path, split: Literal["train", "test"] = "train") -> CfamcError:
+def refused(settings: Data, cache: Path, split: Literal["train", "test"] = "train") -> CfamcError:
     with pytest.raises(CfamcError) as caught:
         read(settings, cache, split)
     assert caught.value.exit_code == ExitCode.BAD_DATA
@@ -88,6 +86,15 @@ def make_folder(root: Path, *, per_class: int = 3, classes: tuple[str, ...] = ("
             for index in range(per_class):
                 noise(seed=100 * label + index).save(root / split / name / f"{index}.png")
     return root
+
+
+def packs_in(cache: Path) -> int:
+    """How many packs, each a manifest and its pixels, and nothing else, lie in a cache."""
+    manifests = sorted(path.stem for path in (cache / "packs").glob("*.json"))
+    pixels = sorted(path.stem for path in (cache / "packs").glob("*.npy"))
+    assert len(list((cache / "packs").iterdir())) == len(manifests) + len(pixels)
+    assert all(name.rpartition("-")[0] == stem for name, stem in zip(pixels, manifests, strict=True))
+    return len(manifests)
 
 
 # The embedded set
@@ -168,7 +175,7 @@ def test_a_folder_is_packed_once_and_a_changed_one_again(tmp_path: Path, monkeyp
     second = read(Settings(root=str(root)), cache)
     assert second.fingerprint != first.fingerprint
     assert torch.equal(first.images[4], expected), "the old pack stays mapped"
-    assert len(list((cache / "packs").iterdir())) == 1, "the old pack is replaced, no temp file stays"
+    assert packs_in(cache) == 1, "the old pack is replaced, no temp file stays"
 
 
 def test_the_fingerprint_follows_content_not_place(tmp_path: Path) -> None:
@@ -180,15 +187,17 @@ def test_the_fingerprint_follows_content_not_place(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut_at", [0, 8, 15, 16, 200, -1])
-def test_a_damaged_pack_is_made_again(tmp_path: Path, cut_at: int) -> None:
+@pytest.mark.parametrize("suffix", [".json", ".npy"])
+def test_a_damaged_pack_is_made_again(tmp_path: Path, cut_at: int, suffix: str) -> None:
     root, cache = make_folder(tmp_path / "images"), tmp_path / "cache"
     first = read(Settings(root=str(root)), cache)
     kept = first.images.clone()
-    (path,) = (cache / "packs").iterdir()
+    (path,) = (cache / "packs").glob(f"*{suffix}")
     content = path.read_bytes()
     path.unlink()
     path.write_bytes(content[:cut_at])
     assert torch.equal(read(Settings(root=str(root)), cache).images, kept)
+    assert path.read_bytes() == content
 
 
 def test_many_at_once_pack_the_same_folder(tmp_path: Path) -> None:
@@ -197,7 +206,7 @@ def test_many_at_once_pack_the_same_folder(tmp_path: Path) -> None:
         sets = list(pool.map(lambda _: read(Settings(root=str(root)), cache), range(8)))
     assert len({images.fingerprint for images in sets}) == 1
     assert all(packs.fingerprint(s.images, s.labels, s.classes) == s.fingerprint for s in sets)
-    assert len(list((cache / "packs").iterdir())) == 1
+    assert packs_in(cache) == 1
 
 
 def test_decoding_processes_agree_with_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,7 +218,99 @@ def test_decoding_processes_agree_with_threads(tmp_path: Path, monkeypatch: pyte
     (root / "train" / "ant" / "3.png").write_bytes(b"no")
     error = refused(Settings(root=str(root)), tmp_path / "b")
     assert "ant/3.png is not an image" in error.message
-    assert len(list((tmp_path / "b" / "packs").iterdir())) == 1, "only the old pack"
+    assert packs_in(tmp_path / "b") == 1, "only the old pack"
+
+
+def test_a_decoding_process_that_dies_is_an_error_with_a_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = make_folder(tmp_path / "images")
+    decode, parent = folder.decode, os.getpid()
+
+    def fatal(path: Path, *, size: int | None) -> packs.Pixels:
+        if os.getpid() != parent and path.name == "2.png":
+            os._exit(9)
+        return decode(path, size=size)
+
+    monkeypatch.setattr(folder, "decode", fatal)
+    monkeypatch.setattr(folder, "PROCESSES_FROM", 1)
+    monkeypatch.setattr(folder, "CHUNK", 2)
+    with pytest.raises(CfamcError, match=r"a decoding process ended near .*/ant/[02]\.png") as caught:
+        read(Settings(root=str(root)), tmp_path / "cache")
+    assert caught.value.exit_code == ExitCode.FAILED
+    assert not list((tmp_path / "cache" / "packs").iterdir())
+
+
+def test_decoding_processes_end_with_a_parent_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listing = folder.list_images(make_folder(tmp_path / "images", per_class=20), "train")
+    monkeypatch.setattr(folder, "PROCESSES_FROM", 1)
+    monkeypatch.setattr(folder, "CHUNK", 1)
+    monkeypatch.setattr(folder, "decode", lambda *_, **__: np.zeros((512, 512, 3), np.uint8))  # more than a pipe holds
+    worker, told = os.pipe()  # its end closes when the last process that inherited it is gone
+    child = os.fork()
+    if child == 0:
+        try:
+            next(folder.read(listing, size=None).chunks)
+            os.write(told, b"+")
+            signal.pause()
+        finally:
+            os._exit(1)
+    os.close(told)
+    with os.fdopen(worker, "rb", buffering=0) as ends:
+        assert ends.read(1) == b"+"
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        assert select.select([ends], [], [], 5)[0], "a worker outlives its parent"
+        assert ends.read(1) == b""
+
+
+def test_order_labels_and_pixels_of_a_folder_by_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    greys = {"bee/10.png": 4, "bee/9.png": 5, "ant/b/0.png": 2, "ant/a.png": 1, "ant/z.png": 3}  # sorted as text
+    for name, grey in greys.items():
+        path = tmp_path / "images" / "train" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (12, 9), (grey, 10 * grey, 20 * grey)).save(path)
+    for processes_from in (1000, 1):
+        monkeypatch.setattr(folder, "PROCESSES_FROM", processes_from)
+        monkeypatch.setattr(folder, "CHUNK", 2)
+        images = read(Settings(root=str(tmp_path / "images")), tmp_path / str(processes_from))
+        assert images.images.shape == (5, 3, 9, 12)
+        assert (images.images[:, :, 4, 5] == torch.tensor([[g, 10 * g, 20 * g] for g in range(1, 6)])).all()
+        assert images.require_labels().tolist() == [0, 0, 0, 1, 1]
+    again = read(Settings(root=str(tmp_path / "images")), tmp_path / "1")
+    assert torch.equal(again.images, images.images)
+    assert torch.equal(again.require_labels(), images.require_labels())
+    assert (again.classes, again.fingerprint) == (images.classes, images.fingerprint)
+
+
+def test_decoding_in_processes_leaves_the_callers_random_numbers_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder, "PROCESSES_FROM", 1)
+    before = torch.get_rng_state()
+    read(Settings(root=str(make_folder(tmp_path / "images"))), tmp_path / "cache")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_fingerprint_covers_shape_labels_names_and_every_pixel() -> None:
+    images = torch.arange(5000 * 12, dtype=torch.int64).remainder(251).to(torch.uint8).view(5000, 3, 2, 2)
+    labels = torch.arange(5000) % 3
+    first = packs.fingerprint(images, labels, ("a", "b", "c"))
+    # Frozen: evaluations name the data that they were made on by it.
+    assert first == "35f907bb1002fd050a5c476d7c49f7e5f6ea06e515b433528ee48761d5f1ff16"
+    last, middle, swapped = images.clone(), images.clone(), labels.clone()
+    last[-1, -1, -1, -1] += 1
+    middle[4096, 0, 0, 0] += 1
+    swapped[0] = 1
+    others = [
+        packs.fingerprint(last, labels, ("a", "b", "c")),
+        packs.fingerprint(middle, labels, ("a", "b", "c")),
+        packs.fingerprint(images, swapped, ("a", "b", "c")),
+        packs.fingerprint(images, None, ("a", "b", "c")),
+        packs.fingerprint(images, labels, ("a", "c", "b")),
+        packs.fingerprint(images.view(5000, 3, 1, 4), labels, ("a", "b", "c")),
+        packs.fingerprint(images[:4999], labels[:4999], ("a", "b", "c")),
+    ]
+    assert len({first, *others}) == 8
+    assert packs.fingerprint(images.transpose(2, 3).contiguous().transpose(2, 3), labels, ("a", "b", "c")) == first
 
 
 def test_unlabelled_folders(tmp_path: Path) -> None:
@@ -355,6 +456,13 @@ def test_resize_cuts_the_centred_square(tmp_path: Path) -> None:
     whole = np.asarray(Image.fromarray(pixels).resize((12, 4), Image.Resampling.BILINEAR))
     np.testing.assert_array_equal(folder.decode(tmp_path / "wide.png", size=4), whole[:, 4:8])
     np.testing.assert_array_equal(folder.decode(tmp_path / "wide.png", size=8), pixels[:, 8:16])
+    tall = np.random.default_rng(0).integers(0, 256, (25, 10, 3), dtype=np.uint8)
+    Image.fromarray(tall).save(tmp_path / "tall.png")  # 15 rows too many: 7 go above, 8 below
+    np.testing.assert_array_equal(folder.decode(tmp_path / "tall.png", size=10), tall[7:17])
+    square = torch.from_numpy(tall[7:17].copy()).permute(2, 0, 1)[None].float()
+    halved = functional.interpolate(square, size=5, mode="bilinear", antialias=True)[0].permute(1, 2, 0)
+    within = slice(1, -1)  # at the ends the filter also sees rows beyond the square
+    assert np.abs(folder.decode(tmp_path / "tall.png", size=5) - halved.numpy())[within].max() <= 1
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
@@ -408,6 +516,8 @@ def test_cifar_binary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.labels is not None
     assert found.labels.tolist() == list(range(90, 100))
     assert found.images.shape == (10, 3, 16, 16)
+    halved = functional.interpolate(torch.from_numpy(images).float(), size=16, mode="bilinear", antialias=True)
+    assert (found.images - halved).abs().max() <= 1
 
 
 def test_fashion_mnist_idx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -470,7 +580,7 @@ class Answer(io.BytesIO):
 
 def test_downloads_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = b"published"
-    remote = archives.Remote("x.bin", "https://example.org/x.bin", hashlib.md5(content).hexdigest())
+    remote = archives.Remote("https://example.org/x.bin", hashlib.md5(content).hexdigest())
     answers = {"cut": Answer(content[:4], 9), "other": Answer(b"portal!!!", 9), "right": Answer(content, 9)}
     waiting = iter(answers.values())
     monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: next(waiting))
@@ -540,6 +650,6 @@ def test_held_out_images_are_balanced_and_apart() -> None:
         class_balanced_split(labels, 83, seed=0)
 
 
-def test_known_sets_and_folders_need_no_torch() -> None:
-    code = "import sys, cfamc_cli.datasets, cfamc_cli.engine.folder; sys.exit('torch' in sys.modules)"
+def test_known_sets_need_no_torch() -> None:
+    code = "import sys, cfamc_cli.datasets; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

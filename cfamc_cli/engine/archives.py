@@ -23,7 +23,7 @@ from typing import Literal
 import numpy as np
 
 from cfamc_cli.datasets import KNOWN_SETS
-from cfamc_cli.engine.packs import Labels, Pixels, cached_file
+from cfamc_cli.engine.packs import Pixels, Raw, cached_file
 from cfamc_cli.engine.sink import Sink
 from cfamc_cli.errors import CfamcError, ExitCode
 
@@ -40,49 +40,23 @@ class Remote:
     """A file that its publisher offers.
 
     Attributes:
-        name: File name, kept in the cache.
         url: Where it is.
         md5: What the publisher says that it hashes to.
     """
 
-    name: str
     url: str
     md5: str
 
-
-@dataclass(frozen=True)
-class Raw:
-    """A split as published.
-
-    Attributes:
-        shape: (N, 3, H, W).
-        chunks: uint8 (n, 3, H, W) each, N images in all.
-        labels: int64, (N,), -1 where an image has none.
-        classes: Class names by label.
-    """
-
-    shape: tuple[int, int, int, int]
-    chunks: Iterator[Pixels]
-    labels: Labels
-    classes: tuple[str, ...]
+    @property
+    def name(self) -> str:
+        """File name, kept in the cache."""
+        return self.url.rpartition("/")[2]
 
 
-FASHION_CLASSES = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-)
-
-_TORONTO = "https://www.cs.toronto.edu/~kriz/"
-_ZALANDO = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
-_STANFORD = "http://ufldl.stanford.edu/housenumbers/"
+_TORONTO = "https://www.cs.toronto.edu/~kriz"
+_ZALANDO = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
+_STANFORD = "http://ufldl.stanford.edu/housenumbers"
+_FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 
 
 def remote_files(dataset: Known, split: Split) -> tuple[Remote, ...]:
@@ -91,26 +65,26 @@ def remote_files(dataset: Known, split: Split) -> tuple[Remote, ...]:
         case "fashion-mini":
             return ()
         case "cifar10":
-            return (_remote(_TORONTO, "cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"),)
+            return (Remote(f"{_TORONTO}/cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"),)
         case "cifar100":
-            return (_remote(_TORONTO, "cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8"),)
+            return (Remote(f"{_TORONTO}/cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8"),)
         case "fashion-mnist" if split == "train":
             return (
-                _remote(_ZALANDO, "train-images-idx3-ubyte.gz", "8d4fb7e6c68d591d4c3dfef9ec88bf0d"),
-                _remote(_ZALANDO, "train-labels-idx1-ubyte.gz", "25c81989df183df01b3e8a0aad5dffbe"),
+                Remote(f"{_ZALANDO}/train-images-idx3-ubyte.gz", "8d4fb7e6c68d591d4c3dfef9ec88bf0d"),
+                Remote(f"{_ZALANDO}/train-labels-idx1-ubyte.gz", "25c81989df183df01b3e8a0aad5dffbe"),
             )
         case "fashion-mnist":
             return (
-                _remote(_ZALANDO, "t10k-images-idx3-ubyte.gz", "bef4ecab320f06d8554ea6380940ec79"),
-                _remote(_ZALANDO, "t10k-labels-idx1-ubyte.gz", "bb300cfdad3c16e7a12a480ee83cd310"),
+                Remote(f"{_ZALANDO}/t10k-images-idx3-ubyte.gz", "bef4ecab320f06d8554ea6380940ec79"),
+                Remote(f"{_ZALANDO}/t10k-labels-idx1-ubyte.gz", "bb300cfdad3c16e7a12a480ee83cd310"),
             )
         case "svhn" if split == "train":
-            return (_remote(_STANFORD, "train_32x32.mat", "e26dedcc434d2e4c54c9b2d4a06d8373"),)
+            return (Remote(f"{_STANFORD}/train_32x32.mat", "e26dedcc434d2e4c54c9b2d4a06d8373"),)
         case "svhn":
-            return (_remote(_STANFORD, "test_32x32.mat", "eb5a983be6a315427106f1b164d9cef3"),)
+            return (Remote(f"{_STANFORD}/test_32x32.mat", "eb5a983be6a315427106f1b164d9cef3"),)
         case "stl10":
-            url = "http://ai.stanford.edu/~acoates/stl10/"
-            return (_remote(url, "stl10_binary.tar.gz", "91f7769df0f17e558f3565bffb0c7dfb"),)
+            stl10 = "http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz"
+            return (Remote(stl10, "91f7769df0f17e558f3565bffb0c7dfb"),)
 
 
 def fetch(remote: Remote, folder: Path, *, sink: Sink) -> Path:
@@ -186,16 +160,12 @@ def read(dataset: Known, split: Split, files: tuple[Path, ...]) -> Raw:
         raise _damaged(path, error) from error
     known = KNOWN_SETS[dataset]
     expected = known.train if split == "train" else known.test
-    if raw.shape != (expected, 3, known.size, known.size) or len(raw.labels) != expected:
+    if raw.shape != (expected, 3, known.size, known.size) or raw.labels is None or len(raw.labels) != expected:
         raise _bad(f"{path} does not hold the {expected:,} {split} images of {dataset}", hint="remove it and try again")
     return raw
 
 
 _DAMAGED = (OSError, EOFError, KeyError, ValueError, IndexError, struct.error, tarfile.TarError, zlib.error)
-
-
-def _remote(base: str, name: str, md5: str) -> Remote:
-    return Remote(name, base + name, md5)
 
 
 def _bad(message: str, *, hint: str = "") -> CfamcError:
@@ -204,11 +174,6 @@ def _bad(message: str, *, hint: str = "") -> CfamcError:
 
 def _damaged(path: Path, error: Exception) -> CfamcError:
     return _bad(f"{path} is damaged: {error or type(error).__name__}", hint="remove it, and it is downloaded again")
-
-
-def _whole(images: Pixels, labels: Labels, classes: tuple[str, ...]) -> Raw:
-    count, channels, height, width = images.shape
-    return Raw((count, channels, height, width), iter([images]), labels, classes)
 
 
 def _member(archive: tarfile.TarFile, name: str) -> bytes:
@@ -232,7 +197,8 @@ def _read_cifar(path: Path, dataset: Literal["cifar10", "cifar100"], split: Spli
         data = b"".join(_member(archive, f"{folder}/{part}") for part in parts)
     records = np.frombuffer(data, dtype=np.uint8).reshape(-1, label_bytes + 3 * 32 * 32)
     labels = records[:, label_bytes - 1].astype(np.int64)
-    return _whole(records[:, label_bytes:].reshape(-1, 3, 32, 32), labels, classes)
+    images = records[:, label_bytes:].reshape(-1, 3, 32, 32)
+    return Raw(images.shape, iter([images]), labels, classes)
 
 
 def _read_idx(images_path: Path, labels_path: Path) -> Raw:
@@ -243,51 +209,40 @@ def _read_idx(images_path: Path, labels_path: Path) -> Raw:
         raise ValueError("not a pair of idx files")
     grey = np.frombuffer(images, dtype=np.uint8, offset=16).reshape(count, 1, height, width)
     targets = np.frombuffer(labels, dtype=np.uint8, offset=8).astype(np.int64)
-    return _whole(np.repeat(grey, 3, axis=1), targets, FASHION_CLASSES)
+    rgb = np.repeat(grey, 3, axis=1)
+    return Raw(rgb.shape, iter([rgb]), targets, _FASHION)
 
 
 def _read_svhn(path: Path) -> Raw:
     arrays = _read_matlab(path.read_bytes())
-    images = arrays["X"].reshape(32, 32, 3, -1, order="F").transpose(3, 2, 0, 1)  # (N, 3, H, W)
+    images = np.ascontiguousarray(arrays["X"].reshape(32, 32, 3, -1, order="F").transpose(3, 2, 0, 1))  # (N, 3, H, W)
     labels = arrays["y"].astype(np.int64) % 10  # the digit 0 is labelled 10 there
-    return _whole(np.ascontiguousarray(images), labels, tuple("0123456789"))
+    return Raw(images.shape, iter([images]), labels, tuple("0123456789"))
 
 
 def _read_matlab(data: bytes) -> dict[str, Pixels]:
     """Flat uint8 arrays by name from a MATLAB 5 file, little-endian, compressed or not."""
     arrays = {}
-    if data[126:128] != b"IM":
-        raise ValueError("not a MATLAB 5 file")
-    position = 128
-    while position < len(data):
-        kind, length = struct.unpack_from("<2I", data, position)
-        element = data[position + 8 : position + 8 + length]
-        if len(element) < length:
-            raise ValueError("cut short")
-        position += 8 + length
-        if kind == 15:  # compressed: one matrix element with its tag
-            element = zlib.decompress(element)[8:]
-        elif kind != 14:  # 14: matrix
-            continue
-        parts = _matlab_parts(element)  # flags, dimensions, name, values
-        if parts[3][0] != 2:  # 2: uint8
-            raise ValueError("values are not uint8")
-        arrays[parts[2][1].decode()] = np.frombuffer(parts[3][1], dtype=np.uint8)
+    for kind, element in _matlab_elements(data, 128):
+        if kind == 15:  # compressed: one matrix with its tag
+            ((_, element),) = _matlab_elements(zlib.decompress(element))
+        _, _, (_, name), (_, values) = _matlab_elements(element)  # flags and dimensions come first
+        arrays[name.decode()] = np.frombuffer(values, dtype=np.uint8)
     return arrays
 
 
-def _matlab_parts(element: bytes) -> list[tuple[int, bytes]]:
-    parts, position = [], 0
-    while position + 8 <= len(element):
-        kind, length = struct.unpack_from("<2I", element, position)
-        if kind >> 16:  # small element: length and kind share the first word, the data is the second
-            kind, length = kind & 0xFFFF, kind >> 16
-            parts.append((kind, element[position + 4 : position + 4 + length]))
+def _matlab_elements(data: bytes, position: int = 0) -> Iterator[tuple[int, bytes]]:
+    while position < len(data):
+        kind, length = struct.unpack_from("<2I", data, position)
+        if small := kind >> 16:  # a small element: length and kind share the first word, the data is the second
+            yield kind & 0xFFFF, data[position + 4 : position + 4 + small]
             position += 8
-        else:
-            parts.append((kind, element[position + 8 : position + 8 + length]))
-            position += 8 + -(-length // 8) * 8
-    return parts
+            continue
+        element = data[position + 8 : position + 8 + length]
+        if len(element) < length:
+            raise ValueError("cut short")
+        yield kind, element
+        position += 8 + (length if kind == 15 else -(-length // 8) * 8)
 
 
 def _read_stl10(path: Path, split: Split) -> Raw:

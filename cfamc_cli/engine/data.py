@@ -9,10 +9,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,10 +21,11 @@ from torch import Tensor
 
 from cfamc_cli.datasets import FASHION_MINI_FINGERPRINTS, FASHION_MINI_FOLDER
 from cfamc_cli.engine import archives, folder
-from cfamc_cli.engine.packs import Labels, Pack, Pixels, fingerprint, read_pack, write_pack
+from cfamc_cli.engine.packs import Pack, Pixels, Raw, fingerprint, packed
 from cfamc_cli.engine.randomness import addressed_generator, balanced_order
 from cfamc_cli.engine.sink import Sink
 from cfamc_cli.errors import CfamcError, ExitCode
+from cfamc_cli.recipe import Data
 
 RESIDENT_SHARE = 0.25  # of the free device memory; the rest is for the encoder and its activations
 
@@ -33,21 +34,6 @@ _LICENCES = {
     "fashion-mnist": "MIT, Copyright (c) 2017 Zalando SE",
     "svhn": "for non-commercial use only",
 }
-
-
-class DataSettings(Protocol):
-    """The recipe's [data] table, as far as it is read here."""
-
-    @property
-    def dataset(
-        self,
-    ) -> Literal["fashion-mini", "cifar10", "cifar100", "fashion-mnist", "svhn", "stl10", "folder"]: ...
-    @property
-    def root(self) -> str | None: ...
-    @property
-    def size(self) -> int | None: ...
-    @property
-    def limit(self) -> int | None: ...
 
 
 @dataclass(frozen=True)
@@ -125,7 +111,7 @@ class ImageSet:
         return dataclasses.replace(self, images=images, labels=labels, fingerprint=mark)
 
 
-def load(data: DataSettings, split: Literal["train", "test"], *, seed: int, cache: Path, sink: Sink) -> ImageSet:
+def load(data: Data, split: Literal["train", "test"], *, seed: int, cache: Path, sink: Sink) -> ImageSet:
     """Load one split; download, decode and pack it before where that was not done yet.
 
     The training split of `stl10` is its 5,000 labelled images followed by its 100,000 unlabelled ones (label -1).
@@ -146,13 +132,15 @@ def load(data: DataSettings, split: Literal["train", "test"], *, seed: int, cach
         CfamcError: The data is missing, unreadable or unfit; exit code BAD_DATA. FAILED where the cache cannot be
             written, INVALID where `limit` exceeds the images.
     """
+    root = None if data.root is None else Path(data.root).expanduser().absolute()
     match data.dataset:
         case "folder":
-            pack = _load_folder(data, split, cache=cache, sink=sink)
+            assert root is not None, "the recipe asks for one"
+            pack = _folder(split, size=data.size, root=root, cache=cache, sink=sink)
         case "fashion-mini":
-            pack = _load_fashion_mini(split, size=data.size)
-        case _ as known:
-            pack = _load_known(known, data, split, cache=cache, sink=sink)
+            pack = _fashion_mini(split, size=data.size)
+        case known:
+            pack = _known(known, split, size=data.size, root=root, cache=cache, sink=sink)
     images = ImageSet(
         images=pack.images,
         labels=pack.labels,
@@ -238,98 +226,59 @@ def class_balanced_split(labels: Tensor, count: int, *, seed: int) -> tuple[Tens
     return order[:count].sort().values, order[count:].sort().values
 
 
-def _load_fashion_mini(split: Literal["train", "test"], *, size: int | None) -> Pack:
+def _fashion_mini(split: Literal["train", "test"], *, size: int | None) -> Pack:
     stem = "train" if split == "train" else "t10k"
     files = tuple(FASHION_MINI_FOLDER / f"{stem}-{part}-ubyte.gz" for part in ("images-idx3", "labels-idx1"))
     raw = archives.read("fashion-mini", split, files)
+    assert raw.labels is not None, "read() has counted them"
     images, labels = torch.from_numpy(next(raw.chunks)), torch.from_numpy(raw.labels)
     mark = fingerprint(images, labels, raw.classes)
     if mark != FASHION_MINI_FINGERPRINTS[split]:
         raise CfamcError(f"{files[0]} is not what was shipped", hint="install cfamc again", exit_code=ExitCode.BAD_DATA)
     if size is not None and size != images.shape[-1]:
-        images = torch.from_numpy(_resize(images.numpy(), size))
+        images = torch.from_numpy(_resized(images.numpy(), size))
         mark = fingerprint(images, labels, raw.classes)
     return Pack(images=images, labels=labels, classes=raw.classes, fingerprint=mark)
 
 
-def _load_known(
-    known: archives.Known, data: DataSettings, split: Literal["train", "test"], *, cache: Path, sink: Sink
+def _known(
+    known: archives.Known, split: archives.Split, *, size: int | None, root: Path | None, cache: Path, sink: Sink
 ) -> Pack:
-    root = None if data.root is None else Path(data.root).expanduser().absolute()
-    key = json.dumps([known, split, data.size, None if root is None else str(root)])
-    path = _pack_path(cache, f"{known}-{split}", key)
-    pack = read_pack(path, key=key)
-    if pack is not None:
-        return pack
-    remotes = archives.remote_files(known, split)
-    for remote in remotes:
-        if root is not None and not (root / remote.name).is_file():
-            raise CfamcError(
-                f"data.root {root} does not hold {remote.name}",
-                hint=f"put {remote.url} there, or leave data.root out to have it downloaded",
-                exit_code=ExitCode.BAD_DATA,
-            )
-    place = root or cache / "downloads"
-    files = tuple(archives.fetch(remote, place, sink=sink) for remote in remotes)
-    raw = archives.read(known, split, files)
-    count, channels, height, width = raw.shape
-    chunks = raw.chunks
-    if data.size is not None and data.size != height:
-        chunks = _resized(chunks, data.size)
-        height = width = data.size
-    shape = (count, channels, height, width)
-    return _pack(path, chunks, key=key, shape=shape, labels=raw.labels, classes=raw.classes, name=known, sink=sink)
+    def read() -> Raw:
+        remotes = archives.remote_files(known, split)
+        for remote in remotes:
+            if root is not None and not (root / remote.name).is_file():
+                raise CfamcError(
+                    f"data.root {root} does not hold {remote.name}",
+                    hint=f"put {remote.url} there, or leave data.root out to have it downloaded",
+                    exit_code=ExitCode.BAD_DATA,
+                )
+        files = tuple(archives.fetch(remote, root or cache / "downloads", sink=sink) for remote in remotes)
+        raw = archives.read(known, split, files)
+        if size is None or size == raw.shape[-1]:
+            return raw
+        return dataclasses.replace(
+            raw, shape=(raw.shape[0], 3, size, size), chunks=(_resized(chunk, size) for chunk in raw.chunks)
+        )
+
+    key = json.dumps([known, split, size, None if root is None else str(root)])
+    name = _pack_name(f"{known}-{split}", key)
+    return packed(cache / "packs", name, key=key, make=read, task=f"packing {known}", sink=sink)
 
 
-def _load_folder(data: DataSettings, split: Literal["train", "test"], *, cache: Path, sink: Sink) -> Pack:
-    assert data.root is not None, "the recipe asks for a root"
-    root = Path(data.root).expanduser().absolute()
+def _folder(split: Literal["train", "test"], *, size: int | None, root: Path, cache: Path, sink: Sink) -> Pack:
     listing = folder.list_images(root, split)
     # One pack per (root, split, size): the pack of a folder that changed is replaced.
-    path = _pack_path(cache, f"folder-{split}", json.dumps([str(root), split, data.size]))
-    pack = read_pack(path, key=listing.key)
-    if pack is not None:
-        return pack
-    (height, width), chunks = folder.decode_all(listing, size=data.size)
-    shape = (len(listing.names), 3, height, width)
-    labels = None if listing.labels is None else np.array(listing.labels, dtype=np.int64)
-    return _pack(
-        path, chunks, key=listing.key, shape=shape, labels=labels, classes=listing.classes, name=str(root), sink=sink
-    )
+    name = _pack_name(f"folder-{split}", json.dumps([str(root), split, size]))
+    make = partial(folder.read, listing, size=size)
+    return packed(cache / "packs", name, key=listing.key, make=make, task=f"packing {root}", sink=sink)
 
 
-def _pack(
-    path: Path,
-    chunks: Iterator[Pixels],
-    *,
-    key: str,
-    shape: tuple[int, int, int, int],
-    labels: Labels | None,
-    classes: tuple[str, ...],
-    name: str,
-    sink: Sink,
-) -> Pack:
-    task = f"packing {name}"
-    write_pack(path, chunks, key=key, shape=shape, labels=labels, classes=classes, task=task, sink=sink)
-    pack = read_pack(path, key=key)
-    if pack is None:  # another process packed a folder that changed meanwhile
-        raise CfamcError(f"{name} changed while it was packed", hint="try again", exit_code=ExitCode.BAD_DATA)
-    return pack
+def _pack_name(stem: str, identity: str) -> str:
+    return f"{stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
 
 
-def _pack_path(cache: Path, stem: str, identity: str) -> Path:
-    return cache / "packs" / f"{stem}-{hashlib.sha256(identity.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}.pack"
-
-
-def _resized(chunks: Iterator[Pixels], size: int) -> Iterator[Pixels]:
-    for chunk in chunks:
-        yield _resize(chunk, size)
-
-
-def _resize(images: Pixels, size: int) -> Pixels:
+def _resized(images: Pixels, size: int) -> Pixels:
     """(n, 3, H, W) to (n, 3, size, size)."""
-    resized = np.empty((len(images), 3, size, size), dtype=np.uint8)
-    for row, image in enumerate(images):
-        pixels = np.ascontiguousarray(image.transpose(1, 2, 0))
-        resized[row] = folder.resize(Image.fromarray(pixels), size).transpose(2, 0, 1)
-    return resized
+    rows = (Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))) for image in images)
+    return np.stack([folder.resize(row, size).transpose(2, 0, 1) for row in rows])

@@ -1,4 +1,4 @@
-"""Image folders: what lies in them, and how a file becomes pixels. Torch-free.
+"""Image folders: what lies in them, and how a file becomes pixels.
 
 Every image leaves here as 8-bit RGB: EXIF rotation applied, alpha dropped, 16-bit grey scaled to 8 bits, CMYK and
 palettes converted. With a size, the shorter side is resized to it (bilinear, antialiased) and the
@@ -9,35 +9,32 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
+import signal
+import threading
 import warnings
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
+import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from torch.utils.data import DataLoader, Dataset
 
+from cfamc_cli.engine.packs import Pixels, Raw
 from cfamc_cli.errors import CfamcError, ExitCode
 
-Pixels = npt.NDArray[np.uint8]
 Failure = tuple[str, str]  # file and cause
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM")  # no format whose decoder runs programs
 MIN_SIDE = 4  # pixels; below it a file is a tracking pixel or a ruler, not a picture
 MAX_PIXELS = 2**26  # 67 megapixels, 201 MB as RGB; larger ones are refused by their header
-CHUNK = 256  # images per unit of work
-PROCESSES_FROM = 4096  # images from which decoding processes are worth their start
+CHUNK = 32  # images per unit of work: few, since a worker that is told to stop finishes its unit
+PROCESSES_FROM = 1024  # images from which decoding processes are worth their start
 MAX_FAILURES = 100  # unreadable files after which decoding gives up
 
 _EXIF_ORIENTATION = 0x0112
@@ -155,152 +152,108 @@ def resize(image: Image.Image, size: int) -> Pixels:
     return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=square))
 
 
-def decode_all(listing: Listing, *, size: int | None) -> tuple[tuple[int, int], Iterator[Pixels]]:
-    """Decode a split on all cores, in order.
-
-    Large folders go through one decoding process per core: Pillow spends most of a thumbnail's time in the interpreter,
-    where threads only take turns (32x32 JPEG, 2 cores: 7,300 images a second against 3,200). The processes are plain
-    children fed through pipes, so they end with their parent however it ends, and run nothing of the caller's program.
+def read(listing: Listing, *, size: int | None) -> Raw:
+    """Decode a split, in order; a large one on all cores.
 
     Args:
         listing: The files.
         size: As for `decode`.
 
     Returns:
-        Height and width of every image in pixels, and an iterator over uint8 arrays (n, 3, H, W).
+        The split, decoded while its chunks are iterated over.
 
     Raises:
         CfamcError: A file is unreadable, or, without a size, images differ in theirs; names the first such file and
-            counts the others. Raised for the first image at once, for the others by the iterator.
+            counts the others. Raised for the first image at once, for the others by the chunks.
     """
+    first = listing.folder / listing.names[0]
     try:
-        first = decode(listing.folder / listing.names[0], size=size)
+        height, width, _ = decode(first, size=size).shape
     except ValueError as error:
-        raise _unreadable([(str(listing.folder / listing.names[0]), str(error))]) from error
-    shape = (first.shape[0], first.shape[1])
-    return shape, _decode_chunks(listing, size=size, shape=shape)
-
-
-class _Work(NamedTuple):
-    folder: str
-    names: tuple[str, ...]
-    size: int | None
-    shape: tuple[int, int]
+        raise _unreadable([(str(first), str(error))]) from error
+    labels = None if listing.labels is None else np.array(listing.labels, dtype=np.int64)
+    chunks = _chunks(_Decoder(listing, size=size, height=height, width=width))
+    return Raw((len(listing.names), 3, height, width), chunks, labels, listing.classes)
 
 
 class _Refused(Exception):  # noqa: N818 - it never leaves this file
     """An image that is turned down for what its header says."""
 
 
-def _decode_chunks(listing: Listing, *, size: int | None, shape: tuple[int, int]) -> Iterator[Pixels]:
+class _Decoder(Dataset[tuple[Pixels, list[Failure]]]):
+    """The chunks of a listing by number: pixels, black where a file cannot be used, and those files."""
+
+    def __init__(self, listing: Listing, *, size: int | None, height: int, width: int) -> None:
+        self.listing, self.size, self.height, self.width = listing, size, height, width
+
+    def __len__(self) -> int:
+        return -(-len(self.listing.names) // CHUNK)
+
+    def __getitem__(self, chunk: int) -> tuple[Pixels, list[Failure]]:
+        names = self.listing.names[chunk * CHUNK : (chunk + 1) * CHUNK]
+        pixels = np.zeros((len(names), 3, self.height, self.width), dtype=np.uint8)
+        failures = []
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"PIL\.")  # odd metadata is no news; what cannot be read fails
+            for row, name in enumerate(names):
+                path = self.listing.folder / name
+                try:
+                    image = decode(path, size=self.size)
+                    height, width, _ = image.shape
+                    if (height, width) != (self.height, self.width):
+                        raise ValueError(f"is {width}x{height} where the first image is {self.width}x{self.height}")
+                    pixels[row] = image.transpose(2, 0, 1)  # (3, H, W)
+                except ValueError as error:
+                    failures.append((str(path), str(error)))
+        return pixels, failures
+
+
+def _chunks(decoder: _Decoder) -> Iterator[Pixels]:
+    names = decoder.listing.names
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    chunks = iter(
+        DataLoader(
+            decoder,
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=cores if len(names) >= PROCESSES_FROM else 0,
+            worker_init_fn=_start_worker,
+            generator=torch.Generator(),  # the loader draws a seed; not from the caller's stream
+        )
+    )
     failures: list[Failure] = []
-    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    waiting: deque[Future[tuple[Pixels, list[Failure]]]] = deque()
-    with ExitStack() as stack:
-        pool: SimpleQueue[_Decoder] | None = None
-        if len(listing.names) >= PROCESSES_FROM:
-            pool = SimpleQueue()
-            for _ in range(workers):
-                pool.put(stack.enter_context(_Decoder()))
-        threads = stack.enter_context(ThreadPoolExecutor(workers))
-        stack.enter_context(warnings.catch_warnings())
-        warnings.filterwarnings("ignore", module=r"PIL\.")  # odd metadata is no news; what cannot be read fails
+    ended = ""
+    for start in range(0, len(names), CHUNK):
         try:
-            for start in range(0, len(listing.names), CHUNK):
-                work = _Work(str(listing.folder), listing.names[start : start + CHUNK], size, shape)
-                waiting.append(threads.submit(_decode_chunk if pool is None else partial(_delegate, pool), work))
-                if len(waiting) > 2 * workers:
-                    pixels, failed = waiting.popleft().result()
-                    failures += failed
-                    if len(failures) >= MAX_FAILURES:
-                        raise _unreadable(failures)
-                    yield pixels
-            while waiting:
-                pixels, failed = waiting.popleft().result()
-                failures += failed
-                yield pixels
-        finally:
-            for future in waiting:
-                future.cancel()
+            pixels, failed = next(chunks)
+        except RuntimeError as error:
+            ended = f"a decoding process ended near {decoder.listing.folder / names[start]} ({error})"
+            break
+        failures += failed
+        if len(failures) >= MAX_FAILURES:
+            break
+        yield pixels
+    del chunks  # ends the processes now, not when the last to speak of an error has let go of this frame
+    if ended:
+        raise CfamcError(ended, hint="too little memory, or an image that crashes the decoder")
     if failures:
         raise _unreadable(failures)
 
 
-def _decode_chunk(work: _Work) -> tuple[Pixels, list[Failure]]:
-    pixels = np.zeros((len(work.names), 3, *work.shape), dtype=np.uint8)
-    failures = []
-    for row, name in enumerate(work.names):
-        path = Path(work.folder, name)
-        try:
-            image = decode(path, size=work.size)
-            if image.shape[:2] != work.shape:
-                height, width = image.shape[:2]
-                raise ValueError(f"is {width}x{height} where the first image is {work.shape[1]}x{work.shape[0]}")
-            pixels[row] = image.transpose(2, 0, 1)  # (3, H, W)
-        except ValueError as error:
-            failures.append((str(path), str(error)))
-    return pixels, failures
+def _as_it_is(chunk: object) -> object:
+    return chunk  # as an array it goes through a pipe; as a tensor it would take shared memory, scarce in containers
 
 
-class _Decoder:
-    """A child process that decodes: one JSON line in, one JSON line of failures and the raw pixels out."""
-
-    def __init__(self) -> None:
-        package_root = str(Path(__file__).parents[2])
-        paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-W", "ignore", "-c", "from cfamc_cli.engine.folder import serve; serve()"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
-            start_new_session=True,  # an interrupt from the terminal is the parent's affair
-        )
-
-    def __enter__(self) -> _Decoder:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.communicate()  # closes the pipes and waits
-
-    def decode(self, work: _Work) -> tuple[Pixels, list[Failure]]:
-        """Have one chunk decoded."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        count = len(work.names) * 3 * work.shape[0] * work.shape[1]
-        try:
-            self._process.stdin.write(json.dumps(work).encode() + b"\n")
-            self._process.stdin.flush()
-            head = self._process.stdout.readline()
-            data = self._process.stdout.read(count)
-        except BrokenPipeError:
-            head = data = b""
-        if not head or len(data) < count:
-            raise CfamcError(
-                f"a decoding process ended near {Path(work.folder, work.names[0])} (status {self._process.poll()})",
-                hint="too little memory, or an image that crashes the decoder",
-            )
-        failures = [(path, cause) for path, cause in json.loads(head)]
-        return np.frombuffer(data, dtype=np.uint8).reshape(-1, 3, *work.shape), failures
+def _start_worker(_number: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # from the terminal it reaches every process; the parent decides
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _delegate(pool: SimpleQueue[_Decoder], work: _Work) -> tuple[Pixels, list[Failure]]:
-    decoder = pool.get()  # as many as there are threads
-    try:
-        return decoder.decode(work)
-    finally:
-        pool.put(decoder)
-
-
-def serve() -> None:
-    """Decode what comes through stdin until it closes: the life of a decoding process."""
-    for line in sys.stdin.buffer:
-        folder, names, size, (height, width) = json.loads(line)
-        pixels, failures = _decode_chunk(_Work(folder, tuple(names), size, (height, width)))
-        sys.stdout.buffer.write(json.dumps(failures).encode() + b"\n")
-        sys.stdout.buffer.write(pixels.data)
-        sys.stdout.buffer.flush()
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()  # killed: else the worker would wait for ever for somebody to read what it decoded
+    os._exit(1)
 
 
 def _unreadable(failures: list[Failure]) -> CfamcError:

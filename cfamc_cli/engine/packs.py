@@ -1,17 +1,15 @@
-"""Packs: a data set decoded once into one file of the cache, memory-mapped from then on.
+"""Packs: a data set decoded once into the cache, memory-mapped from then on.
 
-Layout: pixels uint8 (N, 3, H, W), labels int64 (N,) where there are any, a JSON header, then 16 bytes: the header's
-length and a magic word. Pixels come first so that they can be mapped from offset 0; the magic word comes last so that
-a file that was cut is no pack.
+A pack is two files: NAME-KEY.npy, the pixels, and NAME.json, the manifest with labels, class names, fingerprint and the
+key of what it was made from. The manifest comes last, so that a pack exists whole or not at all; the pixels carry the
+key in their name, so that processes that pack a folder while it changes never mix two states of it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,20 +20,32 @@ import torch
 from torch import Tensor
 
 from cfamc_cli.engine.sink import Sink
-from cfamc_cli.files import explained, staged_file, sweep
+from cfamc_cli.files import explained, staged_file, sweep, write_text
 
 Pixels = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
 
-FORMAT = 1
-_MAGIC = b"CFAMCPK1"
-_FOOTER = struct.Struct("<Q8s")
-_HEADER_LIMIT = 64 * 2**20  # bytes
+
+@dataclass(frozen=True)
+class Raw:
+    """A split as it is read from its files.
+
+    Attributes:
+        shape: (N, 3, H, W).
+        chunks: uint8 (n, 3, H, W) each, N images in all; what cannot be read raises here.
+        labels: int64, (N,), -1 where an image has none; None where no image has one.
+        classes: Class names by label.
+    """
+
+    shape: tuple[int, ...]
+    chunks: Iterator[Pixels]
+    labels: Labels | None
+    classes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Pack:
-    """What a pack file holds.
+    """A split, ready to be trained on.
 
     Attributes:
         images: uint8, (N, 3, H, W), mapped from the file: pages are read when they are touched.
@@ -50,123 +60,63 @@ class Pack:
     fingerprint: str
 
 
-class Fingerprint:
-    """SHA-256 over shape, class names, labels and pixels, fed in pieces.
-
-    Paths, devices and the way the data was stored have no part in it.
-    """
-
-    def __init__(self, shape: tuple[int, ...], labels: Labels | None, classes: tuple[str, ...]) -> None:
-        head = {"shape": list(shape), "classes": list(classes), "labelled": labels is not None}
-        self._hash = hashlib.sha256(json.dumps(head, sort_keys=True).encode())
-        if labels is not None:
-            self._hash.update(labels.astype("<i8").tobytes())
-
-    def update(self, pixels: Pixels) -> None:
-        self._hash.update(np.ascontiguousarray(pixels).data)
-
-    def hexdigest(self) -> str:
-        return self._hash.hexdigest()
-
-
 def fingerprint(images: Tensor, labels: Tensor | None, classes: tuple[str, ...]) -> str:
-    """Compute what identifies a set of images, wherever it lies.
+    """Compute what identifies a set of images: neither paths nor the way in which it is stored have a part in it.
 
     Args:
-        images: uint8, (N, 3, H, W).
+        images: uint8, (N, 3, H, W), in host memory.
         labels: int64, (N,), or None.
         classes: Class names by label.
 
     Returns:
-        SHA-256, hexadecimal.
+        SHA-256 over shape, class names, labels and pixels, hexadecimal.
     """
-    state = Fingerprint(tuple(images.shape), None if labels is None else labels.cpu().numpy(), classes)
-    for start in range(0, len(images), 4096):
-        state.update(images[start : start + 4096].cpu().numpy())
-    return state.hexdigest()
+    head = {"shape": list(images.shape), "classes": list(classes), "labelled": labels is not None}
+    digest = hashlib.sha256(json.dumps(head, sort_keys=True).encode())
+    if labels is not None:
+        digest.update(labels.numpy().astype("<i8").tobytes())
+    for piece in images.split(4096):  # a strided tensor is copied piece by piece
+        digest.update(piece.contiguous().numpy().data)
+    return digest.hexdigest()
 
 
-def read_pack(path: Path, *, key: str) -> Pack | None:
-    """Map a pack.
+def packed(folder: Path, name: str, *, key: str, make: Callable[[], Raw], task: str, sink: Sink) -> Pack:
+    """Map a pack, after making it where there is none for this key yet.
 
     Args:
-        path: The file.
-        key: What it must have been made from.
-
-    Returns:
-        The pack; None where the file is absent, cut, of another format or made from something else.
-    """
-    try:
-        with path.open("rb") as file:
-            total = file.seek(0, os.SEEK_END)
-            file.seek(max(total - _FOOTER.size, 0))
-            length, magic = _FOOTER.unpack(file.read(_FOOTER.size))
-            if magic != _MAGIC or length > min(total, _HEADER_LIMIT):
-                return None
-            file.seek(total - _FOOTER.size - length)
-            header = json.loads(file.read(length))
-            if header["format"] != FORMAT or header["key"] != key:
-                return None
-            count, channels, height, width = header["shape"]
-            pixels = count * channels * height * width
-            label_bytes = 8 * count if header["labelled"] else 0
-            if total != pixels + label_bytes + length + _FOOTER.size:
-                return None
-            file.seek(pixels)
-            labels = np.frombuffer(bytearray(file.read(label_bytes)), dtype="<i8").astype(np.int64)
-    except (OSError, ValueError, KeyError, struct.error):
-        return None
-    images = torch.from_file(str(path), shared=False, size=pixels, dtype=torch.uint8)
-    return Pack(
-        images=images.view(count, channels, height, width),
-        labels=torch.from_numpy(labels) if header["labelled"] else None,
-        classes=tuple(header["classes"]),
-        fingerprint=header["fingerprint"],
-    )
-
-
-def write_pack(
-    path: Path,
-    chunks: Iterable[Pixels],
-    *,
-    key: str,
-    shape: tuple[int, int, int, int],
-    labels: Labels | None,
-    classes: tuple[str, ...],
-    task: str,
-    sink: Sink,
-) -> None:
-    """Write a pack: whole, or not at all. Processes that write the same pack at once do not disturb each other.
-
-    Args:
-        path: The file; its folder is made where needed.
-        chunks: uint8, (n, 3, H, W) each, N images in all.
-        key: What the pack is made from.
-        shape: (N, 3, H, W).
-        labels: int64, (N,), or None.
-        classes: Class names by label.
+        folder: Where packs lie; made where needed.
+        name: What the pack is called there; one of another key is replaced.
+        key: Changes with whatever the pack is made from.
+        make: Reads the split.
         task: What the progress is called.
         sink: Hears the progress, in images.
 
+    Returns:
+        The pack. Processes that make the same one at once do not disturb each other.
+
     Raises:
-        CfamcError: When the file cannot be written, with the space that it needs.
+        CfamcError: The files cannot be written, with the space that they need; or as `make` and its chunks do.
     """
-    count = shape[0]
-    state = Fingerprint(shape, labels, classes)
-    header: dict[str, object] = {"format": FORMAT, "key": key, "shape": shape, "classes": classes}
-    header["labelled"] = labels is not None
-    with cached_file(path, needed=int(np.prod(shape))) as temporary, temporary.open("wb") as file:
-        done = 0
-        for chunk in chunks:
-            state.update(chunk)
-            file.write(np.ascontiguousarray(chunk).data)
-            done += len(chunk)
-            sink.progress(task, done, count, {})
-        assert done == count, "the chunks must add up to the shape"
-        if labels is not None:
-            file.write(labels.astype("<i8").tobytes())
-        text = json.dumps(header | {"fingerprint": state.hexdigest()}).encode()
-        file.write(text + _FOOTER.pack(len(text), _MAGIC))
+    mark = hashlib.sha256(key.encode()).hexdigest()[:16]
+    manifest, pixels = folder / f"{name}.json", folder / f"{name}-{mark}.npy"
+    try:
+        found = json.loads(manifest.read_bytes())
+        if found["key"] == key:
+            labels = found["labels"] and torch.tensor(found["labels"])
+            return Pack(_mapped(pixels), labels, tuple(found["classes"]), found["fingerprint"])
+    except (OSError, ValueError, KeyError):
+        pass  # absent or damaged: made anew
+    raw = make()
+    with cached_file(pixels, needed=int(np.prod(raw.shape))) as temporary:
+        _write(temporary, raw, task=task, sink=sink)
+        images, labels = _mapped(temporary), None if raw.labels is None else torch.from_numpy(raw.labels)
+        pack = Pack(images, labels, raw.classes, fingerprint(images, labels, raw.classes))
+    content = {"key": key, "fingerprint": pack.fingerprint, "classes": pack.classes}
+    write_text(manifest, json.dumps(content | {"labels": None if labels is None else labels.tolist()}))
+    for other in folder.glob(f"{name}-*.npy"):
+        if other != pixels:
+            other.unlink(missing_ok=True)
+    return pack
 
 
 @contextmanager
@@ -177,3 +127,19 @@ def cached_file(path: Path, *, needed: int | None = None) -> Iterator[Path]:
     sweep(path.parent)
     with staged_file(path, needed=needed) as temporary:
         yield temporary
+
+
+def _write(path: Path, raw: Raw, *, task: str, sink: Sink) -> None:
+    done = 0
+    with path.open("wb") as file:  # not mapped: through a mapping, a full disk is the end of the process
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": raw.shape})
+        for chunk in raw.chunks:
+            file.write(np.ascontiguousarray(chunk).data)
+            done += len(chunk)
+            sink.progress(task, done, raw.shape[0], {})
+    assert done == raw.shape[0], "the chunks must add up to the shape"
+
+
+def _mapped(path: Path) -> Tensor:
+    # Copy on write, since torch wants a writable array. Arrays of objects cannot be mapped, so nothing is unpickled.
+    return torch.from_numpy(np.lib.format.open_memmap(path, mode="c"))
