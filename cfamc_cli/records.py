@@ -417,6 +417,15 @@ class StageOutcome(Part):
     passes: tuple[tuple[Count, Count], ...] = ()
 
 
+class StageTime(Part):
+    """A line of timing.jsonl of an attack: how long one stage took on one block."""
+
+    block: Count
+    stage: Count
+    name: str
+    seconds: Seconds
+
+
 class Outcomes(Record):
     """attacks/<id>/outcomes.json: per-sample outcomes, complete or under way.
 

@@ -28,13 +28,15 @@ from cfamc_cli.engine import robust
 from cfamc_cli.engine.attacks import audit, autoattack
 from cfamc_cli.engine.attacks.autoattack import Stage, plan, run_stage, stage_name
 from cfamc_cli.engine.checkpoint import read_tensors
-from cfamc_cli.engine.heads import load_classifier
+from cfamc_cli.engine.data import ImageSet
+from cfamc_cli.engine.heads import Classifier, load_classifier
+from cfamc_cli.engine.pictures import loss_by_step
 from cfamc_cli.engine.randomness import balanced_order
 from cfamc_cli.engine.robust import Outcome
 from cfamc_cli.engine.sink import NullSink
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.recipe import AutoAttackAttack
-from cfamc_cli.records import AttackRecord, Outcomes, ProbeRecord, load_record, unpack_bits
+from cfamc_cli.records import Accuracy, AttackRecord, ClassRobustness, Outcomes, ProbeRecord, load_record, unpack_bits
 from cfamc_cli.store import RunFolder, list_runs, lock
 
 BLOCK = 8
@@ -220,6 +222,46 @@ def test_an_evaluation(attack: Attack, store: Path) -> None:
     assert [flag.verdict for flag in record.flags if flag.name == "audit"] == ["skipped"]
 
 
+def judged(run: RunFolder, record: AttackRecord) -> tuple[Classifier, ImageSet, torch.Tensor, torch.Tensor]:
+    """The classifier, its images and labels in the order of an evaluation, read without the command."""
+    probe_record = load_record(run.probes / record.probe / "record.json", ProbeRecord)
+    data = load_test_images(run, probe_record, sink=NullSink())
+    order = balanced_order(data.require_labels(), "balanced order", data.fingerprint)[: record.data.n]
+    classifier = load_classifier(run, run.probes / record.probe, device=torch.device("cpu"))
+    return classifier, data, data.images[order].float() / 255, data.require_labels()[order]
+
+
+def test_every_number_of_a_record_is_that_of_its_samples(attack: Attack, store: Path) -> None:
+    assert attack("--eps", "4/255", "--steps", "2", "--limit", "60", "--save-examples", "60")[0] == 0
+    run = the_run(store)
+    folder = run.attacks / "pgd-001"
+    record = load_record(folder / "record.json", AttackRecord)
+    classifier, data, x, y = judged(run, record)
+    examples = read_tensors(folder / "examples.safetensors")
+    moved = x.clone()
+    moved[examples["positions"]] = examples["images"]
+    right, stands = classifier(x).argmax(1) == y, classifier(moved).argmax(1) == y
+    assert 0 < int(stands.sum()) < int(right.sum()) < 60
+    assert (record.clean, record.robust) == tuple(Accuracy.of(int(mask.sum()), 60) for mask in (right, stands))
+    of_classes = [(right[y == label], stands[y == label]) for label in range(len(data.classes))]
+    assert record.classes == tuple(
+        ClassRobustness(name=name, clean=Accuracy.of(int(a.sum()), len(a)), robust=Accuracy.of(int(b.sum()), len(b)))
+        for name, (a, b) in zip(data.classes, of_classes, strict=True)
+    )
+    assert any(part.robust != part.clean for part in record.classes)
+    clean, pgd = record.stages
+    assert (clean.name, clean.attacked, clean.broken) == ("clean", 60, 60 - int(right.sum()))
+    assert (pgd.name, pgd.attacked, pgd.broken) == ("pgd-2", int(right.sum()), int((right & ~stands).sum()))
+    assert (clean.forward, clean.backward) == (4 * 60, 0)
+    assert 5 * pgd.attacked < pgd.forward <= 7 * pgd.attacked  # 3 passes of the attack, unless a sample falls early
+    assert pgd.attacked <= pgd.backward <= 2 * pgd.attacked
+    assert (record.forward, record.backward) == (clean.forward + pgd.forward, pgd.backward)
+    lines = [json.loads(line) for line in (folder / "timing.jsonl").read_text().splitlines()]
+    seconds = {name: sum(line["seconds"] for line in lines if line["name"] == name) for name in ("clean", "pgd-2")}
+    assert [clean.wall_seconds, pgd.wall_seconds] == pytest.approx(list(seconds.values()))
+    assert record.wall_seconds == pytest.approx(sum(seconds.values()))
+
+
 def test_a_finished_evaluation_is_not_made_again(attack: Attack, monkeypatch: pytest.MonkeyPatch) -> None:
     _, first, _ = attack(*PGD)
     monkeypatch.setattr(robust, "evaluate", None)
@@ -335,12 +377,8 @@ def test_eps_zero_is_clean_and_the_order_is_the_datas(attack: Attack, store: Pat
     (result,) = json.loads(out)["results"]
     assert result["clean"] == result["robust"]
     run = the_run(store)
-    record = load_record(run.probes / result["probe"] / "record.json", ProbeRecord)
-    data = load_test_images(run, record, sink=NullSink())
-    assert data.labels is not None
-    order = balanced_order(data.labels, "balanced order", data.fingerprint)[:25]
-    classifier = load_classifier(run, run.probes / record.id, device=torch.device("cpu"))
-    right = classifier(data.images[order].float() / 255).argmax(1) == data.labels[order]
+    classifier, _, x, y = judged(run, load_record(run.attacks / result["id"] / "record.json", AttackRecord))
+    right = classifier(x).argmax(1) == y
     outcomes = load_record(run.attacks / result["id"] / "outcomes.json", Outcomes)
     assert unpack_bits(outcomes.clean, 25) == right.tolist()
 
@@ -485,6 +523,66 @@ def test_plots(attack: Attack, store: Path) -> None:
     for name in ("pgd-001/loss.png", "pgd-002/loss.png", "pgd-002/accuracy.png"):
         with Image.open(the_run(store).attacks / name) as image:
             image.load()
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Every figure that is drawn, by matplotlib's own artists."""
+    from matplotlib.figure import Figure
+
+    drawn: list[Any] = []
+    save = Figure.savefig
+
+    def noted(self: Any, *arguments: Any, **settings: Any) -> None:
+        drawn.append(self)
+        save(self, *arguments, **settings)
+
+    monkeypatch.setattr(Figure, "savefig", noted)
+    return drawn
+
+
+def test_what_the_loss_curve_shows(attack: Attack, store: Path, figures: list[Any]) -> None:
+    attack("--eps", "4/255", "--steps", "3", "--limit", "30", "--plot")
+    run = the_run(store)
+    record = load_record(run.attacks / "pgd-001" / "record.json", AttackRecord)
+    classifier, _, x, y = judged(run, record)
+    right = classifier(x).argmax(1) == y
+    x, y = x[right], y[right]
+    losses, shares = loss_by_step(classifier, x, y, eps=4 / 255, norm="linf", step_size=0.01, steps=3)
+    axes, other = figures[0].axes
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("steps", "mean cross-entropy")
+    assert axes.get_title() == f"PGD linf 4/255, step 0.01, {len(x)} samples right at first"
+    (line,) = axes.lines
+    assert list(line.get_xdata()) == [0, 1, 2, 3]
+    assert list(line.get_ydata()) == pytest.approx(losses, rel=1e-4)
+    assert line.get_ydata()[0] == pytest.approx(float(torch.nn.functional.cross_entropy(classifier(x), y)), rel=1e-4)
+    assert other.get_ylabel() == "accuracy of the iterate (%)"
+    (line,) = other.lines
+    assert list(line.get_xdata()) == [0, 1, 2, 3]
+    assert list(line.get_ydata()) == pytest.approx([100 * share for share in shares])
+    assert line.get_ydata()[0] == 100 > line.get_ydata()[-1]
+
+
+def test_what_the_curve_over_eps_shows(attack: Attack, store: Path, figures: list[Any]) -> None:
+    code, out, _ = attack(
+        "--eps", "1/255", "--eps", "4/255", "--steps", "2", "--limit", "40", "--plot", "--json", "--attack", "pgd"
+    )
+    assert code == 0
+    small, large = json.loads(out)["results"]
+    (axes,) = figures[-1].axes
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("eps (255ths of the image range)", "accuracy (%)")
+    worst, own = axes.lines
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["worst case up to eps", "pgd"]
+    parts = [small["clean"], small["worst_case"], large["worst_case"]]
+    assert list(worst.get_xdata()) == pytest.approx([0, 1, 4])
+    assert list(worst.get_ydata()) == pytest.approx([100 * part["value"] for part in parts])
+    assert list(own.get_xdata()) == pytest.approx([1, 4])
+    assert list(own.get_ydata()) == pytest.approx([100 * small["robust"]["value"], 100 * large["robust"]["value"]])
+    (band,) = axes.collections
+    corners = {(round(float(a), 6), round(float(b), 6)) for a, b in band.get_paths()[0].vertices}
+    for x, part in zip((0, 1, 4), parts, strict=True):
+        assert (x, round(100 * part["low"], 6)) in corners
+        assert (x, round(100 * part["high"], 6)) in corners
 
 
 def test_without_matplotlib_plots_are_refused_first(attack: Attack, monkeypatch: pytest.MonkeyPatch) -> None:

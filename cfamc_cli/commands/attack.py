@@ -7,15 +7,15 @@ taken up again, and says what came out.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from cfamc_cli import render
-from cfamc_cli.commands.attack_records import RECORD, Gallery, Identity, Ledger, key_of, open_ledger
+from cfamc_cli.commands.attack_records import RECORD, Gallery, Ledger, key_of, open_ledger
 from cfamc_cli.commands.attack_report import (
     NOT_AUDITED,
     Result,
@@ -36,8 +36,8 @@ from cfamc_cli.records import (
     Accuracy,
     AttackRecord,
     ClassRobustness,
-    DataUsed,
     Flag,
+    Outcomes,
     ProbeRecord,
     RunRecord,
     ThreatModel,
@@ -114,21 +114,6 @@ def _recipe_of(run: RunFolder) -> Recipe:
         raise CfamcError(message, exit_code=ExitCode.BAD_DATA) from error
 
 
-@contextmanager
-def _explained_memory() -> Iterator[None]:
-    """Within, running out of memory is told with what an evaluation can do about it."""
-    from cfamc_cli.engine.device import out_of_memory
-
-    try:
-        with out_of_memory():
-            yield
-    except CfamcError as error:
-        if not error.message.startswith("out of memory"):
-            raise
-        hint = "lower --limit, or choose another --device; what is finished is kept"
-        raise CfamcError(error.message, hint=hint, exit_code=error.exit_code) from error
-
-
 class _Work:
     """The evaluations of one command: run, head and samples are the same in all of them."""
 
@@ -140,7 +125,9 @@ class _Work:
 
     def all(self, asked: Sequence[Attack]) -> list[Result]:
         """Make every evaluation that is asked for."""
-        with _explained_memory():
+        from cfamc_cli.engine.device import out_of_memory
+
+        with out_of_memory(hint="lower --limit, or choose another --device; what is finished is kept"):
             self._prepare()
             return [self._evaluate(table) for table in asked]
 
@@ -204,18 +191,16 @@ class _Work:
         planned = plan(table, classes=len(self.probe.classes))
         name = table.name if self.space == "image" else f"{table.name}-crops"
         threat = ThreatModel(space=self.space, norm=table.norm, eps=table.eps)
-        settings = table.model_dump(mode="json")
-        identity = self._identity(name, threat, settings)
         label = f"{name} {threat.norm} {threat.eps}"
-        with closing(open_ledger(self.run, name, identity, self.n, warns=self.sink)) as ledger:
+        settings = table.model_dump(mode="json")
+        with closing(open_ledger(self.run, name, self._empty(name, threat, settings), sink=self.sink)) as ledger:
             gallery = Gallery(ledger, self.flags.save_examples or 0)
             record = ledger.record()
             audited = record is not None and not lacks_audit(record)
             if record is not None and (audited or not self.flags.audit) and not gallery.missing():
                 self.sink.message(f"{label}: finished on {record.created:%Y-%m-%d %H:%M} UTC as {record.id}")
             else:
-                if ledger.outcomes:
-                    done = sum(1 for _ in ledger.outcomes)
+                if done := len(ledger.outcomes):
                     self.sink.message(f"{label}: goes on from {done} finished stages in {ledger.folder.name}")
 
                 def commit(outcome: Outcome, examples: Examples) -> None:
@@ -245,7 +230,8 @@ class _Work:
         clean, robust = (tuple(unpack_bits(mask, self.n)) for mask in (stored.clean, last))
         return Result(self.run.attacks / record.id, record, clean, robust)
 
-    def _identity(self, name: str, threat: ThreatModel, settings: Mapping[str, object]) -> Identity:
+    def _empty(self, name: str, threat: ThreatModel, settings: Mapping[str, object]) -> Outcomes:
+        """outcomes.json before the first outcome; its key is of all that they depend on but their number."""
         key = key_of(
             {
                 "schema": 1,
@@ -262,7 +248,16 @@ class _Work:
                 "block": self.block,
             }
         )
-        return Identity(key, self.order_digest, self.data.fingerprint, self.block)
+        return Outcomes(
+            n=self.n,
+            block=self.block,
+            order_digest=self.order_digest,
+            data_fingerprint=self.data.fingerprint,
+            done=0,
+            clean="",
+            stages=(),
+            key=key,
+        )
 
     def _record(
         self,
@@ -275,36 +270,33 @@ class _Work:
     ) -> AttackRecord:
         from cfamc_cli.engine.device import describe
 
-        totals, flags = evaluation.totals(), list(evaluation.checks)
-        if not self.flags.audit and not any(flag.name == "eps-one" for flag in flags):
-            flags.append(
-                Flag(name=NOT_AUDITED, figure=None, limit=None, verdict="skipped", text="not asked for: --audit")
-            )
+        totals, flags, probe = evaluation.totals(), evaluation.checks, self.probe
+        if not any(flag.name == "eps-one" or flag.name == NOT_AUDITED for flag in flags):
+            text = "not asked for: --audit"
+            flags += (Flag(name=NOT_AUDITED, figure=None, limit=None, verdict="skipped", text=text),)
         return AttackRecord(
             id=item,
             run=self.run.id,
-            probe=self.probe.id,
+            probe=probe.id,
             created=now(),
             recipe_digest=self.recipe.digest(),
             seed=self.recipe.seed,
-            head=self.probe.head,
-            features=self.probe.features,
+            head=probe.head,
+            features=probe.features,
             threat=threat,
             attack=name,
             settings=settings,
-            data=DataUsed(
-                dataset=self.data.dataset, split=self.data.split, n=self.n, fingerprint=self.data.fingerprint
-            ),
+            data=probe.test.model_copy(update={"n": self.n}),
             subset=self._subset(),
             notes=(*notes, *self._notes()),
             order_digest=self.order_digest,
-            encoder_digest=self.probe.encoder_digest,
-            head_digest=self.probe.head_digest,
+            encoder_digest=probe.encoder_digest,
+            head_digest=probe.head_digest,
             clean=Accuracy.of(sum(evaluation.clean), self.n),
             robust=Accuracy.of(sum(evaluation.robust), self.n),
             classes=self._by_class(evaluation.clean, evaluation.robust),
             stages=totals,
-            flags=tuple(flags),
+            flags=flags,
             forward=sum(total.forward for total in totals),
             backward=sum(total.backward for total in totals),
             wall_seconds=sum(total.wall_seconds for total in totals),
@@ -324,15 +316,19 @@ class _Work:
         return ("every image is read through the same fixed crops, those of test image 0, and attacked through them",)
 
     def _by_class(self, clean: Sequence[bool], robust: Sequence[bool]) -> tuple[ClassRobustness, ...]:
-        labels: list[int] = self.y.tolist()
+        rows: list[tuple[int, bool, bool]] = list(zip(self.y.tolist(), clean, robust, strict=True))
         found = []
         for label, name in enumerate(self.data.classes):
-            places = [place for place, own in enumerate(labels) if own == label]
-            parts = [
-                Accuracy.of(sum(mask[place] for place in places), len(places)) if places else None
-                for mask in (clean, robust)
-            ]
-            found.append(ClassRobustness(name=name, clean=parts[0], robust=parts[1]))
+            right = [c for own, c, _ in rows if own == label]
+            stood = [r for own, _, r in rows if own == label]
+            n = len(right)
+            found.append(
+                ClassRobustness(
+                    name=name,
+                    clean=Accuracy.of(sum(right), n) if n else None,
+                    robust=Accuracy.of(sum(stood), n) if n else None,
+                )
+            )
         return tuple(found)
 
     def _draw_examples(self, ledger: Ledger, gallery: Gallery, record: AttackRecord) -> None:

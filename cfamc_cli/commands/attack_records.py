@@ -9,31 +9,36 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
+
+from pydantic import ValidationError
 
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.files import JsonLines, explained, read_jsonl, staged_folder, sweep
-from cfamc_cli.records import AttackRecord, Outcomes, StageOutcome, load_record, pack_bits, save_record, unpack_bits
+from cfamc_cli.records import (
+    AttackRecord,
+    Outcomes,
+    StageOutcome,
+    StageTime,
+    load_record,
+    pack_bits,
+    save_record,
+    unpack_bits,
+)
 from cfamc_cli.store import RunFolder, lock, slug
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from cfamc_cli.engine.robust import Examples, Outcome
+    from cfamc_cli.engine.sink import Sink
 
 RECORD, OUTCOMES, TIMING, EXAMPLES = "record.json", "outcomes.json", "timing.jsonl", "examples.safetensors"
-_MASKS = ("broken", "not_finite", "unsteady", "invalid")
 
 Place = tuple[int, int]  # block and stage
-
-
-class Warns(Protocol):
-    """Whoever is told of what cannot be used."""
-
-    def warning(self, text: str) -> None: ...
 
 
 def key_of(settings: Mapping[str, object]) -> str:
@@ -41,39 +46,25 @@ def key_of(settings: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-@dataclasses.dataclass(frozen=True)
-class Identity:
-    """What the outcomes of an evaluation depend on, beside the number of samples.
-
-    Attributes:
-        key: Digest of all of it.
-        order_digest: Of the order of the samples.
-        data_fingerprint: Of the whole split.
-        block: Samples of a block.
-    """
-
-    key: str
-    order_digest: str
-    data_fingerprint: str
-    block: int
-
-
 class Ledger:
-    """The outcomes of one evaluation, held by this process."""
+    """The outcomes of one evaluation, held by this process; `empty` is what outcomes.json holds before the first."""
 
-    def __init__(self, folder: Path, identity: Identity, n: int) -> None:
-        self.folder, self.identity, self.n = folder, identity, n
+    def __init__(self, folder: Path, empty: Outcomes) -> None:
+        self.folder, self.empty = folder, empty
         self.outcomes: dict[Place, Outcome] = {}
         self._held = ExitStack()
+
+    def hold(self) -> None:
+        """Keep others from the evaluation.
+
+        Raises:
+            CfamcError: A live process works on it (exit code 6), or the run cannot be written.
+        """
+        self._held.enter_context(lock(RunFolder(self.folder)))
 
     def close(self) -> None:
         """Let the evaluation go."""
         self._held.close()
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether the record is written: for these samples, from these outcomes."""
-        return self.record() is not None
 
     def record(self) -> AttackRecord | None:
         """The record of the finished evaluation; None while there is none that fits the outcomes."""
@@ -81,12 +72,13 @@ class Ledger:
             record = load_record(self.folder / RECORD, AttackRecord)
         except CfamcError:
             return None
-        return record if record.data.n == self.n else None
+        return record if record.data.n == self.empty.n else None
 
     def take(self, outcomes: Iterable[Outcome]) -> None:
         """Start from outcomes of an earlier evaluation with the same key; what does not fit is left."""
-        offered = {(o.block, o.stage): o for o in outcomes if len(o.standing) == self._samples(o.block)}
-        for block in range(-(-self.n // self.identity.block)):
+        sizes = _block_sizes(self.empty)
+        offered = {(o.block, o.stage): o for o in outcomes if [len(o.standing)] == sizes[o.block : o.block + 1]}
+        for block in range(len(sizes)):
             stage = 0
             while (block, stage) in offered:
                 self.outcomes[block, stage] = offered[block, stage]
@@ -98,61 +90,48 @@ class Ledger:
         Raises:
             CfamcError: It cannot be written, or a stage that was done again for its examples came out differently.
         """
-        place = (outcome.block, outcome.stage)
-        if (known := self.outcomes.get(place)) is not None:
-            if dataclasses.replace(outcome, forward=known.forward, backward=known.backward, seconds=known.seconds) != (
-                known
-            ):
-                raise CfamcError(
-                    f"{self.folder / OUTCOMES}: {outcome.name} of block {outcome.block} came out differently this time",
-                    hint=f"remove {self.folder} to evaluate anew",
-                    exit_code=ExitCode.BAD_DATA,
-                )
-            return
-        with JsonLines(self.folder / TIMING) as timing:  # before the outcome: of two lines the later one counts
-            timing.append(
-                {"block": outcome.block, "stage": outcome.stage, "name": outcome.name, "seconds": outcome.seconds}
+        known = self.outcomes.get((outcome.block, outcome.stage))
+        if known is None:
+            with JsonLines(self.folder / TIMING) as timing:  # before the outcome: of two lines the later one counts
+                _keep_time(timing, outcome)
+            self.outcomes[outcome.block, outcome.stage] = outcome
+            save_record(self.folder / OUTCOMES, self.as_record())
+        elif known != dataclasses.replace(
+            outcome, forward=known.forward, backward=known.backward, seconds=known.seconds
+        ):
+            raise CfamcError(
+                f"{self.folder / OUTCOMES}: {outcome.name} of block {outcome.block} came out differently this time",
+                hint=f"remove {self.folder} to evaluate anew",
+                exit_code=ExitCode.BAD_DATA,
             )
-        self.outcomes[place] = outcome
-        self.save()
 
-    def save(self) -> None:
-        """Write outcomes.json."""
-        save_record(self.folder / OUTCOMES, self.as_record())
+    def in_order(self) -> list[Outcome]:
+        """The outcomes by block and stage."""
+        return [self.outcomes[place] for place in sorted(self.outcomes)]
 
     def as_record(self) -> Outcomes:
         """What outcomes.json holds."""
         stages = sorted({stage for _, stage in self.outcomes})
-        parts = [_stage_outcome([o for o in self._in_order() if o.stage == stage], self.n) for stage in stages]
-        wrong = [bit for o in self._in_order() if o.stage == 0 for bit in o.broken]
-        return Outcomes(
-            n=self.n,
-            block=self.identity.block,
-            order_digest=self.identity.order_digest,
-            data_fingerprint=self.identity.data_fingerprint,
-            done=len(wrong),
-            clean=pack_bits([not bit for bit in wrong] + [False] * (self.n - len(wrong))),
-            stages=tuple(parts[1:]),
-            key=self.identity.key,
-            predictions=parts[0] if parts else None,
+        parts = [_joined([o for o in self.in_order() if o.stage == stage], self.empty.n) for stage in stages]
+        wrong = [bit for o in self.in_order() if o.stage == 0 for bit in o.broken]
+        return self.empty.model_copy(
+            update={
+                "done": len(wrong),
+                "clean": pack_bits([not bit for bit in wrong] + [False] * (self.empty.n - len(wrong))),
+                "stages": tuple(parts[1:]),
+                "predictions": parts[0] if parts else None,
+            }
         )
 
-    def _in_order(self) -> list[Outcome]:
-        return [self.outcomes[place] for place in sorted(self.outcomes)]
 
-    def _samples(self, block: int) -> int:
-        return max(0, min(self.identity.block, self.n - block * self.identity.block))
-
-
-def open_ledger(run: RunFolder, name: str, identity: Identity, n: int, *, warns: Warns) -> Ledger:
-    """Find the evaluation of the first `n` samples again, or begin it with what others with its key have finished.
+def open_ledger(run: RunFolder, name: str, empty: Outcomes, *, sink: Sink) -> Ledger:
+    """Find the evaluation of the first samples again, or begin it with what others with its key have finished.
 
     Args:
         run: The run.
         name: Beginning of a new evaluation's id.
-        identity: What the outcomes depend on.
-        n: Samples.
-        warns: Told of outcomes that cannot be read.
+        empty: Its outcomes.json before the first outcome: what they depend on, and how many samples there are.
+        sink: Told of outcomes that cannot be read.
 
     Raises:
         CfamcError: A live process works on it (exit code 6), or the run cannot be written.
@@ -166,26 +145,26 @@ def open_ledger(run: RunFolder, name: str, identity: Identity, n: int, *, warns:
             continue
         try:
             stored = load_record(path / OUTCOMES, Outcomes)
-            if stored.key == identity.key:
-                found.append((path, stored, read_outcomes(path, stored)))
+            if stored.key == empty.key:
+                found.append((path, stored, list(read_outcomes(path, stored))))
         except CfamcError as error:
-            warns.warning(f"{error.message}; left alone")
-    same = [path for path, stored, _ in found if stored.n == n]
+            sink.warning(f"{error.message}; left alone")
+    same = [path for path, stored, _ in found if stored.n == empty.n]
     same.sort(key=lambda path: not (path / RECORD).is_file())  # a finished one first
-    ledger = Ledger(same[0] if same else Path(), identity, n)
+    ledger = Ledger(same[0] if same else Path(), empty)
     if same:
-        ledger._held.enter_context(lock(RunFolder(ledger.folder)))
+        ledger.hold()
         sweep(ledger.folder)
         own = load_record(ledger.folder / OUTCOMES, Outcomes)  # again, now that nobody else writes
         ledger.take(read_outcomes(ledger.folder, own))
         return ledger
     for path, stored, outcomes in sorted(found, key=lambda item: item[1].n):
         ledger.take(outcomes)
-        if stored.n < n and (again := stored.n % identity.block):
-            whole = f"blocks of {identity.block} samples are evaluated whole"
-            warns.warning(f"{whole}: the last {again} of {path.name} are attacked again")
+        if stored.n < empty.n and (again := stored.n % empty.block):
+            whole = f"blocks of {empty.block} samples are evaluated whole"
+            sink.warning(f"{whole}: the last {again} of {path.name} are attacked again")
     ledger.folder = _begin(run.attacks, name, ledger)
-    ledger._held.enter_context(lock(RunFolder(ledger.folder)))
+    ledger.hold()
     return ledger
 
 
@@ -201,10 +180,8 @@ def _begin(folder: Path, name: str, ledger: Ledger) -> Path:
             with staged_folder(final) as staged:
                 save_record(staged / OUTCOMES, ledger.as_record())
                 with JsonLines(staged / TIMING) as timing:
-                    for (block, stage), outcome in sorted(ledger.outcomes.items()):
-                        timing.append(
-                            {"block": block, "stage": stage, "name": outcome.name, "seconds": outcome.seconds}
-                        )
+                    for outcome in ledger.in_order():
+                        _keep_time(timing, outcome)
         except CfamcError:
             if final.exists():  # another process was faster
                 continue
@@ -212,7 +189,12 @@ def _begin(folder: Path, name: str, ledger: Ledger) -> Path:
         return final
 
 
-def _stage_outcome(outcomes: Sequence[Outcome], n: int) -> StageOutcome:
+def _block_sizes(stored: Outcomes) -> list[int]:
+    """Samples of each block."""
+    return [min(stored.block, stored.n - first) for first in range(0, stored.n, stored.block)]
+
+
+def _joined(outcomes: Sequence[Outcome], n: int) -> StageOutcome:
     """One stage over its finished blocks."""
 
     def mask(name: str) -> str:
@@ -231,7 +213,7 @@ def _stage_outcome(outcomes: Sequence[Outcome], n: int) -> StageOutcome:
     )
 
 
-def read_outcomes(folder: Path, stored: Outcomes) -> list[Outcome]:
+def read_outcomes(folder: Path, stored: Outcomes) -> Iterator[Outcome]:
     """The finished stages of the blocks in an outcomes.json, with the times from timing.jsonl where it has them.
 
     Raises:
@@ -240,46 +222,45 @@ def read_outcomes(folder: Path, stored: Outcomes) -> list[Outcome]:
     from cfamc_cli.engine.robust import Outcome
 
     seconds = _seconds(folder / TIMING)
-    outcomes = []
     for stage, part in enumerate((stored.predictions, *stored.stages) if stored.predictions else ()):
-        sizes = [min(stored.block, stored.n - first) for first in range(0, stored.n, stored.block)][: len(part.passes)]
-        masks = {name: unpack_bits(getattr(part, name), stored.n) for name in ("robust", *_MASKS)}
-        if part.done > stored.n or part.done != sum(sizes) or len(sizes) != len(part.passes):
+        sizes = _block_sizes(stored)[: len(part.passes)]
+        if part.done != sum(sizes) or len(sizes) != len(part.passes):
             raise CfamcError(
                 f"{folder / OUTCOMES}: {part.name} is done with {part.done} samples in {len(part.passes)} blocks",
                 exit_code=ExitCode.BAD_DATA,
             )
+        texts = (part.robust, part.broken, part.not_finite, part.unsteady, part.invalid)
+        masks = [unpack_bits(text, stored.n) for text in texts]
         for block, (size, (forward, backward)) in enumerate(zip(sizes, part.passes, strict=True)):
-            first = block * stored.block
-            own = {name: tuple(bits[first : first + size]) for name, bits in masks.items()}
-            standing = own.pop("robust")
-            outcomes.append(
-                Outcome(
-                    block=block,
-                    stage=stage,
-                    name=part.name,
-                    standing=standing,
-                    forward=forward,
-                    backward=backward,
-                    seconds=seconds.get((block, stage), 0.0),
-                    **own,
-                )
+            own = slice(block * stored.block, block * stored.block + size)
+            standing, broken, not_finite, unsteady, invalid = (tuple(bits[own]) for bits in masks)
+            yield Outcome(
+                block=block,
+                stage=stage,
+                name=part.name,
+                standing=standing,
+                broken=broken,
+                not_finite=not_finite,
+                unsteady=unsteady,
+                invalid=invalid,
+                forward=forward,
+                backward=backward,
+                seconds=seconds.get((block, stage), 0.0),
             )
-    return outcomes
+
+
+def _keep_time(timing: JsonLines, outcome: Outcome) -> None:
+    line = StageTime(block=outcome.block, stage=outcome.stage, name=outcome.name, seconds=outcome.seconds)
+    timing.append(line.model_dump())
 
 
 def _seconds(path: Path) -> dict[Place, float]:
     """Times by block and stage; none where they cannot be read."""
     try:
-        lines = read_jsonl(path).records
-    except CfamcError:
+        lines = [StageTime.model_validate(line) for line in read_jsonl(path).records]
+    except (CfamcError, ValidationError):
         return {}
-    found: dict[Place, float] = {}
-    for line in lines:
-        block, stage, seconds = line.get("block"), line.get("stage"), line.get("seconds")
-        if isinstance(block, int) and isinstance(stage, int) and isinstance(seconds, int | float) and seconds >= 0:
-            found[block, stage] = float(seconds)
-    return found
+    return {(line.block, line.stage): line.seconds for line in lines}
 
 
 class Gallery:
@@ -307,7 +288,7 @@ class Gallery:
         places: list[tuple[int, Place]] = []
         for (block, stage), outcome in sorted(self._ledger.outcomes.items()):
             if stage > 0 and len(places) < self._wanted:
-                first = block * self._ledger.identity.block
+                first = block * self._ledger.empty.block
                 places += [(first + row, (block, stage)) for row, bit in enumerate(outcome.broken) if bit]
         return places[: self._wanted]
 
@@ -318,7 +299,7 @@ class Gallery:
     def finished(self) -> list[Outcome]:
         """The known outcomes, without those that are made again for their examples."""
         again = self.missing()
-        return [outcome for place, outcome in sorted(self._ledger.outcomes.items()) if place not in again]
+        return [outcome for outcome in self._ledger.in_order() if (outcome.block, outcome.stage) not in again]
 
     def add(self, outcome: Outcome, examples: Examples) -> None:
         """Keep what is still wanted; written before the outcome is."""

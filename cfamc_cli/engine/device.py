@@ -131,9 +131,15 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+_LOWER = "lower train.batch_size, crops.0.count or model.width; cfamc pretrain --dry-run estimates the need"
+
+
 @contextmanager
-def out_of_memory() -> Iterator[None]:
+def out_of_memory(*, hint: str = _LOWER) -> Iterator[None]:
     """Within, running out of memory is one line that says what to lower.
+
+    Args:
+        hint: What to lower.
 
     Raises:
         CfamcError: In place of the allocator's error.
@@ -147,5 +153,5 @@ def out_of_memory() -> Iterator[None]:
             raise
         raise CfamcError(
             f"out of memory: {text[:200] or type(error).__name__}",
-            hint="lower train.batch_size, crops.0.count or model.width; cfamc pretrain --dry-run estimates the need",
+            hint=hint,
         ) from error
