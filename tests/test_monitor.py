@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from cfamc_cli.engine import monitor
 from cfamc_cli.engine.adversary import ascend_loss
 from cfamc_cli.engine.models import Encoder
 from cfamc_cli.recipe import Model
+from cfamc_cli.records import EvaluationLine
 
 EPS = 8 / 255
 HERE: monitor.Where = {"step": 3, "batch": 1, "epoch": 0.5}
@@ -77,6 +79,65 @@ def test_the_first_group_stays_clean_where_the_second_view_alone_is_perturbed() 
 
     grip = monitor.measure_grip(loss_of, crops, [torch.full_like(crops[1], EPS)], eps=EPS, where=HERE)
     assert grip.strength == pytest.approx(1, abs=1e-3)
+
+
+def test_a_grip_is_lost_below_a_twentieth() -> None:
+    crops = [torch.full((1, 4, 3, 6, 6), 0.5)]
+    at_rest, gain = 0.5 * 432, EPS * 432  # of 4 x 3 x 6 x 6 pixels
+    for share, lost in ((0.04, True), (0.06, False)):
+        grip = monitor.measure_grip(smooth, crops, [torch.full_like(crops[0], share * EPS)], eps=EPS, where=HERE)
+        values = (grip.clean, grip.trained, grip.strongest)
+        assert values == pytest.approx((at_rest, at_rest + share * gain, at_rest + gain), rel=1e-5)
+        assert (grip.strength, grip.lost) == (pytest.approx(share, abs=1e-3), lost)
+        assert (grip.kind, grip.step, grip.batch, grip.epoch) == ("grip", 3, 1, 0.5)
+
+
+class Brightness(torch.nn.Module):
+    """An encoder that reads the mean of an image, and how much is missing to white."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pre_feature = torch.nn.Sequential(torch.nn.Linear(1, 2))  # tells the number of features
+
+    def features(self, x: Tensor, *, features: str = "pre_feature") -> Tensor:
+        assert features == "pre_feature"
+        assert not self.training
+        mean = x.mean((1, 2, 3))
+        return torch.stack([mean, 1 - mean], 1)
+
+
+def even(values: Sequence[int]) -> Tensor:
+    """One even image a value."""
+    return torch.tensor(values, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 4, 4).contiguous()
+
+
+def test_online_evaluation_of_an_encoder_whose_answers_are_known() -> None:
+    """A bank that is symmetric around 127.5, where the linear head therefore cuts; far out the neighbours disagree."""
+    bank = [(50, 0)] * 60 + [(205, 1)] * 60 + [(242, 0)] * 25 + [(13, 1)] * 25
+    asked = [  # value, label; under an attack of 8 / 255 a value moves by 8
+        (150, 1),  # right in every way
+        (105, 0),
+        (137, 1),  # 129 under attack: still right
+        (134, 1),  # 126 under attack
+        (121, 0),
+        (115, 1),  # wrong
+        (242, 1),  # wrong by its neighbours alone
+        (13, 0),
+        (230, 0),  # right by its neighbours alone
+    ]
+    found = monitor.evaluate(
+        cast("Encoder", Brightness()),
+        even([value for value, _ in bank]),
+        torch.tensor([label for _, label in bank]),
+        even([value for value, _ in asked]),
+        torch.tensor([label for _, label in asked]),
+        classes=2,
+        eps="8/255",
+        device=torch.device("cpu"),
+        stop=lambda: 0,
+        where=HERE,
+    )
+    assert found == EvaluationLine(**HERE, n=9, knn=6, clean=7, robust=5, eps="8/255", attack="pgd-10")
 
 
 def test_online_evaluation_counts_and_leaves_everything_alone() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,19 +16,32 @@ from fixed_inputs import checksum, crops, fill
 from tiny import tiny_recipe
 from torch import Tensor
 
-from cfamc_cli.engine import checkpoint, journal, monitor
+from cfamc_cli.engine import checkpoint, journal, monitor, randomness
 from cfamc_cli.engine.adversary import build_adversary
+from cfamc_cli.engine.crops import crop_batch, sample_parameters
 from cfamc_cli.engine.data import ImageSet
 from cfamc_cli.engine.distributed import World
 from cfamc_cli.engine.journal import Diverged
 from cfamc_cli.engine.losses import Terms, objective_loss
-from cfamc_cli.engine.models import Encoder
+from cfamc_cli.engine.models import Encoder, frozen_statistics
 from cfamc_cli.engine.optim import LarsOptimizer, learning_rate
 from cfamc_cli.engine.pretrain import Outcome, Trainer
 from cfamc_cli.engine.sink import NullSink
 from cfamc_cli.errors import CfamcError, ExitCode
-from cfamc_cli.recipe import Cosine, EmpSsl, FreeAdversary, Lars, Model, OfficialCosine, Recipe, SimClr, SupCon
-from cfamc_cli.records import MetricLine
+from cfamc_cli.recipe import (
+    Augment,
+    Cosine,
+    Crops,
+    EmpSsl,
+    FreeAdversary,
+    Lars,
+    Model,
+    OfficialCosine,
+    Recipe,
+    SimClr,
+    SupCon,
+)
+from cfamc_cli.records import EvaluationLine, MetricLine, TimingLine
 
 DATA = Path(__file__).parent / "data"
 GOLDEN: dict[str, Any] = json.loads((DATA / "golden.json").read_text())
@@ -45,9 +59,13 @@ class Listener(NullSink):
     records: list[Mapping[str, object]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     messages: list[str] = field(default_factory=list)
+    costs: list[TimingLine] = field(default_factory=list)
 
     def metrics(self, line: MetricLine) -> None:
         self.records.append(json.loads(json.dumps(line.written(), allow_nan=False)))
+
+    def timing(self, line: TimingLine) -> None:
+        self.costs.append(line)
 
     def warning(self, text: str) -> None:
         self.warnings.append(text)
@@ -252,13 +270,197 @@ def test_groups_of_different_sizes_train_together(tiny_images: ImageSet, tmp_pat
     assert [tuple(delta.shape) for delta in trainer.adversary.delta] == [(2, 8, 3, 8, 8), (3, 8, 3, 12, 12)]
 
 
-def test_records_hold_what_a_person_watches(tiny_images: ImageSet, tmp_path: Path) -> None:
-    _, sink = trained(tiny_recipe("emp-ssl", "free", train=SHORT), tiny_images, tmp_path)
-    assert [record["batch"] for record in sink.records] == [2, 3]
-    record = sink.records[-1]
-    wanted = "kind step batch epoch lr loss gradient_norm invariance coding_rate delta_mean delta_at_bound"
-    assert record.keys() == {*wanted.split(), "effective_rank", "feature_std"}
-    assert (record["step"], record["epoch"]) == (9, 0.375)
+UNUSUAL: dict[str, Any] = {
+    "augment": {"flip": 0.9, "jitter": [0.1, 0.2, 0.3, 0.05], "jitter_p": 0.6, "grayscale_p": 0.5, "blur_p": 0.4},
+    "objective": {"invariance_weight": 7.0, "tcr_weight": 3.0, "tcr_eps": 0.5},
+    "optimizer": {"lr": 0.7, "momentum": 0.6, "nesterov": False, "weight_decay": 0.03, "trust_coefficient": 0.01},
+    "seed": 5,
+}
+
+
+def test_crops_are_those_of_the_recipe_and_of_their_epoch_and_batch(tiny_images: ImageSet) -> None:
+    raw = tiny_recipe("emp-ssl", "none", **UNUSUAL).resolved()
+    group = {"count": 2, "size": 8, "scale": [0.3, 0.5], "ratio": [0.5, 0.6]}
+    recipe = Recipe.model_validate({**raw, "crops": [group, {"count": 1, "size": 12}]})
+    trainer, augment = trainer_of(recipe, tiny_images), Augment.model_validate(UNUSUAL["augment"])
+    for batch, epoch, index in ((0, 0, 0), (11, 1, 3)):
+        order = randomness.epoch_order(5, epoch, 64)[index * 8 : (index + 1) * 8]
+        found, _ = trainer.crops_of(batch)
+        for place, wanted in enumerate((Crops(**group), Crops(count=1, size=12))):
+            generator = randomness.addressed_generator("crops", 5, epoch, index, place, 0)
+            drawn = sample_parameters(8, 12, 12, group=wanted, augment=augment, generator=generator)
+            torch.testing.assert_close(found[place], crop_batch(tiny_images.images[order], drawn, size=wanted.size))
+
+
+def test_a_weight_update_is_that_of_the_recipes_objective_and_optimizer(tiny_images: ImageSet, tmp_path: Path) -> None:
+    recipe = tiny_recipe("emp-ssl", "none", train={"epochs": 0.25}, **UNUSUAL)
+    trainer, by_hand = (trainer_of(recipe, tiny_images) for _ in range(2))
+    trainer.train(tmp_path, stop=never)
+    net = by_hand.encoder.train()
+    settings = Lars(lr=0.7, momentum=0.6, nesterov=False, weight_decay=0.03, trust_coefficient=0.01)
+    optimizer = LarsOptimizer(list(net.parameters()), settings)
+    for batch, lr in ((0, 0.7), (1, 0.35)):  # the cosine of two updates
+        z = net.embed(by_hand.crops_of(batch)[0]).double()  # (V, B, D)
+        images, dim = z.shape[1:]
+        grams = z.mT @ z * dim / (images * 0.5) + torch.eye(dim)
+        invariance = -(z * torch.nn.functional.normalize(z.mean(0), dim=-1)).sum(-1).mean()
+        torch.autograd.backward(7 * invariance - 3 * torch.logdet(grams).mean() / 2)
+        optimizer.step(lr=lr)
+        optimizer.zero_grad()
+    for name, value in net.state_dict().items():
+        torch.testing.assert_close(trainer.encoder.state_dict()[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+class Clock:
+    """A clock that moves when it is told."""
+
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize("adversary", ["none", "pgd", "free"])
+def test_every_number_of_the_journal_is_that_of_the_tensors(
+    adversary: str, tiny_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {} if adversary == "none" else {"eps": "8/255", "step_size": "5/255"}
+    recipe = tiny_recipe("emp-ssl", adversary, train={"epochs": 0.5, "log_every": 2}, adversary=settings)
+    sink, clock = Listener(), Clock()
+    monkeypatch.setattr(journal, "time", clock)
+    trainer = trainer_of(recipe, tiny_images, sink)
+    seen: list[tuple[Tensor, float, float]] = []
+    deltas: list[Tensor] = []
+    crops_of, loss_of, step = trainer.crops_of, trainer.loss_of, trainer.optimizer.step
+    latest: list[tuple[Tensor, float]] = []
+
+    def slow_crops(batch: int) -> Any:
+        clock.now += 2
+        deltas.append(torch.zeros(0))
+        return crops_of(batch)
+
+    def slow_loss(groups: Any, labels: Tensor | None) -> tuple[Tensor, Terms]:
+        clock.now += 1
+        z, terms = loss_of(groups, labels)
+        latest.append((z.detach().double(), float(terms.loss.detach())))
+        return z, terms
+
+    def noted(*, lr: float) -> None:
+        norm = sum(float(p.grad.double().square().sum()) for p in trainer.encoder.parameters() if p.grad is not None)
+        seen.append((*latest[-1], math.sqrt(norm)))
+        step(lr=lr)
+        deltas[-1] = torch.cat([part.detach().flatten() for part in trainer.adversary.delta or [torch.zeros(0)]])
+
+    monkeypatch.setattr(trainer, "crops_of", slow_crops)
+    monkeypatch.setattr(trainer, "loss_of", slow_loss)
+    monkeypatch.setattr(trainer.optimizer, "step", noted)
+    trainer.train(tmp_path, stop=never)
+
+    replays, updates = recipe.replays, 4 * recipe.replays
+    for number, line in enumerate(sink.records):
+        end = 2 * (number + 1) * replays
+        interval = seen[end - 2 * replays : end]
+        expected: dict[str, float] = {
+            "step": end,
+            "batch": 2 * (number + 1),
+            "epoch": 0.25 * (number + 1),
+            "lr": 0.15 * (1 + math.cos(math.pi * (end - 1) / updates)),
+            "loss": statistics.fmean(loss for _, loss, _ in interval),
+            "gradient_norm": statistics.fmean(norm for _, _, norm in interval),
+        }
+        invariances, rates = [], []
+        for z, _, _ in interval:
+            invariances.append(-float((z * torch.nn.functional.normalize(z.mean(0), dim=-1)).sum(-1).mean()))
+            rates.append(float(torch.logdet(torch.eye(8) + z.mT @ z / 0.2).mean()) / 2)  # D / (B eps) = 8 / (8 * 0.2)
+        last = interval[-1][0][-1]
+        shares = torch.linalg.svdvals(last) / torch.linalg.svdvals(last).sum()
+        expected |= {
+            "invariance": statistics.fmean(invariances),
+            "coding_rate": statistics.fmean(rates),
+            "feature_std": float(last.std(0).mean()) * math.sqrt(8),
+        }
+        if adversary != "none":
+            size = deltas[2 * number + 1].abs()
+            expected |= {"delta_mean": float(size.mean()), "delta_at_bound": float((size > 7.99 / 255).float().mean())}
+            assert 0.1 < expected["delta_at_bound"] < 0.9
+        found = {key: value for key, value in line.items() if key != "kind"}
+        assert found.pop("effective_rank") == pytest.approx(math.exp(-float((shares * shares.log()).sum())), rel=5e-3)
+        assert found == pytest.approx(expected, rel=1e-4)
+    passes = 3 if adversary == "pgd" else 1  # two steps of the adversary's
+    seconds = 2 * (2 + replays * passes)
+    views = 2 * replays * passes * 4 * 8  # of four crops of eight images
+    assert len(sink.records) == len(sink.costs) == 2
+    for cost in sink.costs:
+        assert (cost.views_per_second, cost.data_share) == pytest.approx((views / seconds, 4 / seconds))
+        assert cost.seconds == pytest.approx(seconds)
+        assert cost.peak_memory > 2**20
+
+
+def test_an_evaluation_is_no_part_of_the_rate_of_training(
+    tiny_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, sink = Clock(), Listener()
+    asked: list[tuple[Any, ...]] = []
+
+    def evaluate(encoder: Encoder, *sets: Tensor, where: monitor.Where, eps: str, **_: object) -> EvaluationLine:
+        asked.append((where["step"], eps, *sets))
+        clock.now += 1000
+        return EvaluationLine(**where, n=20, knn=5, clean=10, robust=1, eps=eps, attack="pgd-10")
+
+    monkeypatch.setattr(journal, "time", clock)
+    monkeypatch.setattr(journal, "HELD_OUT", 20)
+    monkeypatch.setattr(monitor, "evaluate", evaluate)
+    recipe = tiny_recipe(
+        "emp-ssl", "free", adversary={"eps": "4/255"}, train={"epochs": 2.5, "evaluate_every": 2, "batch_size": 16}
+    )
+    trainer = trainer_of(recipe, tiny_images, sink)
+    crops_of = trainer.crops_of
+
+    def slow_crops(batch: int) -> Any:
+        clock.now += 1
+        return crops_of(batch)
+
+    monkeypatch.setattr(trainer, "crops_of", slow_crops)
+    trainer.train(tmp_path, stop=never)
+    assert [cost.seconds for cost in sink.costs] == [1.0] * 10
+    assert [step for step, *_ in asked] == [0, 24, 30]  # before the first, after two epochs, and at the end
+    for _, eps, bank, bank_labels, held_out, held_out_labels in asked:
+        assert eps == "4/255"
+        assert torch.bincount(held_out_labels).tolist() == [5] * 4
+        assert torch.bincount(bank_labels).tolist() == [11] * 4
+        both, labels = torch.cat([bank, held_out]), torch.cat([bank_labels, held_out_labels])
+        same = (both[:, None] == tiny_images.images[None]).flatten(2).all(2)  # every image once, with its own label
+        assert same.sum(0).tolist() == same.sum(1).tolist() == [1] * 64
+        assert torch.equal(labels, tiny_images.require_labels()[same.int().argmax(1)])
+
+
+def test_a_grip_line_is_of_the_losses_of_its_batch(
+    tiny_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(monitor, "COST", 3.0)
+    monkeypatch.setattr(monitor, "_FEWEST", 4)
+    sink, measure = Listener(), monitor.measure_grip
+    trainer = trainer_of(tiny_recipe("emp-ssl", "free", train=SHORT, adversary={"eps": "16/255"}), tiny_images, sink)
+    expected: list[tuple[float, float]] = []
+
+    def noted(loss_of: Any, crops: Any, delta: Any, *, eps: float, where: monitor.Where) -> Any:
+        assert eps == 16 / 255
+        whole = trainer.crops_of(where["batch"] - 1)[0]
+        images = crops[0].shape[1]
+        assert 4 <= images < 8
+        moved = [whole[0][:, :images], (whole[0] + trainer.adversary.delta[0])[:, :images]]
+        with torch.no_grad(), frozen_statistics(trainer.encoder):
+            terms = [
+                objective_loss(trainer.encoder.embed([x]), None, objective=trainer.recipe.objective) for x in moved
+            ]
+        expected.append((float(terms[0].loss), float(terms[1].loss)))
+        return measure(loss_of, crops, delta, eps=eps, where=where)
+
+    monkeypatch.setattr(monitor, "measure_grip", noted)
+    trainer.train(tmp_path, stop=never)
+    lines = [record for record in sink.records if record["kind"] == "grip"]
+    assert lines
+    assert [(line["clean"], line["trained"]) for line in lines] == [pytest.approx(pair, rel=1e-4) for pair in expected]
 
 
 def test_few_labels_are_not_evaluated_on(
