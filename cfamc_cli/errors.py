@@ -43,3 +43,8 @@ class CfamcError(Exception):
         self.hint = hint
         self.exit_code = exit_code
         self.details = dict(details or {})
+
+
+def missing_library(need: str, *, extra: str) -> CfamcError:
+    """The error of a library that only an extra of the package installs; `need` says what for."""
+    return CfamcError(need, hint=f"pip install 'cfamc[{extra}]'", exit_code=ExitCode.INVALID)

@@ -4,25 +4,39 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
+import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
-from cfamc_cli.compare import Condition, Entry, OutcomesOf, Run, Scalar, Settings
+from cfamc_cli.compare import Condition, Entry, Run, Scalar, Settings
 from cfamc_cli.errors import CfamcError, ExitCode
-from cfamc_cli.files import explained, read_bytes, read_jsonl
+from cfamc_cli.files import explained, read_bytes
 from cfamc_cli.recipe import Outside, outside
-from cfamc_cli.records import AttackResult, Outcomes, ProbeResult, RunRecord, load_record
+from cfamc_cli.records import (
+    AttackResult,
+    DataUsed,
+    Outcomes,
+    ProbeResult,
+    RunRecord,
+    ThreatModel,
+    TrainLine,
+    load_record,
+    read_metrics,
+    read_timing,
+)
 from cfamc_cli.store import RunFolder, find_run, list_runs
 
 _SCALAR = (str, int, float, type(None))
 Result = TypeVar("Result", ProbeResult, AttackResult)
+LeftOut: TypeAlias = tuple[str, str]  # what could not be used, and why
 
 ONLINE = "online linear"  # the head that monitors training
 _NOT_THE_ENCODER = ("schema", *outside(Outside.ENCODER))  # recipe keys that never tell encoders apart
@@ -40,7 +54,7 @@ class Gathered:
     """
 
     entries: list[Entry] = field(default_factory=list)
-    left_out: list[tuple[str, str]] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
     folders: dict[str, RunFolder] = field(default_factory=dict)
 
 
@@ -63,32 +77,34 @@ def gather(references: Sequence[str], store: Path, *, keys: Collection[str] = ()
     return reader.found
 
 
-def outcomes_reader(found: Gathered) -> OutcomesOf:
-    """Return a function that reads the outcomes behind a result, and notes those that cannot be used."""
+class KeptOutcomes:
+    """Reads the per-sample outcomes behind results; `left_out` names those that cannot be used."""
 
-    @lru_cache(maxsize=4)
-    def read(run: str, result: str, order: str, clean: int, robust: int, n: int) -> Outcomes | None:
-        path = found.folders[run].path / result / "outcomes.json"
-        try:
-            outcomes = load_record(path, Outcomes)
-        except CfamcError as error:
-            found.left_out.append((f"{run} {result}", f"compared without pairs: {error.message}"))
-            return None
-        last = outcomes.stages[-1].robust if outcomes.stages else outcomes.clean
-        counts = (int(outcomes.clean or "0", 16).bit_count(), int(last or "0", 16).bit_count())
-        if (outcomes.n, outcomes.order_digest, *counts) != (n, order, clean, robust):
-            found.left_out.append((f"{run} {result}", "compared without pairs: outcomes.json is not of this record"))
-            return None
-        return outcomes
+    def __init__(self, folders: Mapping[str, RunFolder]) -> None:
+        self.left_out: list[LeftOut] = []
+        self._folders = folders
+        self._read = lru_cache(maxsize=4)(self._read_once)
 
-    def outcomes_of(entry: Entry) -> Outcomes | None:
+    def __call__(self, entry: Entry) -> Outcomes | None:
+        """The outcomes of a result; None where there are none, or they are not those of its record."""
         entry = entry.whole or entry
         if entry.robust is None:
             return None
-        counts = (entry.clean.correct, entry.robust.correct, entry.robust.n)
-        return read(entry.run.id, entry.result, entry.order, *counts)
+        counts = (entry.robust.n, entry.order, entry.clean.correct, entry.robust.correct)
+        return self._read(entry.run.id, entry.result, counts)
 
-    return outcomes_of
+    def _read_once(self, run: str, result: str, counts: tuple[int, str, int, int]) -> Outcomes | None:
+        try:
+            outcomes = load_record(self._folders[run].path / result / "outcomes.json", Outcomes)
+        except CfamcError as error:
+            self.left_out.append((f"{run} {result}", f"compared without pairs: {error.message}"))
+            return None
+        last = outcomes.stages[-1].robust if outcomes.stages else outcomes.clean
+        clean, robust = (int(mask or "0", 16).bit_count() for mask in (outcomes.clean, last))
+        if (outcomes.n, outcomes.order_digest, clean, robust) != counts:
+            self.left_out.append((f"{run} {result}", "compared without pairs: outcomes.json is not of this record"))
+            return None
+        return outcomes
 
 
 @contextmanager
@@ -127,8 +143,7 @@ class _Reader:
         apart = tuple(key for key in _NOT_THE_ENCODER if "." in key)
         self._settings_asked = [key for key in keys if key.startswith(("probe.", "attack.", *apart))]
         self._recipes: dict[str, Mapping[str, Scalar]] = {}
-        self._scalars: dict[tuple[type, Scalar], Scalar] = {}
-        self._texts: dict[str, str] = {}
+        self._conditions: dict[Condition, Condition] = {}
         self._flattened: dict[tuple[str, str], Settings] = {}
 
     def read(self, folder: RunFolder) -> None:
@@ -182,14 +197,18 @@ class _Reader:
 
     def _asked(self, folder: RunFolder) -> dict[str, Scalar]:
         """The last loss and the largest memory of training, and the recipe's other settings, where asked for."""
-        asked: dict[str, Scalar] = {}
+        asked: dict[str, Scalar] = dict.fromkeys(self._metrics)  # None where it cannot be read
         if self._settings_asked:
             recipe = self._recipe(folder.resolved_json, whole=True)
             asked |= {key: recipe[key] for key in self._settings_asked if key in recipe}
         if "loss" in self._metrics:
-            asked["loss"] = next(reversed(_trained(folder.metrics, "loss")), None)
+            with suppress(CfamcError):
+                lines = [line.loss for line in read_metrics(folder.metrics) if isinstance(line, TrainLine)]
+                asked["loss"] = next((loss for loss in reversed(lines) if math.isfinite(loss)), None)
         if "memory" in self._metrics:
-            asked["memory"] = max((size / 2**20 for size in _trained(folder.timing, "peak_memory")), default=None)
+            with suppress(CfamcError):
+                sizes = (line.peak_memory / 2**20 for line in read_timing(folder.timing))
+                asked["memory"] = max(sizes, default=None)
         return asked
 
     def _recipe(self, path: Path, *, whole: bool = False) -> dict[str, Scalar]:
@@ -211,48 +230,21 @@ class _Reader:
         for name, record in self._records(folder, "probes", ProbeResult, trained):
             settings = {**record.settings, "images": record.train.n}
             heads[name] = self._settings(settings, "head", without=("head", "features"))
-            self.found.entries.append(
-                Entry(
-                    run=run,
-                    result=f"probes/{name}",
-                    condition=Condition(
-                        dataset=self._text(record.test.dataset),
-                        split=self._text(record.test.split),
-                        fingerprint=self._text(record.test.fingerprint),
-                        head=record.head,
-                        features=record.features,
-                    ),
-                    head=heads[name],
-                    created=record.created,
-                    clean=record.test_accuracy,
-                )
-            )
+            where = self._condition(record.test, record.head, record.features)
+            clean = record.test_accuracy
+            self.found.entries.append(Entry(run, f"probes/{name}", where, heads[name], record.created, clean))
         return heads
 
     def _attacks(self, folder: RunFolder, run: Run, trained: RunRecord, heads: Mapping[str, Settings]) -> None:
         for name, record in self._records(folder, "attacks", AttackResult, trained):
             settings = self._settings(record.settings, "", without=_NOT_THE_ATTACK)
+            attack = (record.attack, ", ".join(f"{key} {value}" for key, value in settings))
+            where = self._condition(record.data, record.head, record.features, record.threat, attack)
             self.found.entries.append(
                 Entry(
-                    run=run,
-                    result=f"attacks/{name}",
-                    condition=Condition(
-                        dataset=self._text(record.data.dataset),
-                        split=self._text(record.data.split),
-                        fingerprint=self._text(record.data.fingerprint),
-                        head=record.head,
-                        features=record.features,
-                        space=record.threat.space,
-                        norm=record.threat.norm,
-                        eps=self._text(_plain_eps(record.threat.eps)),
-                        attack=self._text(record.attack),
-                        settings=self._text(", ".join(f"{key} {value}" for key, value in settings)),
-                    ),
-                    head=heads.get(record.probe, ()),
-                    created=record.created,
-                    clean=record.clean,
+                    *(run, f"attacks/{name}", where, heads.get(record.probe, ()), record.created, record.clean),
                     robust=record.robust,
-                    order=self._text(record.order_digest),
+                    order=sys.intern(record.order_digest),
                     failed=tuple(flag.name for flag in record.flags if flag.verdict == "failed"),
                     attack=settings,
                 )
@@ -264,28 +256,27 @@ class _Reader:
         if evaluation is None or evaluation.clean is None or record.data is None:
             self._leave_out(run.id, "nothing was measured on it yet: cfamc attack")
             return
-        attacked = evaluation.robust is not None
-        self.found.entries.append(
-            Entry(
-                run=run,
-                result="run.json",
-                condition=Condition(
-                    dataset=self._text(record.data.dataset),
-                    split="held-out part of train",
-                    fingerprint=self._text(record.data.fingerprint),
-                    head=ONLINE,
-                    features="pre_feature",
-                    space="image" if attacked else "",
-                    norm="linf" if attacked else "",
-                    eps=self._text(_plain_eps(evaluation.eps)) if attacked else "",
-                    attack=self._text(evaluation.attack) if attacked else "",
-                ),
-                head=(),
-                created=record.updated,
-                clean=evaluation.clean,
-                robust=evaluation.robust,
-            )
-        )
+        threat, attack = None, ("", "")
+        if evaluation.robust is not None:
+            threat = ThreatModel(space="image", norm="linf", eps=evaluation.eps)
+            attack = (evaluation.attack, "")
+        data = record.data.model_copy(update={"split": "held-out part of train"})
+        where = self._condition(data, ONLINE, "pre_feature", threat, attack)
+        clean, robust = evaluation.clean, evaluation.robust
+        self.found.entries.append(Entry(run, "run.json", where, (), record.updated, clean, robust))
+
+    def _condition(
+        self,
+        data: DataUsed,
+        head: str,
+        features: str,
+        threat: ThreatModel | None = None,
+        attack: tuple[str, str] = ("", ""),
+    ) -> Condition:
+        """What a result was measured under; `attack` is its name and settings."""
+        under = (threat.space, threat.norm, _plain_eps(threat.eps)) if threat else ("", "", "")
+        found = Condition(data.dataset, data.split, data.fingerprint, head, features, *under, *attack)
+        return self._conditions.setdefault(found, found)
 
     def _records(
         self, run: RunFolder, kind: str, model: type[Result], trained: RunRecord
@@ -316,9 +307,6 @@ class _Reader:
     def _leave_out(self, what: str, why: str) -> None:
         self.found.left_out.append((what, why))
 
-    def _text(self, text: str) -> str:
-        return self._texts.setdefault(text, text)
-
     def _settings(self, settings: object, prefix: str, *, without: tuple[str, ...] = ()) -> Settings:
         """Spell nested settings as dotted keys and plain values; worked out once for equal ones."""
         key = (repr(settings), prefix)
@@ -337,7 +325,7 @@ class _Reader:
             items = enumerate(value)
         else:
             scalar = value if isinstance(value, _SCALAR) else json.dumps(value)
-            found[self._text(prefix)] = self._scalars.setdefault((type(scalar), scalar), scalar)
+            found[sys.intern(prefix)] = sys.intern(scalar) if isinstance(scalar, str) else scalar
             return
         for key, item in items:
             self._flatten(item, f"{prefix}.{key}" if prefix else str(key), found)
@@ -358,16 +346,6 @@ def final_encoder_digest(run: RunFolder) -> str | None:
         return str(json.loads(read_bytes(newest))["files"]["model.safetensors"]["sha256"])
     except (CfamcError, OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
-
-
-def _trained(path: Path, quantity: str) -> list[float]:
-    """What the training wrote of a quantity; nothing where that cannot be read."""
-    try:
-        records = read_jsonl(path).records
-    except CfamcError:
-        return []
-    values = [record.get(quantity) for record in records if record.get("kind") == "train"]
-    return [float(value) for value in values if isinstance(value, int | float)]
 
 
 @lru_cache(maxsize=1000)

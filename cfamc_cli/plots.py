@@ -8,38 +8,27 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, assert_never
 
-from cfamc_cli.compare import ComparedTable, Figure, Row, Run, exact_number
-from cfamc_cli.errors import CfamcError, ExitCode
-from cfamc_cli.files import read_jsonl
-from cfamc_cli.gather import Gathered
-from cfamc_cli.render import clean, talk
+from cfamc_cli.compare import ComparedTable, Figure, Row, exact_number
+from cfamc_cli.errors import CfamcError, ExitCode, missing_library
+from cfamc_cli.gather import LeftOut
+from cfamc_cli.records import EvaluationLine, GripLine, TrainLine, read_metrics
+from cfamc_cli.render import clean
+from cfamc_cli.store import RunFolder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
 
 _COLOURS = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-    "#000000",
-    "#8C6D31",
-    "#7B4173",
-    "#31A354",
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"),
+    *("#56B4E9", "#000000", "#8C6D31", "#7B4173", "#31A354"),
 )
 MOST_LINES = len(_COLOURS)  # rows that a picture shows as lines or names
-_NUMBER = (int, float)
-_LARGEST = 1e100  # that is drawn
 _CLEAN = "clean accuracy (%)"
-_CURVES = {  # kind of record, quantity, unit
-    "Training loss": ("train", "loss", "loss"),
-    "Online accuracy while training": ("evaluation", "clean", _CLEAN),
-}
+_LOSS, _ACCURACY = "Training loss", "Online accuracy while training"
+_UNITS = {_LOSS: "loss", _ACCURACY: _CLEAN}
 _STYLE: dict[Any, Any] = {
     "axes.grid": True,
     "axes.spines.right": False,
@@ -56,57 +45,87 @@ Panel: TypeAlias = "Callable[[Axes], None]"
 Look: TypeAlias = tuple[str, str]  # name in the legend, colour
 Line: TypeAlias = Sequence[tuple[float, float]]
 Lines: TypeAlias = Mapping[str, Sequence[Line]]  # by row; several seeds have a line each
+Curves: TypeAlias = Mapping[str, Lines]  # by title
 
 
-def overview(tables: Sequence[ComparedTable], found: Gathered, *, suffix: str) -> bytes:
+def learning_curves(tables: Sequence[ComparedTable], folders: Mapping[str, RunFolder]) -> tuple[Curves, list[LeftOut]]:
+    """Read the learning curves of the rows that pictures name, and tell which cannot be drawn."""
+    curves: dict[str, dict[str, list[Line]]] = {_LOSS: {}, _ACCURACY: {}}
+    left_out: list[LeftOut] = []
+    leading = _leading(tables)
+    for row in leading.rows[:MOST_LINES] if leading else ():
+        for run in {entry.run.id: entry.run for entry in row.entries}.values():
+            try:
+                imported = run.family == run.id  # and not trained here
+                lines = [] if imported else read_metrics(folders[run.id].metrics)
+            except CfamcError as error:
+                left_out.append((run.id, f"no learning curves: {error.message}"))
+                continue
+            points: dict[str, list[tuple[float, float]]] = {_LOSS: [], _ACCURACY: []}
+            for line in lines:
+                match line:
+                    case TrainLine():
+                        if math.isfinite(line.loss):  # a lost step has none
+                            points[_LOSS].append((line.epoch, line.loss))
+                    case EvaluationLine():
+                        points[_ACCURACY].append((line.epoch, 100 * line.clean / line.n))
+                    case GripLine():
+                        pass
+                    case _:
+                        assert_never(line)
+            for title, curve in points.items():
+                if len(curve) > 1:
+                    curves[title].setdefault(row.label, []).append(curve)
+    return curves, list(dict.fromkeys(left_out))
+
+
+def overview(tables: Sequence[ComparedTable], curves: Curves, *, suffix: str) -> bytes:
     """Draw all panels of a comparison on one sheet.
 
     Args:
         tables: The comparison.
-        found: Where the runs lie.
+        curves: Learning curves of its rows.
         suffix: ".png", ".svg" or ".pdf".
 
     Raises:
         CfamcError: There is nothing to draw, or matplotlib is missing.
     """
-    drawn = list(panels(tables, found).values())
+    drawn = list(panels(tables, curves).values())
     if not drawn:
         raise CfamcError("there is nothing to draw", exit_code=ExitCode.INVALID)
-    return _render(drawn, suffix)
+    return draw(drawn, suffix)
 
 
-def pictures(tables: Sequence[ComparedTable], found: Gathered) -> dict[str, bytes]:
+def pictures(tables: Sequence[ComparedTable], curves: Curves) -> dict[str, bytes]:
     """Draw each panel of a comparison as an SVG of its own, by title.
 
     Raises:
         CfamcError: matplotlib is missing.
     """
-    return {title: _render([panel], ".svg") for title, panel in panels(tables, found).items()}
+    return {title: draw([panel], ".svg") for title, panel in panels(tables, curves).items()}
 
 
-def panels(tables: Sequence[ComparedTable], found: Gathered) -> dict[str, Panel]:
+def panels(tables: Sequence[ComparedTable], curves: Curves) -> dict[str, Panel]:
     """Return the panels that there are numbers for, by title."""
-    if not tables:
+    leading = _leading(tables)
+    if leading is None:
         return {}
     made: dict[str, Panel] = {}
-    attacked = next((table for table in tables if table.condition.attack), None)
-    leading = attacked or tables[0]
     looks = _looks(leading.rows)
-    if attacked is not None:
-        made["Clean against robust accuracy"] = partial(_scatter, table=attacked, looks=looks)
-    curves = _eps_curves(tables, leading)
-    if curves:
-        made["Accuracy against eps"] = partial(_eps, lines=curves, looks=looks)
-    histories = {
-        row.label: [_history(run, found) for run in {entry.run.id: entry.run for entry in row.entries}.values()]
-        for row in leading.rows[:MOST_LINES]
-    }
-    for title in _CURVES:
-        lines = {label: [seed[title] for seed in seeds if len(seed[title]) > 1] for label, seeds in histories.items()}
-        if any(lines.values()):
+    if leading.condition.attack:
+        made["Clean against robust accuracy"] = partial(_scatter, table=leading, looks=looks)
+    if by_eps := _eps_curves(tables, leading):
+        made["Accuracy against eps"] = partial(_eps, lines=by_eps, looks=looks)
+    for title, lines in curves.items():
+        if lines:
             made[title] = partial(_learning, lines=lines, looks=looks, title=title)
     made["Accuracy against training time"] = partial(_time, table=leading, looks=looks)
     return made
+
+
+def _leading(tables: Sequence[ComparedTable]) -> ComparedTable | None:
+    """The table that is drawn: the first under attack, else the first."""
+    return next((table for table in tables if table.condition.attack), tables[0] if tables else None)
 
 
 def _looks(rows: Sequence[Row]) -> dict[str, Look]:
@@ -119,14 +138,17 @@ def _looks(rows: Sequence[Row]) -> dict[str, Look]:
     }
 
 
-def _render(drawn: Sequence[Panel], suffix: str) -> bytes:
+def draw(drawn: Sequence[Panel], suffix: str) -> bytes:
+    """Draw panels beside and below each other, with one legend.
+
+    Raises:
+        CfamcError: matplotlib is missing.
+    """
     try:
         import matplotlib
         from matplotlib.figure import Figure as Canvas
     except ImportError as error:
-        raise CfamcError(
-            "pictures need matplotlib", hint="pip install 'cfamc[plots]'", exit_code=ExitCode.INVALID
-        ) from error
+        raise missing_library("pictures need matplotlib", extra="plots") from error
     columns = min(2, len(drawn))
     lines = -(-len(drawn) // columns)
     with matplotlib.rc_context(_STYLE):
@@ -220,49 +242,9 @@ def _eps(axes: Axes, *, lines: Lines, looks: Mapping[str, Look]) -> None:
     axes.set_ylim(bottom=0)
 
 
-def _history(run: Run, found: Gathered) -> dict[str, Line]:
-    """The learning curves of a run by title; metrics that cannot be read are named once, and left out."""
-    path = found.folders[run.id].metrics
-    try:
-        imported = run.family == run.id  # and not trained here
-        records = [] if imported else read_jsonl(path).records
-        return {
-            title: [
-                _at(record, quantity, f"{path}:{line}")
-                for line, record in enumerate(records, start=1)
-                if record.get("kind") == kind and record.get(quantity) is not None  # a lost step has no loss
-            ]
-            for title, (kind, quantity, _) in _CURVES.items()
-        }
-    except CfamcError as error:
-        left_out = (run.id, f"no learning curves: {error.message}")
-        if left_out not in found.left_out:
-            found.left_out.append(left_out)
-            talk().say(f"left out: {': '.join(left_out)}")
-        return {title: [] for title in _CURVES}
-
-
-def _at(record: Mapping[str, object], quantity: str, where: str) -> tuple[float, float]:
-    """Epoch and value; counts become percent."""
-    share = 100 / _number(record, "n", where) if "n" in record else 1.0
-    return _number(record, "epoch", where), share * _number(record, quantity, where)
-
-
-def _number(record: Mapping[str, object], key: str, where: str) -> float:
-    """A number that can be drawn, and divided by where it is `n`."""
-    value = record.get(key)
-    try:
-        number = float(value) if isinstance(value, _NUMBER) else math.nan
-    except OverflowError:
-        number = math.nan
-    if not abs(number) < _LARGEST or (key == "n" and number < 1):
-        raise CfamcError(f"{where}: {key} is {value!r:.20}", exit_code=ExitCode.BAD_DATA)
-    return number
-
-
 def _learning(axes: Axes, *, lines: Lines, looks: Mapping[str, Look], title: str) -> None:
     _lines(axes, lines, looks, marker="")
-    axes.set(xlabel="epoch", ylabel=_CURVES[title][2], title=title)
+    axes.set(xlabel="epoch", ylabel=_UNITS[title], title=title)
 
 
 def _lines(axes: Axes, lines: Lines, looks: Mapping[str, Look], *, marker: str) -> None:

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import difflib
+import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from cfamc_cli.compare import Entry, Keep, Row, Scalar, SortKey, Which, exact_number
 from cfamc_cli.errors import CfamcError, ExitCode
 
 _FILTER = re.compile(r"\s*([^=<>!\s]+)\s*(<=|>=|!=|=|<|>)\s*(.*?)\s*", re.DOTALL)
 _COMPARE: Mapping[str, Callable[[float, float], bool]] = {
-    "<=": lambda mine, given: mine <= given,
-    ">=": lambda mine, given: mine >= given,
-    "!=": lambda mine, given: mine != given,
-    "=": lambda mine, given: mine == given,
-    "<": lambda mine, given: mine < given,
-    ">": lambda mine, given: mine > given,
+    "<=": operator.le,
+    ">=": operator.ge,
+    "!=": operator.ne,
+    "=": operator.eq,
+    "<": operator.lt,
+    ">": operator.gt,
 }
-
-
 _DIFFERENCES: Mapping[str, tuple[Which, str]] = {  # keys of a row that is held against a baseline
     "clean_diff": ("clean", "value"),
     "clean_p": ("clean", "p"),
@@ -29,13 +29,45 @@ _DIFFERENCES: Mapping[str, tuple[Which, str]] = {  # keys of a row that is held 
 _LARGEST_FIRST = ("clean", "robust", "knn", "clean_diff", "robust_diff")
 
 
-def keys_of(filters: Sequence[str], sort: str) -> set[str]:
-    """The keys that filters and sort key name.
+@dataclass(frozen=True)
+class Filter:
+    """A condition on results, or on rows where its key is a difference to the baseline.
 
-    Raises:
-        CfamcError: A filter cannot be read; exit code 2.
+    Attributes:
+        text: As it was written.
     """
-    return {_parts(text)[0] for text in filters} | {sort.partition(":")[0]}
+
+    key: str
+    operator: str
+    value: str
+    text: str
+
+    @classmethod
+    def parse(cls, text: str) -> Filter:
+        """Read "KEY=VALUE", with = != < <= > or >=.
+
+        Raises:
+            CfamcError: It cannot be read; exit code 2.
+        """
+        found = _FILTER.fullmatch(text)
+        if found is None:
+            raise _invalid(f"cannot read the filter {text!r:.200}", "write KEY=VALUE, with = != < <= > or >=")
+        return cls(found[1], found[2], found[3], text)
+
+    def passes(self, mine: Scalar) -> bool:
+        """Whether a value fits; what has none does not."""
+        if mine is None:
+            return False
+        number, wanted = _number(mine), exact_number(self.value)
+        if number is not None and wanted is not None:
+            return _COMPARE[self.operator](number, wanted)
+        if self.operator not in ("=", "!="):
+            raise _invalid(
+                f"cannot compare {str(mine)!r:.60} with {self.value!r:.60} in the filter {self.text!r:.200}",
+                "use = or !=",
+            )
+        equal = str(mine).lower() == self.value.lower() if isinstance(mine, bool) else str(mine) == self.value
+        return equal == (self.operator == "=")
 
 
 def fields_of(entry: Entry) -> dict[str, Scalar]:
@@ -70,36 +102,34 @@ def fields_of(entry: Entry) -> dict[str, Scalar]:
     return {**run.asked, **run.recipe, **dict(entry.head), **known}
 
 
-def filtered(entries: Sequence[Entry], filters: Sequence[str]) -> list[Entry]:
+def filtered(entries: Sequence[Entry], filters: Sequence[Filter]) -> list[Entry]:
     """Keep the results that pass every filter; one that lacks the key does not.
 
     Raises:
-        CfamcError: A filter cannot be read, or no result has its key; exit code 2.
+        CfamcError: No result has the key of a filter, or its value cannot be compared; exit code 2.
     """
     kept = list(entries)
-    for text in filters:
-        key, operator, value = _parts(text)
-        if key not in _DIFFERENCES:
-            _check_key(entries, key)
-            kept = [entry for entry in kept if _passes(fields_of(entry).get(key), operator, value, text)]
+    for wanted in filters:
+        if wanted.key not in _DIFFERENCES:
+            _check_key(entries, wanted.key)
+            kept = [entry for entry in kept if wanted.passes(fields_of(entry).get(wanted.key))]
     return kept
 
 
-def row_filter(filters: Sequence[str], *, baseline: str | None) -> Keep | None:
+def row_filter(filters: Sequence[Filter], *, baseline: str | None) -> Keep | None:
     """Make a test of rows from the filters on differences to the baseline; None where there is no such filter.
 
     Raises:
         CfamcError: There is such a filter and no baseline; exit code 2.
     """
-    wanted = [(text, *_parts(text)) for text in filters]
-    wanted = [each for each in wanted if each[1] in _DIFFERENCES]
-    for _, key, _, _ in wanted:
-        _need_baseline(key, baseline)
+    differences = [wanted for wanted in filters if wanted.key in _DIFFERENCES]
+    for wanted in differences:
+        _need_baseline(wanted.key, baseline)
 
     def keep(row: Row) -> bool:
-        return all(_passes(_difference(row, key), operator, value, text) for text, key, operator, value in wanted)
+        return all(wanted.passes(_difference(row, wanted.key)) for wanted in differences)
 
-    return keep if wanted else None
+    return keep if differences else None
 
 
 def sort_key(entries: Sequence[Entry], text: str, *, baseline: str | None = None) -> SortKey:
@@ -150,27 +180,6 @@ def _difference(row: Row, key: str) -> Scalar:
 def _need_baseline(key: str, baseline: str | None) -> None:
     if baseline is None:
         raise _invalid(f"{key} is a difference to a baseline, and there is none", "name one with --baseline RUN")
-
-
-def _parts(text: str) -> tuple[str, str, str]:
-    found = _FILTER.fullmatch(text)
-    if found is None:
-        raise _invalid(f"cannot read the filter {text!r:.200}", "write KEY=VALUE, with = != < <= > or >=")
-    return found[1], found[2], found[3]
-
-
-def _passes(mine: Scalar, operator: str, given: str, text: str) -> bool:
-    if mine is None:
-        return False
-    number, wanted = _number(mine), exact_number(given)
-    if number is not None and wanted is not None:
-        return _COMPARE[operator](number, wanted)
-    if operator not in ("=", "!="):
-        raise _invalid(
-            f"cannot compare {str(mine)!r:.60} with {given!r:.60} in the filter {text!r:.200}", "use = or !="
-        )
-    equal = str(mine).lower() == given.lower() if isinstance(mine, bool) else str(mine) == given
-    return equal == (operator == "=")
 
 
 def _number(value: Scalar) -> float | None:

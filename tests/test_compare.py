@@ -23,7 +23,7 @@ from cfamc_cli.compare import (
 )
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.records import Accuracy, Outcomes, StageOutcome, pack_bits
-from cfamc_cli.selection import filtered, row_filter, sort_key
+from cfamc_cli.selection import Filter, filtered, row_filter, sort_key
 
 PGD = Condition(
     dataset="cifar10",
@@ -288,7 +288,7 @@ ENTRIES = [
     ],
 )
 def test_filters(filters: list[str], left: str) -> None:
-    assert "".join(entry.run.id for entry in filtered(ENTRIES, filters)) == left
+    assert "".join(entry.run.id for entry in filtered(ENTRIES, list(map(Filter.parse, filters)))) == left
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,7 @@ def test_filters(filters: list[str], left: str) -> None:
 )
 def test_filters_that_mean_nothing(text: str, message: str, hint: str) -> None:
     with pytest.raises(CfamcError) as caught:
-        filtered(ENTRIES, [text])
+        filtered(ENTRIES, [Filter.parse(text)])
     assert message in caught.value.message
     assert caught.value.hint.startswith(hint)
     assert caught.value.exit_code == ExitCode.INVALID
@@ -342,8 +342,9 @@ def test_sort_keys_that_mean_nothing() -> None:
     ],
 )
 def test_filters_on_differences(filters: list[str], left: str) -> None:
-    keep = row_filter(filters, baseline="b")
-    assert filtered(ENTRIES, filters) == ENTRIES
+    parsed = list(map(Filter.parse, filters))
+    keep = row_filter(parsed, baseline="b")
+    assert filtered(ENTRIES, parsed) == ENTRIES
     (table,) = tabulate(ENTRIES, fold=True, baseline="b", outcomes_of=no_outcomes, keep=keep)
     assert "".join(row.run.id for row in table.rows) == left
     assert bool(table.verdict) == (len(left) > 1)
@@ -357,8 +358,11 @@ def test_sorting_by_differences() -> None:
 
 
 def test_differences_need_a_baseline() -> None:
-    assert row_filter(["robust>3"], baseline=None) is None
-    for ask in (lambda: row_filter(["clean_diff>3"], baseline=None), lambda: sort_key(ENTRIES, "clean_diff")):
+    assert row_filter([Filter.parse("robust>3")], baseline=None) is None
+    for ask in (
+        lambda: row_filter([Filter.parse("clean_diff>3")], baseline=None),
+        lambda: sort_key(ENTRIES, "clean_diff"),
+    ):
         with pytest.raises(CfamcError, match="clean_diff is a difference to a baseline") as caught:
             ask()
         assert caught.value.exit_code == ExitCode.INVALID

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from collections.abc import Sequence
 from datetime import timedelta
 from html.parser import HTMLParser
 from pathlib import Path
@@ -22,15 +23,19 @@ from cfamc_cli.commands.compare import compare
 from cfamc_cli.compare import tabulate
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.gather import final_encoder_digest, gather
-from cfamc_cli.plots import panels
+from cfamc_cli.plots import learning_curves, panels
 from cfamc_cli.records import (
     Accuracy,
     Evaluation,
+    EvaluationLine,
     Flag,
+    Line,
     Outcomes,
     Progress,
     StageOutcome,
     ThreatModel,
+    TimingLine,
+    TrainLine,
     pack_bits,
 )
 from cfamc_cli.store import RunFolder, list_runs
@@ -555,17 +560,26 @@ class Tags(HTMLParser):
 
 
 def add_metrics(run: Path, *, start: float = -200.0) -> None:
-    lines: list[dict[str, Any]] = []
+    lines: list[Line] = []
     for step in range(0, 1501, 50):
-        where = {"step": step, "batch": step // 3, "epoch": step / 1500}
-        lines.append({"kind": "train", **where, "loss": start + 30 * 0.998**step, "lr": 0.3})
+        where: dict[str, Any] = {"step": step, "batch": step // 3, "epoch": step / 1500}
+        loss = start + 30 * 0.998**step
+        lines.append(TrainLine(**where, loss=loss, lr=0.3, gradient_norm=1.0, effective_rank=2.0, feature_std=0.1))
         if step % 500 == 0:
-            lines.append(
-                {"kind": "evaluation", **where, "n": 1000, "knn": 300, "clean": 200 + step // 5, "robust": 100}
-            )
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"torn')
-    memory = [{"kind": "train", "peak_memory": 2**20 * mebibytes} for mebibytes in (1024, 2048, 512)]
-    (run / "timing.jsonl").write_text("".join(json.dumps(line) + "\n" for line in memory))
+            right: dict[str, Any] = {"n": 1000, "knn": 300, "clean": 200 + step // 5, "robust": 100}
+            lines.append(EvaluationLine(**where, **right, eps="8/255", attack="pgd-10"))
+    put_lines(run / "metrics.jsonl", lines)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"torn')
+    memory = [
+        TimingLine(step=0, batch=0, epoch=0.0, views_per_second=1.0, data_share=0.1, seconds=1.0, peak_memory=size)
+        for size in (2**30, 2**31, 2**29)
+    ]
+    put_lines(run / "timing.jsonl", memory)
+
+
+def put_lines(path: Path, lines: Sequence[Line]) -> None:
+    path.write_text("".join(json.dumps(line.written()) + "\n" for line in lines))
 
 
 def test_the_page_holds_everything_and_nothing_from_outside(store: Path, tmp_path: Path) -> None:
@@ -579,7 +593,7 @@ def test_the_page_holds_everything_and_nothing_from_outside(store: Path, tmp_pat
     parser.feed(text)
     assert parser.bad == []
     assert parser.tags.count("img") == 5
-    for part in (A, B, "Some CPU", "&quot;replays&quot;: 3", "leads", "published, not measured here", "default-src"):
+    for part in (A, B, "Some CPU", "&#34;replays&#34;: 3", "leads", "published, not measured here", "default-src"):
         assert part in text
     assert not re.search(r"https?://", text)
     for cell in (
@@ -608,7 +622,8 @@ def drawn(store: Path, title: str) -> Any:
     found = gather([], store)
     tables = tabulate(found.entries, fold=True, baseline=None, outcomes_of=lambda _: None, order=None)
     axes = Figure().add_subplot()
-    panels(tables, found)[title](axes)
+    curves, _ = learning_curves(tables, found.folders)
+    panels(tables, curves)[title](axes)
     return axes
 
 

@@ -10,8 +10,8 @@ from cfamc_cli import render, sheets
 from cfamc_cli.compare import ComparedTable, Entry, find_superseded, tabulate
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.files import write_bytes, write_text
-from cfamc_cli.gather import Gathered, gather, outcomes_reader
-from cfamc_cli.selection import filtered, keys_of, row_filter, sort_key
+from cfamc_cli.gather import Gathered, KeptOutcomes, LeftOut, gather
+from cfamc_cli.selection import Filter, filtered, row_filter, sort_key
 from cfamc_cli.sheets import Format, Sheet
 from cfamc_cli.store import default_store, find_run
 
@@ -54,42 +54,45 @@ def compare(
     if plot is not None and plot.suffix not in _PICTURES:
         raise CfamcError(f"cannot draw {plot.suffix!r:.20}", hint="use .png, .svg or .pdf", exit_code=ExitCode.INVALID)
     store = default_store(runs)
-    found = gather(references, store, keys=keys_of(where, sort))
-    passing = filtered(found.entries, where)
-    entries = _single(passing, found, fold=fold)
+    filters = [Filter.parse(text) for text in where]
+    found = gather(references, store, keys={sort.partition(":")[0], *(wanted.key for wanted in filters)})
+    passing = filtered(found.entries, filters)
+    superseded = find_superseded(passing, fold=fold)
+    entries = [entry for index, entry in enumerate(passing) if index not in superseded]
+    left_out = found.left_out + [
+        (f"{passing[index].run.id} {passing[index].result}", f"{other} stands for it")
+        for index, other in superseded.items()
+    ]
     held = _baseline_id(baseline, found, store)
     if held is not None and not any(entry.run.id == held for entry in entries):
-        raise _no_row(held, found, passing)
+        raise _no_row(held, found, passing, left_out)
+    outcomes_of = KeptOutcomes(found.folders)
     tables = tabulate(
         entries,
         fold=fold,
         baseline=held,
-        outcomes_of=outcomes_reader(found),
+        outcomes_of=outcomes_of,
         order=sort_key(entries, sort, baseline=held) if sort else None,
-        keep=row_filter(where, baseline=held),
+        keep=row_filter(filters, baseline=held),
     )
+    left_out += outcomes_of.left_out
+    if plot is not None or html is not None:
+        from cfamc_cli.plots import learning_curves, overview
+
+        curves, without = learning_curves(tables, found.folders)
+        left_out += without
     console = render.talk()
-    for what, why in found.left_out:
+    for what, why in left_out:
         console.say(f"left out: {what}: {why}")
     if not entries:
         console.say("nothing to compare: no finished run with a measured result")
     if plot is not None:  # files first: where one cannot be written, stdout has nothing but the error
-        from cfamc_cli.plots import overview  # matplotlib takes a second to load
-
-        write_bytes(plot, overview(tables, found, suffix=plot.suffix))
+        write_bytes(plot, overview(tables, curves, suffix=plot.suffix))
     if html is not None:
         from cfamc_cli.page import page
 
-        write_text(html, page(tables, found, with_published=published))
-    _write(tables, found, output=output, published=published, limit=limit)
-
-
-def _single(entries: Sequence[Entry], found: Gathered, *, fold: bool) -> list[Entry]:
-    """Drop results that count one thing twice, and name them."""
-    replaced = find_superseded(entries, fold=fold)
-    for index, other in replaced.items():
-        found.left_out.append((f"{entries[index].run.id} {entries[index].result}", f"{other} stands for it"))
-    return [entry for index, entry in enumerate(entries) if index not in replaced]
+        write_text(html, page(tables, found, curves, left_out, with_published=published))
+    _write(tables, left_out, output=output, published=published, limit=limit)
 
 
 def _baseline_id(reference: str | None, found: Gathered, store: Path) -> str | None:
@@ -108,9 +111,9 @@ def _baseline_id(reference: str | None, found: Gathered, store: Path) -> str | N
     return matches[0]
 
 
-def _no_row(baseline: str, found: Gathered, passing: Sequence[Entry]) -> CfamcError:
+def _no_row(baseline: str, found: Gathered, passing: Sequence[Entry], left_out: Sequence[LeftOut]) -> CfamcError:
     """Why there is nothing of the baseline to hold the others against."""
-    reasons = [why for what, why in found.left_out if what.split(" ")[0] == baseline]
+    reasons = [why for what, why in left_out if what.split(" ")[0] == baseline]
     why, hint = reasons[-1] if reasons else "nothing was measured on it", "name another run, or leave --baseline out"
     if any(entry.run.id == baseline for entry in passing):
         hint = "name the other run, or keep both with --no-fold"
@@ -121,13 +124,15 @@ def _no_row(baseline: str, found: Gathered, passing: Sequence[Entry]) -> CfamcEr
     )
 
 
-def _write(tables: Sequence[ComparedTable], found: Gathered, *, output: Format, published: bool, limit: int) -> None:
+def _write(
+    tables: Sequence[ComparedTable], left_out: Sequence[LeftOut], *, output: Format, published: bool, limit: int
+) -> None:
     match output:
         case "rich":
             for sheet in sheets.sheets(tables, with_published=published, limit=limit):
                 _print(sheet)
         case "json":
-            render.print_json(sheets.as_json(tables, found.left_out, with_published=published))
+            render.print_json(sheets.as_json(tables, left_out, with_published=published))
         case "csv":
             render.write_out(sheets.comma_separated(tables, with_published=published))
         case "markdown":
