@@ -17,7 +17,6 @@ import socket
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from hashlib import blake2s
 from pathlib import Path
 from types import TracebackType
@@ -27,30 +26,6 @@ from cfamc_cli.errors import CfamcError, ExitCode
 MAX_READ = 256 * 2**20  # bytes; no file that is read whole comes near it
 _TEMP = re.compile(r"\.tmp-([0-9a-f]{8})-(\d+)-(\d+)-[0-9a-f]{8}")
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
-
-
-@dataclass(frozen=True)
-class Process:
-    """A process, told from a later one that was given the same number.
-
-    Attributes:
-        host: Name of the machine.
-        pid: Process number on that machine.
-        start: When it started, in clock ticks since the machine did; 0 where the system does not say.
-    """
-
-    host: str
-    pid: int
-    start: int
-
-    @classmethod
-    def current(cls) -> Process:
-        """The calling process."""
-        return cls(socket.gethostname(), os.getpid(), process_start(os.getpid()) or 0)
-
-    def is_alive(self) -> bool:
-        """Whether it still runs; a process of another machine is taken to be alive."""
-        return self.host != socket.gethostname() or process_start(self.pid) == self.start
 
 
 def process_start(pid: int) -> int | None:
@@ -301,28 +276,14 @@ def cut(path: Path, size: int) -> None:
             sync(path)
 
 
-@dataclass(frozen=True)
-class Lines:
-    """The content of a JSON-lines file.
-
-    Attributes:
-        records: The objects, in order.
-        torn: Whether an unfinished last line was left out.
-    """
-
-    records: list[dict[str, object]]
-    torn: bool
-
-
-def read_jsonl(path: Path) -> Lines:
-    """Read a file of JSON lines that a writer may be appending to.
+def read_jsonl(path: Path) -> list[dict[str, object]]:
+    """Read a file of JSON lines that a writer may be appending to; an unfinished last line is left out.
 
     Raises:
         CfamcError: The file cannot be read, or a finished line is not a JSON object; names file and line.
     """
-    *lines, rest = read_bytes(path).split(b"\n")
     records = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_bytes(path).split(b"\n")[:-1], start=1):
         try:
             record = json.loads(line, parse_constant=_refuse_constant)
         except (ValueError, RecursionError):
@@ -330,7 +291,7 @@ def read_jsonl(path: Path) -> Lines:
         if not isinstance(record, dict):
             raise CfamcError(f"{path}:{number}: not a JSON object", exit_code=ExitCode.BAD_DATA)
         records.append(record)
-    return Lines(records, torn=bool(rest))
+    return records
 
 
 def _refuse_constant(name: str) -> None:
@@ -338,8 +299,8 @@ def _refuse_constant(name: str) -> None:
 
 
 def _temp_name() -> str:
-    process = Process.current()
-    return f".tmp-{_host_digest()}-{process.pid}-{process.start}-{secrets.token_hex(4)}"
+    pid = os.getpid()
+    return f".tmp-{_host_digest()}-{pid}-{process_start(pid) or 0}-{secrets.token_hex(4)}"
 
 
 def _host_digest() -> str:

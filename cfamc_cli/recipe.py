@@ -125,6 +125,8 @@ def _at(field: str, message: str) -> PydanticCustomError:
     return PydanticCustomError("at_field", "{message}", {"fields": {field: message}, "message": message})
 
 
+Norm = Literal["linf", "l2"]
+Features = Literal["pre_feature", "backbone"]  # what a head reads
 Exact = Annotated[str, BeforeValidator(exact)]
 Length = Annotated[str, BeforeValidator(length)]
 PathText = Annotated[str, Field(min_length=1), AfterValidator(_without_nul)]
@@ -342,7 +344,7 @@ class Linear(Table):
     """SLF: a linear classifier on frozen features of whole clean images."""
 
     head: Literal["linear"]
-    features: Literal["pre_feature", "backbone"] = "pre_feature"
+    features: Features = "pre_feature"
     protocol: Literal["official", "converged"] = "official"
     epochs: Count = 20
     batch_size: Count = 256
@@ -360,7 +362,7 @@ class RobustLinear(Table):
     """ALF: a linear classifier trained on PGD examples of encoder + head, the encoder frozen."""
 
     head: Literal["robust-linear"]
-    features: Literal["pre_feature", "backbone"] = "pre_feature"
+    features: Features = "pre_feature"
     epochs: Count = 20
     batch_size: Count = 256
     lr: Positive = 3e-4  # Adam
@@ -373,7 +375,7 @@ class AggregatedCrops(Table):
     """A linear classifier on the mean feature of n augmented crops."""
 
     head: Literal["crops"]
-    features: Literal["pre_feature", "backbone"] = "pre_feature"
+    features: Features = "pre_feature"
     crops: Annotated[int, Field(ge=1, le=1024)] = 16
     epochs: Count = 100
     batch_size: Count = 100
@@ -386,7 +388,7 @@ class Knn(Table):
     """Weighted nearest neighbours by cosine, arXiv:1805.01978."""
 
     head: Literal["knn"]
-    features: Literal["pre_feature", "backbone"] = "pre_feature"
+    features: Features = "pre_feature"
     k: Count = 20
     temperature: Positive = 0.07
 
@@ -395,7 +397,7 @@ class Finetune(Table):
     """AFF: the whole network trained with labels, on PGD examples, TRADES pairs or clean images."""
 
     head: Literal["finetune"]
-    features: Literal["pre_feature", "backbone"] = "pre_feature"
+    features: Features = "pre_feature"
     objective: Literal["pgd", "trades", "clean"] = "pgd"
     epochs: Count = 25
     batch_size: Count = 128
@@ -420,6 +422,10 @@ class Finetune(Table):
 class EpsAttack(Table):
     """What all attacks share: in L2 a length means something else, so its defaults are others."""
 
+    name: str
+    eps: Length = "8/255"
+    norm: Norm = "linf"
+
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_the_norm(cls, raw: object) -> object:
@@ -429,11 +435,11 @@ class EpsAttack(Table):
 
     @model_validator(mode="after")
     def _lengths_of_the_norm(self) -> Self:
-        given = {key: text for key in ("eps", "step_size") if isinstance(text := getattr(self, key, None), str)}
-        for key, text in given.items():
-            if getattr(self, "norm", None) == "linf" and fraction(text) > 1:
+        lengths = {key: getattr(self, key) for key in _L2_DEFAULTS if key in type(self).model_fields}
+        for key, text in lengths.items():
+            if self.norm == "linf" and fraction(text) > 1:
                 raise _at(key, _beyond_a_pixel(text))
-        if "step_size" in given and fraction(given["step_size"]) == 0:
+        if fraction(lengths.get("step_size", "1")) == 0:
             raise _at("step_size", "must be above 0")
         return self
 
@@ -445,8 +451,6 @@ class PgdAttack(EpsAttack):
     """PGD on the cross-entropy of encoder + head."""
 
     name: Literal["pgd"]
-    eps: Length = "8/255"
-    norm: Literal["linf", "l2"] = "linf"
     step_size: Length = "0.01"
     steps: Annotated[int, Field(ge=1, le=100_000)] = 20
     restarts: Annotated[int, Field(ge=1, le=1000)] = 1
@@ -457,16 +461,12 @@ class FgsmAttack(EpsAttack):
     """One step along the gradient of the cross-entropy, arXiv:1412.6572."""
 
     name: Literal["fgsm"]
-    eps: Length = "8/255"
-    norm: Literal["linf", "l2"] = "linf"
 
 
 class ApgdAttack(EpsAttack):
     """Auto-PGD on the cross-entropy or the difference of logits ratio, arXiv:2003.01690."""
 
     name: Literal["apgd-ce", "apgd-dlr"]
-    eps: Length = "8/255"
-    norm: Literal["linf", "l2"] = "linf"
     steps: Annotated[int, Field(ge=1, le=100_000)] = 100
     restarts: Annotated[int, Field(ge=1, le=1000)] = 1
 
@@ -475,8 +475,6 @@ class TargetedApgdAttack(EpsAttack):
     """Auto-PGD on the targeted difference of logits ratio, one run per target class, arXiv:2003.01690."""
 
     name: Literal["apgd-t"]
-    eps: Length = "8/255"
-    norm: Literal["linf", "l2"] = "linf"
     steps: Annotated[int, Field(ge=1, le=100_000)] = 100
     restarts: Annotated[int, Field(ge=1, le=1000)] = 1
     targets: Annotated[int, Field(ge=1, le=100_000)] = 9
@@ -486,8 +484,6 @@ class FabAttack(EpsAttack):
     """Targeted FAB, arXiv:1907.02044."""
 
     name: Literal["fab"]
-    eps: Length = "8/255"
-    norm: Literal["linf", "l2"] = "linf"
     steps: Annotated[int, Field(ge=1, le=100_000)] = 100
     targets: Annotated[int, Field(ge=1, le=100_000)] = 9
 
@@ -496,8 +492,6 @@ class SquareAttack(EpsAttack):
     """Square, a random search that sees logits only, arXiv:1912.00049."""
 
     name: Literal["square"]
-    eps: Length = "8/255"
-    norm: Literal["linf", "l2"] = "linf"
     queries: Annotated[int, Field(ge=1, le=1_000_000)] = 5000
 
 
@@ -505,8 +499,6 @@ class EmbeddingAttack(EpsAttack):
     """PGD on the distance of the features from those of the clean image: it needs no labels."""
 
     name: Literal["embedding"]
-    eps: Length = "8/255"
-    norm: Literal["linf", "l2"] = "linf"
     step_size: Length = "0.01"
     steps: Annotated[int, Field(ge=1, le=100_000)] = 20
     restarts: Annotated[int, Field(ge=1, le=1000)] = 1
@@ -516,8 +508,6 @@ class AutoAttackAttack(EpsAttack):
     """AutoAttack, arXiv:2003.01690."""
 
     name: Literal["autoattack"]
-    eps: Length = "8/255"
-    norm: Literal["linf", "l2"] = "linf"
     version: Literal["standard", "rand"] = "standard"
 
 

@@ -265,7 +265,7 @@ def _place(raw: dict[str, Any], keys: Sequence[str], value: Any) -> str:
     node: Any = raw
     for place, key in enumerate(keys):
         walked = _plain(".".join(keys[:place]))
-        step: int | str = key
+        step: Any = key
         if isinstance(node, list):
             if not re.fullmatch(r"[0-9]{1,9}", key, re.ASCII):
                 meant = _plain(".".join([walked, "0", *keys[place:]]))
@@ -393,7 +393,8 @@ def _wants_list(key: str | int, value: Sequence[Any]) -> str:
 
 def _unknown(loc: Sequence[str | int], path: str) -> Problem:
     """An unknown key, with what may have been meant: a sibling, another choice's key, the same key elsewhere."""
-    key, table, choices = str(loc[-1]), Recipe, _MODELS[str(loc[0])] if len(loc) > 1 else []
+    key, choices = str(loc[-1]), _MODELS[str(loc[0])] if len(loc) > 1 else []
+    table: type[Table] = Recipe
     for choice in choices:
         if len(choices) == 1 or loc[-2] in _literals(choice, _tag(path)):
             table = choice
@@ -450,7 +451,7 @@ def _shown(value: Any) -> str:
         return "a number of more than 38 digits"
     if isinstance(value, bool | int | float):
         return repr(value).lower()
-    return {list: "a list", dict: "a table"}.get(type(value), "a date or time")
+    return "a list" if isinstance(value, list) else "a table" if isinstance(value, dict) else "a date or time"
 
 
 def _plain(text: str, *, limit: int = 200) -> str:

@@ -32,6 +32,7 @@ from pydantic import (
 from cfamc_cli import __version__
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.files import read_bytes, read_jsonl, write_bytes
+from cfamc_cli.recipe import Features, Norm
 
 SCHEMA_VERSION: Literal[1] = 1
 _Z95 = 1.959963984540054  # the 97.5 % quantile of the normal distribution
@@ -51,7 +52,6 @@ Weights = Literal["backbone", "encoder", "classifier"]
 Format = Literal["safetensors", "pt2", "onnx"]
 Dashboard = Literal["csv", "tensorboard"]
 HeadKind = Literal["linear", "robust-linear", "crops", "knn", "finetune"]
-Features = Literal["pre_feature", "backbone"]
 
 
 class Part(BaseModel):
@@ -299,7 +299,7 @@ class ThreatModel(Part):
     """What the attacker may do: where it acts, how distance is measured, and how far it may go (exact text)."""
 
     space: Literal["image", "crops"]
-    norm: Literal["linf", "l2"]
+    norm: Norm
     eps: str
 
 
@@ -664,7 +664,7 @@ def read_timing(path: Path) -> list[TimingLine]:
 
 def _read_lines(path: Path, schema: TypeAdapter[L]) -> list[L]:
     lines = []
-    for number, raw in enumerate(read_jsonl(path).records, start=1):
+    for number, raw in enumerate(read_jsonl(path), start=1):
         named = raw.pop("nonfinite", None)
         lost = {key: float(text) for key, text in named.items() if text in _LOST} if isinstance(named, dict) else {}
         key = next((key for key, value in raw.items() if _is_lost(value)), None)  # 1e999 is JSON

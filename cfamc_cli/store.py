@@ -7,6 +7,7 @@ import json
 import os
 import re
 import secrets
+import socket
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from cfamc_cli.errors import CfamcError, ExitCode
-from cfamc_cli.files import Process, explained, sync
+from cfamc_cli.files import explained, sync
 
 LATEST = "latest"
 _SLUG_LENGTH = 48
@@ -186,8 +187,8 @@ def lock(run: RunFolder) -> Iterator[None]:
         descriptor = _open_lock(path, run)
     _held.add(path)
     try:
-        process = Process.current()
-        holder = {"host": process.host, "pid": process.pid, "since": datetime.now(UTC).isoformat(timespec="seconds")}
+        since = datetime.now(UTC).isoformat(timespec="seconds")
+        holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
         with explained(path):
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps(holder).encode(), 0)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Literal
 
 from cfamc_cli.engine.attacks.autoattack import Plan, Stage
-from cfamc_cli.engine.ball import Norm
 from cfamc_cli.recipe import (
     ApgdAttack,
     EmbeddingAttack,
     FabAttack,
     FgsmAttack,
+    Norm,
     PgdAttack,
     SquareAttack,
     TargetedApgdAttack,

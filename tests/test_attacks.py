@@ -16,9 +16,9 @@ from cfamc_cli.engine.attacks.objectives import dlr, label_margin, ranked_target
 from cfamc_cli.engine.attacks.search import fooled, logits_at
 from cfamc_cli.engine.attacks.square import _bump, _pyramid, share_of_area
 from cfamc_cli.engine.attacks.verify import in_region
-from cfamc_cli.engine.ball import Norm, norms
+from cfamc_cli.engine.ball import norms
 from cfamc_cli.engine.pictures import loss_by_step
-from cfamc_cli.recipe import AutoAttackAttack, FabAttack, SquareAttack, TargetedApgdAttack, number
+from cfamc_cli.recipe import AutoAttackAttack, FabAttack, Norm, SquareAttack, TargetedApgdAttack, number
 
 CLASSES, SHAPE = 5, (3, 8, 8)
 NORMS: tuple[Norm, Norm] = ("linf", "l2")

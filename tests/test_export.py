@@ -22,10 +22,10 @@ from cfamc_cli.dashboards import comma_separated
 from cfamc_cli.engine import checkpoint, export
 from cfamc_cli.engine.data import load as load_data
 from cfamc_cli.engine.heads import Classifier, LinearHead, write_head
-from cfamc_cli.engine.models import Encoder, Features, build_encoder
+from cfamc_cli.engine.models import Encoder, build_encoder
 from cfamc_cli.engine.sink import NullSink
 from cfamc_cli.errors import CfamcError, ExitCode
-from cfamc_cli.recipe import Model
+from cfamc_cli.recipe import Features, Model
 from cfamc_cli.recipe_file import to_toml
 from cfamc_cli.records import (
     Accuracy,

@@ -213,9 +213,9 @@ def test_json_lines_round_trip_and_cut(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="not JSON compliant"):
             lines.append({"loss": float("inf")})
         assert lines.position() == path.stat().st_size
-    assert files.read_jsonl(path) == files.Lines([{"step": 1}, {"step": 2, "name": "a\nb"}], torn=False)
+    assert files.read_jsonl(path) == [{"step": 1}, {"step": 2, "name": "a\nb"}]
     files.cut(path, first)
-    assert files.read_jsonl(path).records == [{"step": 1}]
+    assert files.read_jsonl(path) == [{"step": 1}]
     with pytest.raises(CfamcError, match="has 11 bytes where a checkpoint counts on 12") as caught:
         files.cut(path, first + 1)
     assert caught.value.exit_code == ExitCode.BAD_DATA
@@ -228,9 +228,7 @@ def test_json_lines_round_trip_and_cut(tmp_path: Path) -> None:
 def test_a_torn_last_line_is_left_out_and_cut_off(tmp_path: Path, whole: bytes, tail: bytes) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(whole + tail)
-    read = files.read_jsonl(path)
-    assert len(read.records) == whole.count(b"\n")
-    assert read.torn == bool(tail)
+    assert len(files.read_jsonl(path)) == whole.count(b"\n")
     with files.JsonLines(path) as lines:
         assert lines.position() == len(whole)
         lines.append({"d": 1})
@@ -261,7 +259,7 @@ def test_an_append_that_fails_half_way_is_taken_back(tmp_path: Path, monkeypatch
             with pytest.raises(CfamcError, match="no space left"):
                 lines.append({"b": 2})
         lines.append({"c": 3})
-    assert files.read_jsonl(path).records == [{"a": 1}, {"c": 3}]
+    assert files.read_jsonl(path) == [{"a": 1}, {"c": 3}]
 
 
 def run(code: str, *arguments: Path | str) -> subprocess.CompletedProcess[str]:
@@ -304,12 +302,16 @@ def test_sweep_removes_only_what_the_dead_left(tmp_path: Path, victim: subproces
     assert files.sweep(tmp_path / "missing") == []
 
 
-def test_a_number_given_again_is_another_process() -> None:
-    current = files.Process.current()
-    assert current.is_alive()
-    assert not files.Process(current.host, current.pid, current.start + 1).is_alive()
-    assert not files.Process(current.host, 2**22 + 1, current.start).is_alive()
-    assert files.Process("elsewhere", 1, 1).is_alive()
+def test_a_number_given_again_is_another_process(tmp_path: Path) -> None:
+    own = files._temp_name()
+    *_, host, pid, start, _ = own.split("-")
+    assert (int(pid), int(start)) == (os.getpid(), files.process_start(os.getpid()))
+    assert files.process_start(2**22 + 1) is None
+    again = f".tmp-{host}-{pid}-{int(start) + 1}-00000000"
+    gone = f".tmp-{host}-{2**22 + 1}-{start}-00000000"
+    for name in (own, again, gone, ".tmp-00000000-1-1-00000000"):
+        (tmp_path / name).touch()
+    assert sorted(path.name for path in files.sweep(tmp_path)) == sorted([again, gone])
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import signal
 import time
@@ -15,7 +16,7 @@ import pytest
 from process import Child, warm
 from tiny import recipe_text
 
-from cfamc_cli.files import Process, _temp_name
+from cfamc_cli.files import _temp_name, process_start
 
 pytestmark = pytest.mark.slow
 
@@ -173,10 +174,10 @@ def test_what_a_dead_process_left_is_swept_and_what_a_live_one_writes_is_not(tmp
     assert len(dead) == 1
     live = checkpoints / _temp_name()
     live.mkdir()
-    me = Process.current()
-    other_host = checkpoints / f".tmp-00000000-{me.pid}-{me.start}-00000000"
+    pid, start = os.getpid(), process_start(os.getpid()) or 0
+    other_host = checkpoints / f".tmp-00000000-{pid}-{start}-00000000"
     other_host.mkdir()
-    reused = checkpoints / live.name.replace(f"-{me.start}-", f"-{me.start + 1}-")
+    reused = checkpoints / live.name.replace(f"-{start}-", f"-{start + 1}-")
     reused.mkdir()
     assert train(tmp_path).wait().code == 0
     assert sorted(path.name for path in checkpoints.glob(".tmp-*")) == sorted([live.name, other_host.name])

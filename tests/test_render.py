@@ -128,12 +128,12 @@ def test_records_are_kept_apart_and_name_what_is_not_finite(tmp_path: Path) -> N
         assert sink.positions() == {
             name: (tmp_path / name[0]).stat().st_size for name in ("metrics.jsonl", "timing.jsonl")
         }
-    assert files.read_jsonl(tmp_path / "m").records == [
+    assert files.read_jsonl(tmp_path / "m") == [
         {"kind": "grip", "step": 1, "batch": 1, "epoch": 0.5, "clean": None, "trained": None, "strongest": 0.3}
         | {"strength": 1, "lost": False, "nonfinite": {"clean": "nan", "trained": "inf"}}
     ]
     assert repr(read_metrics(tmp_path / "m")) == repr([grip])  # nan is not nan
-    assert files.read_jsonl(tmp_path / "t").records == [cost.model_dump()]
+    assert files.read_jsonl(tmp_path / "t") == [cost.model_dump()]
     assert read_timing(tmp_path / "t") == [cost]
     assert render.TerminalSink(quiet=True, metrics=None, timing=None).positions() == {}
 

@@ -14,10 +14,11 @@ from cfamc_cli.engine import robust as module
 from cfamc_cli.engine.attacks.autoattack import Plan, Stage
 from cfamc_cli.engine.attacks.fast import frozen_copy
 from cfamc_cli.engine.attacks.verify import Meter, Predictor, in_region, look, undisturbed
-from cfamc_cli.engine.ball import Norm, norms
+from cfamc_cli.engine.ball import norms
 from cfamc_cli.engine.randomness import balanced_order
 from cfamc_cli.engine.robust import Evaluation, Examples, Outcome, evaluate
 from cfamc_cli.engine.sink import NullSink
+from cfamc_cli.recipe import Norm
 from cfamc_cli.records import Stage as StageTotal
 
 CPU = torch.device("cpu")

@@ -293,10 +293,10 @@ def test_16_writers_are_never_read_torn(tmp_path: Path) -> None:
     for turn in range(1000):
         path = paths[turn % 16]
         if path.exists():
-            records = files.read_jsonl(path).records
+            records = files.read_jsonl(path)
             assert [record["n"] for record in records] == list(range(len(records)))
         if path.with_suffix(".json").exists():
             assert files.read_bytes(path.with_suffix(".json")).endswith(b"}\n")
     for process in processes:
         process.join(timeout=120)
-    assert [len(files.read_jsonl(path).records) for path in paths] == [200] * 16
+    assert [len(files.read_jsonl(path)) for path in paths] == [200] * 16

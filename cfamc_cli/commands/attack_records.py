@@ -257,7 +257,7 @@ def _keep_time(timing: JsonLines, outcome: Outcome) -> None:
 def _seconds(path: Path) -> dict[Place, float]:
     """Times by block and stage; none where they cannot be read."""
     try:
-        lines = [StageTime.model_validate(line) for line in read_jsonl(path).records]
+        lines = [StageTime.model_validate(line) for line in read_jsonl(path)]
     except (CfamcError, ValidationError):
         return {}
     return {(line.block, line.stage): line.seconds for line in lines}

@@ -383,7 +383,7 @@ def _read_all(folder: Path, model: type[R], warn: Callable[[str], None]) -> Iter
 
 def _export_metrics(run: RunFolder, wanted: Dashboard, target: Path, *, force: bool) -> MetricsRecord:
     record = load_record(run.run_json, RunRecord)
-    lines = read_jsonl(run.metrics).records
+    lines = read_jsonl(run.metrics)
     if not lines:
         raise CfamcError(f"run {run.id} has no metrics yet", exit_code=ExitCode.BAD_DATA)
     match wanted:

@@ -5,12 +5,10 @@ Symbols: x the clean images, delta the perturbation, eps the radius, all in unit
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-Norm = Literal["linf", "l2"]
+from cfamc_cli.recipe import Norm
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:

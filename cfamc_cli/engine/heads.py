@@ -20,11 +20,11 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from cfamc_cli.engine import checkpoint as checkpoints
 from cfamc_cli.engine.crops import CropParameters, crop_batch, sample_parameters
-from cfamc_cli.engine.models import Encoder, Features
+from cfamc_cli.engine.models import Encoder
 from cfamc_cli.engine.randomness import addressed_generator
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.files import read_bytes
-from cfamc_cli.recipe import AggregatedCrops, Augment, Crops, Model, Probe, Recipe
+from cfamc_cli.recipe import AggregatedCrops, Augment, Crops, Features, Model, Probe, Recipe
 from cfamc_cli.records import ProbeRecord, load_record
 
 HEAD = "head.safetensors"

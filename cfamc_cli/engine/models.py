@@ -14,9 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cfamc_cli.recipe import DEPTHS, Model
-
-Features = Literal["pre_feature", "backbone"]
+from cfamc_cli.recipe import DEPTHS, Features, Model
 
 
 class BasicBlock(nn.Module):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cfamc_cli.engine.attacks.pgd import cross_entropy_of, projected_ascent
 from cfamc_cli.engine.attacks.search import Predict, Region
-from cfamc_cli.engine.ball import Norm
+from cfamc_cli.recipe import Norm
 
 _TILE = 112  # pixels of the smaller side that small images are enlarged to
 _GAP, _LINE = 8, 14

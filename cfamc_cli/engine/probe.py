@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cfamc_cli.engine.heads import Classifier, CropSource, LinearHead, feature_dim, read_features
-from cfamc_cli.engine.models import Encoder, Features
+from cfamc_cli.engine.models import Encoder
 from cfamc_cli.engine.optim import learning_rate
 from cfamc_cli.engine.randomness import addressed_generator, epoch_order
 from cfamc_cli.errors import CfamcError, ExitCode
-from cfamc_cli.recipe import AggregatedCrops, Cosine, Linear
+from cfamc_cli.recipe import AggregatedCrops, Cosine, Features, Linear
 from cfamc_cli.records import Accuracy, ClassAccuracy
 
 _CHUNK = 512  # samples of a forward pass, and rows of a distance matrix

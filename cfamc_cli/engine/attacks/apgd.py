@@ -15,7 +15,8 @@ from torch import Tensor
 
 from cfamc_cli.engine.attacks.objectives import Loss, evaluate_loss, ranked_targets
 from cfamc_cli.engine.attacks.search import Predict, Region, Roster, blend, climb, fooled, logits_at, steepest, take
-from cfamc_cli.engine.ball import Norm, norms, per_sample
+from cfamc_cli.engine.ball import norms, per_sample
+from cfamc_cli.recipe import Norm
 
 _MOMENTUM = 0.75  # alpha of the paper: the share of the new step
 _RHO = 0.75

@@ -21,9 +21,8 @@ from cfamc_cli.engine.attacks.pgd import fgsm, pgd
 from cfamc_cli.engine.attacks.search import Predict, climb, fooled, logits_at
 from cfamc_cli.engine.attacks.square import square
 from cfamc_cli.engine.attacks.verify import Traces, in_region
-from cfamc_cli.engine.ball import Norm
 from cfamc_cli.engine.randomness import addressed_generator
-from cfamc_cli.recipe import EmbeddingAttack, SquareAttack
+from cfamc_cli.recipe import EmbeddingAttack, Norm, SquareAttack
 from cfamc_cli.records import Flag
 
 _RANDOM = 1e-4  # relative difference of the logits of two equal passes

@@ -18,7 +18,6 @@ from cfamc_cli.engine.attacks.fab import fab
 from cfamc_cli.engine.attacks.pgd import embedding_pgd, fgsm, pgd
 from cfamc_cli.engine.attacks.search import Predict
 from cfamc_cli.engine.attacks.square import square
-from cfamc_cli.engine.ball import Norm
 from cfamc_cli.recipe import (
     ApgdAttack,
     Attack,
@@ -26,6 +25,7 @@ from cfamc_cli.recipe import (
     EmbeddingAttack,
     FabAttack,
     FgsmAttack,
+    Norm,
     PgdAttack,
     SquareAttack,
     TargetedApgdAttack,

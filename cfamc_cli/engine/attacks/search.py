@@ -14,7 +14,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from cfamc_cli.engine.ball import Norm, norms, per_sample, project
+from cfamc_cli.engine.ball import norms, per_sample, project
+from cfamc_cli.recipe import Norm
 
 Predict = Callable[[Tensor], Tensor]  # images in [0, 1], (N, C, H, W) -> logits (N, classes)
 Rows = TypeVar("Rows")

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from cfamc_cli.engine.attacks.objectives import label_margin
 from cfamc_cli.engine.attacks.search import Predict, Region, Roster, blend, logits_at, take
-from cfamc_cli.engine.ball import Norm, norms, per_sample
+from cfamc_cli.engine.ball import norms, per_sample
+from cfamc_cli.recipe import Norm
 
 _P_INIT = 0.8
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries after which p is halved

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from cfamc_cli.engine.attacks.search import Predict, logits_at
-from cfamc_cli.engine.ball import Norm, norms
+from cfamc_cli.engine.ball import norms
 from cfamc_cli.engine.device import full_precision
+from cfamc_cli.recipe import Norm
 
 BATCHES = (1, 7, 64)  # sizes at which predictions are made again
 _ROUNDING = 1e-6  # of eps and in image units: what float32 adds to a point on the surface of the ball
