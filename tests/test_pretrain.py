@@ -25,7 +25,7 @@ from cfamc_cli.engine.journal import Diverged
 from cfamc_cli.engine.losses import Terms, objective_loss
 from cfamc_cli.engine.models import Encoder, frozen_statistics
 from cfamc_cli.engine.optim import LarsOptimizer, learning_rate
-from cfamc_cli.engine.pretrain import Outcome, Trainer
+from cfamc_cli.engine.pretrain import Trainer
 from cfamc_cli.engine.sink import NullSink
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.recipe import (
@@ -88,7 +88,7 @@ def never() -> int:
 def trained(recipe: Recipe, images: ImageSet, folder: Path) -> tuple[Trainer, Listener]:
     sink = Listener()
     trainer = trainer_of(recipe, images, sink)
-    assert trainer.train(folder, stop=never) == Outcome("finished", trainer.updates, 0)
+    assert (trainer.train(folder, stop=never), trainer.step) == (0, trainer.updates)
     return trainer, sink
 
 
@@ -199,10 +199,10 @@ def test_stopped_after_every_batch_equals_straight_through(
             assert not problems
             assert saved.progress["positions"] == {"metrics.jsonl": len(kept)}
             trainer.load(saved, path=path)
-        outcome = trainer.train(folder, stop=lambda: 15)
+        signal = trainer.train(folder, stop=lambda: 15)
         kept = sink.records
         finished = step == straight.updates
-        assert outcome == (Outcome("finished", step, 0) if finished else Outcome("interrupted", step, 15))
+        assert (signal, trainer.step) == (0 if finished else 15, step)
     assert kept == records.records
     assert newest_bytes(folder) == newest_bytes(tmp_path / "straight")
 
@@ -650,6 +650,14 @@ def test_deterministic_training_runs_and_is_undone_by_the_next_run(tiny_images: 
     assert torch.are_deterministic_algorithms_enabled()
     trainer_of(tiny_recipe(), tiny_images)
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_float32_is_not_shortened_to_tf32(precision: str, tiny_images: ImageSet) -> None:
+    trainer_of(tiny_recipe(train={"precision": precision}), tiny_images)
+    short = (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
+    torch.backends.cudnn.allow_tf32 = True
+    assert short == (precision == "bfloat16", False)
 
 
 @pytest.mark.slow

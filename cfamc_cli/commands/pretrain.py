@@ -293,10 +293,10 @@ def _train(
             keeper.begin(trainer, data)
             folder = run.checkpoints if run is not None else Path()
             with signals.deferred():
-                outcome = trainer.train(folder, stop=signals.pending)
-            keeper.end(trainer, outcome.status)
-            if outcome.status == "interrupted":
-                raise Interrupted(outcome.signal)
+                signal = trainer.train(folder, stop=signals.pending)
+            keeper.end(trainer, "interrupted" if signal else "finished")
+            if signal:
+                raise Interrupted(signal)
     return keeper.summary(_reference(kept, options)) if kept is not None else None
 
 

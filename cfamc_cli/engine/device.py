@@ -87,8 +87,9 @@ def full_precision(device: torch.device) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = short
 
 
-def prepare(device: torch.device, *, deterministic: bool) -> None:
+def prepare(device: torch.device, *, deterministic: bool, precision: Precision) -> None:
     """Set the process-wide switches of training on `device`."""
+    torch.backends.cudnn.allow_tf32 = precision != "float32"
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = not deterministic

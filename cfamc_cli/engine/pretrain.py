@@ -8,7 +8,6 @@ The loop never waits for the device between two log intervals: what it reports s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -34,21 +33,6 @@ from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.recipe import FreeAdversary, Recipe
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a sitting of training ended.
-
-    Attributes:
-        status: Whether all weight updates were made.
-        step: Weight updates made, over all sittings.
-        signal: What asked the loop to stop; 0 where it finished.
-    """
-
-    status: Literal["finished", "interrupted"]
-    step: int
-    signal: int
-
-
 class Trainer:
     """One run under way: what `train` moves from update to update, and what a checkpoint holds."""
 
@@ -69,10 +53,10 @@ class Trainer:
         batch_size = recipe.train.batch_size
         self.per_epoch = len(data.images) // batch_size  # an incomplete batch is dropped: delta is carried by position
         self.labels = data.require_labels().to(device) if recipe.objective.name == "supcon" else None
-        prepare(device, deterministic=recipe.train.deterministic)
+        self.precision = pick_precision(recipe.train.precision, device)
+        prepare(device, deterministic=recipe.train.deterministic, precision=self.precision)
         self.recipe, self.device, self.world, self.sink = recipe, device, world, sink
         self.share = world.share(batch_size)
-        self.precision = pick_precision(recipe.train.precision, device)
         self.images = to_device(data.images, device=device)
         self.batches = recipe.batches(len(data.images))
         self.updates = self.batches * recipe.replays
@@ -92,12 +76,15 @@ class Trainer:
             share=batch_size // world.size,
         )
 
-    def train(self, folder: Path, *, stop: Callable[[], int]) -> Outcome:
+    def train(self, folder: Path, *, stop: Callable[[], int]) -> int:
         """Train from where the run stands to its end, or until `stop` returns a signal's number.
 
         Args:
             folder: Where checkpoints go.
             stop: Asked after every batch, and all the while in an evaluation; on a signal the loop saves and returns.
+
+        Returns:
+            The signal that ended it; 0 where all weight updates were made.
 
         Raises:
             Diverged: A loss, gradient or weight is not finite; nothing of it was saved.
@@ -110,9 +97,9 @@ class Trainer:
             # A checkpoint of this moment is older than its evaluation, which a run that goes on from there makes again.
             if self._evaluates_after(batch) and not self._evaluate(stop):
                 self.save(folder)
-                return Outcome("interrupted", self.step, stop())
+                return stop()
             if batch == self.batches:
-                return Outcome("finished", self.step, 0)
+                return 0
 
             with self.journal.waiting():
                 crops, labels = self.crops_of(batch)
@@ -135,7 +122,7 @@ class Trainer:
             if signal or self._saves_after(batch + 1):
                 self.save(folder)
             if signal and self.step < self.updates:
-                return Outcome("interrupted", self.step, signal)
+                return signal
 
     def loss_of(self, groups: Sequence[Tensor], labels: Tensor | None) -> tuple[Tensor, Terms]:
         """Embed this process's crops, and compute the objective over the whole batch: z (V, B, D) and its terms."""

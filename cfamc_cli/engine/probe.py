@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cfamc_cli.engine.device import full_precision
 from cfamc_cli.engine.heads import Classifier, CropSource, LinearHead, feature_dim, read_features
 from cfamc_cli.engine.models import Encoder
 from cfamc_cli.engine.optim import learning_rate
@@ -59,9 +60,10 @@ def extract_features(
     encoder.eval()
     read = torch.empty(len(images), feature_dim(encoder, features), device=device)  # filled in place: no room for two
     size = _CHUNK if crops is None else max(1, _CHUNK // crops.group.count)
-    for x, indices in _chunks(images, size, device=device, each=each):
-        part = read_features(encoder, x, indices, features=features, crops=crops)
-        read[indices[0] : indices[-1] + 1] = part
+    with full_precision(device):
+        for x, indices in _chunks(images, size, device=device, each=each):
+            part = read_features(encoder, x, indices, features=features, crops=crops)
+            read[indices[0] : indices[-1] + 1] = part
     encoder.train(training)
     return read
 
@@ -116,7 +118,8 @@ def weighted_knn(
 def classify(classifier: Classifier, images: Tensor, *, device: torch.device, each: Each = _silent) -> Tensor:
     """Predicted labels (N,) of images (N, 3, S, S) uint8, in float32 and in the mode that the classifier is in."""
     chunks = _chunks(images, _CHUNK, device=device, each=each)
-    return torch.cat([classifier(x, indices).argmax(1) for x, indices in chunks])
+    with full_precision(device):
+        return torch.cat([classifier(x, indices).argmax(1) for x, indices in chunks])
 
 
 @torch.no_grad()
