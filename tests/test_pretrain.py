@@ -280,7 +280,7 @@ UNUSUAL: dict[str, Any] = {
 
 def test_crops_are_those_of_the_recipe_and_of_their_epoch_and_batch(tiny_images: ImageSet) -> None:
     raw = tiny_recipe("emp-ssl", "none", **UNUSUAL).resolved()
-    group = {"count": 2, "size": 8, "scale": [0.3, 0.5], "ratio": [0.5, 0.6]}
+    group: dict[str, Any] = {"count": 2, "size": 8, "scale": [0.3, 0.5], "ratio": [0.5, 0.6]}
     recipe = Recipe.model_validate({**raw, "crops": [group, {"count": 1, "size": 12}]})
     trainer, augment = trainer_of(recipe, tiny_images), Augment.model_validate(UNUSUAL["augment"])
     for batch, epoch, index in ((0, 0, 0), (11, 1, 3)):
