@@ -143,6 +143,8 @@ def test_a_feature_that_never_changes_keeps_its_scale() -> None:
     features, _ = blobs(50, 6, 2, spread=1.0)
     features[:, 2] = 0.0
     mean, std = probe.standardization(features)
+    np.testing.assert_allclose(mean, features.double().numpy().mean(0), rtol=1e-5)
+    np.testing.assert_allclose(std[:2], features.double().numpy().std(0)[:2], rtol=1e-5)
     assert mean[2] == 0
     assert std[2] == 1
     assert linear_head(features, 2, standardize=True).scaled(features).isfinite().all()
