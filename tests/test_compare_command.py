@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 import random
 import re
@@ -642,18 +643,118 @@ def test_learning_curves_have_a_thin_line_for_each_seed(store: Path) -> None:
     assert len([line for line in lines if not str(line.get_label()).startswith("_")]) == 2
 
 
-def test_time_is_held_against_clean_and_robust_accuracy(store: Path) -> None:
+def points(axes: Any) -> list[dict[str, Any]]:
+    """What each point of a picture says: where it lies, how far its bars reach, and what it is called."""
     from matplotlib.container import ErrorbarContainer
 
-    axes = drawn(store, "Accuracy against training time")
-    points: list[Any] = [bars.lines[0] for bars in axes.containers if isinstance(bars, ErrorbarContainer)]
-    hollow, filled = (
-        [point.get_ydata()[0] for point in points if (point.get_markerfacecolor() == "white") == clean]
-        for clean in (True, False)
+    found = []
+    for bars in axes.containers:
+        assert isinstance(bars, ErrorbarContainer)
+        line, _, collections = bars.lines
+        reach = [segment for collection in collections for segment in collection.get_segments()]
+        found.append(
+            {
+                "x": line.get_xdata()[0],
+                "y": line.get_ydata()[0],
+                "bars": [
+                    sorted([*segment[:, 0]] if bars.has_xerr and not k else [*segment[:, 1]])
+                    for k, segment in enumerate(reach)
+                ],
+                "hollow": line.get_markerfacecolor() == "white",
+                "name": None if str(bars.get_label()).startswith("_") else str(bars.get_label()).strip(),
+                "colour": line.get_color(),
+            }
+        )
+    return found
+
+
+def wilson_by_roots(correct: int, n: int) -> list[float]:
+    """Percent; where the score test is just not significant: (p - q)^2 = z^2 q (1 - q) / n, solved for q."""
+    z2, p = 1.959963984540054**2 / n, correct / n
+    a, b, c = 1 + z2, -(2 * p + z2), p * p
+    root = (b * b - 4 * a * c) ** 0.5
+    return [100 * (-b - root) / (2 * a), 100 * (-b + root) / (2 * a)]
+
+
+def test_clean_accuracy_lies_on_x_and_robust_on_y_each_with_its_interval(store: Path) -> None:
+    axes = drawn(store, "Clean against robust accuracy")
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("clean accuracy (%)", "robust accuracy (%), pgd linf 8/255")
+    assert axes.get_title() == "Clean against robust accuracy"
+    best, other = points(axes)
+    assert [(point["name"], point["x"], point["y"]) for point in (best, other)] == [
+        ("b", 80.0, 40.0),
+        ("a", 70.0, pytest.approx(23.4)),
+    ]
+    for point, clean, robust in ((best, 800, 400), (other, 700, 234)):
+        across, upright = point["bars"]
+        assert across == pytest.approx(wilson_by_roots(clean, 1000))
+        assert upright == pytest.approx(wilson_by_roots(robust, 1000))
+    assert best["colour"] != other["colour"]
+    assert [line for line in axes.get_lines() if line.get_linestyle() == "--"] == []  # one alone is the whole front
+
+
+def test_the_front_is_drawn_through_what_nothing_dominates(store: Path) -> None:
+    sure = [i % 10 < 9 for i in range(1000)]
+    add_attack(make_run(store, C, name="c", digest="cc"), clean=sure, robust=[i < 300 for i in range(1000)])
+    axes = drawn(store, "Clean against robust accuracy")
+    (front,) = [line for line in axes.get_lines() if line.get_linestyle() == "--"]
+    assert [*zip(front.get_xdata(), front.get_ydata(), strict=True)] == [(80.0, 40.0), (90.0, 30.0)]  # and not a
+    assert front.get_drawstyle() == "steps-pre"
+
+
+def test_seeds_have_the_spread_as_their_bars(store: Path) -> None:
+    more = [i % 10 < 7 for i in range(1000)]
+    add_attack(make_run(store, C, seed=1), clean=more, robust=[i < 300 for i in range(1000)])
+    folded = next(
+        point for point in points(drawn(store, "Clean against robust accuracy")) if "2 seeds" in point["name"]
     )
-    found = gather([A, B], store).entries
-    assert sorted(hollow) == sorted(100 * entry.clean.value for entry in found)
-    assert sorted(filled) == sorted(100 * entry.robust.value for entry in found if entry.robust)
+    assert (folded["x"], folded["y"]) == (70.0, pytest.approx(26.7))
+    spread = 6.6 / 2**0.5  # of 23.4 and 30.0, by n - 1
+    assert folded["bars"] == [[70.0, 70.0], pytest.approx([26.7 - spread, 26.7 + spread])]
+
+
+def test_accuracy_against_eps_begins_with_clean_images(store: Path) -> None:
+    add_attack(store / A, "pgd-002", eps="4/255", robust=[i % 5 < 2 for i in range(1000)])
+    axes = drawn(store, "Accuracy against eps")
+    (line,) = axes.get_lines()  # b was attacked at one size
+    assert [*line.get_xdata()] == pytest.approx([0.0, 4.0, 8.0])
+    assert [*line.get_ydata()] == pytest.approx([70.0, 40.0, 23.4])
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("eps (255ths)", "accuracy (%)")
+    assert str(line.get_label()).strip() == "a"
+    assert axes.get_ylim()[0] == 0
+
+
+def test_learning_curves_are_those_of_the_metrics(store: Path) -> None:
+    add_metrics(store / A)
+    add_metrics(store / B)
+    axes = drawn(store, "Training loss")
+    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_title()) == ("epoch", "loss", "Training loss")
+    steps = range(0, 1501, 50)
+    for line in axes.get_lines():
+        assert [*line.get_xdata()] == pytest.approx([step / 1500 for step in steps])
+        assert [*line.get_ydata()] == pytest.approx([-200 + 30 * 0.998**step for step in steps])
+    axes = drawn(store, "Online accuracy while training")
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("epoch", "clean accuracy (%)")
+    assert [str(line.get_label()).strip() for line in axes.get_lines()] == ["b", "a"]
+    for line in axes.get_lines():
+        assert [*line.get_xdata()] == pytest.approx([0, 1 / 3, 2 / 3, 1])
+        assert [*line.get_ydata()] == pytest.approx([20.0, 30.0, 40.0, 50.0])
+
+
+def test_time_is_held_against_clean_and_robust_accuracy(store: Path) -> None:
+    make_run(store, B, name="b", digest="bb", recipe={"adversary": {"name": "pgd", "steps": 5}}, wall_seconds=90.0)
+    axes = drawn(store, "Accuracy against training time")
+    found = [(point["x"], point["y"], point["hollow"], point["name"]) for point in points(axes)]
+    assert found == [
+        (1.5, 80.0, True, None),
+        (1.5, 40.0, False, "b"),
+        (pytest.approx(700 / 60), 70.0, True, None),
+        (pytest.approx(700 / 60), pytest.approx(23.4), False, "a"),
+    ]
+    assert [point["bars"] for point in points(axes)] == [
+        [pytest.approx(wilson_by_roots(right, 1000))] for right in (800, 400, 700, 234)
+    ]
+    assert axes.get_xlabel() == "training time (min)"
     assert axes.get_ylabel() == "accuracy (%): clean hollow, robust filled\npgd linf 8/255"
 
 
@@ -756,6 +857,80 @@ def test_markdown_and_latex_and_csv_have_a_cell_for_each_column(
     run([], store, output="csv", baseline=A)
     rows = list(csv.reader(io.StringIO(capsys.readouterr().out)))
     assert len({len(row) for row in rows}) == 1
+
+
+def test_cells_of_text_tables(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run([], store, output="markdown", baseline=A)
+    title, _, head, _, first, second, *rest = capsys.readouterr().out.splitlines()
+    assert title.startswith("### cifar10 test (63696661), linear head on pre\\_feature, pgd (restarts 1, ")
+    assert title.endswith("step\\_size 0.01, steps 20), linf 8/255 in image space")
+    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in (head, first, second)]
+    assert dict(zip(cells[0], cells[1], strict=True)) == {
+        "": r"\*",
+        "run": B,
+        "clean %": r"80.0 \[77.4, 82.4\]",
+        "robust %": r"40.0 \[37.0, 43.1\]",
+        "clean diff": "+10.0",
+        "clean p": r"\< 0.0001",
+        "robust diff": "+16.6",
+        "robust p": r"\< 0.0001",
+        "shared": "1,000",
+        "n": "1,000",
+        "time": "11 min 40 s",
+        "epochs": "1",
+        "views": "600.0 k",
+        "recipe": "adversary.name=pgd, adversary.steps=5",
+        "note": "",
+    }
+    assert cells[2][1:9] == [A, r"70.0 \[67.1, 72.8\]", r"23.4 \[20.9, 26.1\]", "", "", "", "", ""]
+    assert cells[2][-2:] == ["adversary.name=free, adversary.replays=3", "baseline"]
+    assert rest[1] == (
+        f"{B} leads {A} by 16.6 points of robust accuracy on 1,000 shared samples: more than chance "
+        r"(McNemar p \< 0.0001)"
+    )
+    run([], store, output="latex", baseline=A)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2:5] == [r"\begin{tabular}{llrrrrrrrrrrrll}", r"\toprule", lines[4]]
+    assert lines[6] == (
+        rf"{{*}} & {B} & 80.0 {{[}}77.4, 82.4] & 40.0 {{[}}37.0, 43.1] & +10.0 & \textless{{}} 0.0001 & +16.6 & "
+        r"\textless{} 0.0001 & 1,000 & 1,000 & 11 min 40 s & 1 & 600.0 k & adversary.name=pgd, adversary.steps=5 &  \\"
+    )
+
+
+def test_cells_of_the_csv_and_the_json(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    add_attack(make_run(store, C, seed=1), robust=[i < 300 for i in range(1000)])
+    run([], store, output="csv", baseline=B)
+    best, folded = csv.DictReader(io.StringIO(capsys.readouterr().out))
+    shares = {key: float(value) for key, value in best.items() if key.startswith(("clean", "robust")) and value}
+    low, high = zip(wilson_by_roots(800, 1000), wilson_by_roots(400, 1000), strict=True)
+    assert shares == pytest.approx(
+        {
+            **{"clean": 0.8, "clean_low": low[0] / 100, "clean_high": high[0] / 100},
+            **{"robust": 0.4, "robust_low": low[1] / 100, "robust_high": high[1] / 100},
+        }
+    )
+    shares = {key: float(value) for key, value in folded.items() if key.startswith(("clean", "robust")) and value}
+    spread = 0.066 / 2**0.5
+    means = {"clean": 0.7, "clean_std": 0.0, "robust": 0.267, "robust_std": spread}
+    assert shares == pytest.approx(means | {"clean_diff": -0.1, "robust_diff": -0.133})
+    said = ("label", "runs", "seeds", "seconds", "n", "front", "baseline", "adversary.name", "origin", "eps")
+    assert [best[key] for key in said] == [B, B, "0", "700.0", "1000", "True", "True", "pgd", "measured", "8/255"]
+    told = ["a (2 seeds)", f"{A} {C}", "0 1", "700.5", "1000", "False", "False", "free", "measured", "8/255"]
+    assert [folded[key] for key in said] == told
+    (table,) = result(capsys, [], store, baseline=A, fold=False)["tables"]
+    row = table["rows"][0]
+    assert row["label"] == B
+    for which, right in (("clean", 800), ("robust", 400)):
+        low_end, high_end = wilson_by_roots(right, 1000)
+        assert row[which] == pytest.approx(
+            {"value": right / 1000, "n": 1000, "runs": 1, "std": None, "low": low_end / 100, "high": high_end / 100}
+        )
+    mine = [i % 10 < 8 and i % 2 == 0 for i in range(1000)]
+    theirs = [i % 10 < 7 and i % 3 == 0 for i in range(1000)]
+    gained, lost = (sum(a and not b for a, b in zip(*pair, strict=True)) for pair in ((mine, theirs), (theirs, mine)))
+    tail = sum(math.comb(gained + lost, k) for k in range(min(gained, lost) + 1))
+    exact = {"value": 0.166, "shared": 1000, "gained": gained, "lost": lost, "p": 2 * tail / 2 ** (gained + lost)}
+    assert row["against"]["robust"] == pytest.approx(exact)
 
 
 @pytest.mark.parametrize("label", ["*", "[1em]"])
