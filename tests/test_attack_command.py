@@ -572,7 +572,7 @@ def test_what_the_curve_over_eps_shows(attack: Attack, store: Path, figures: lis
     (axes,) = figures[-1].axes
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("eps (255ths of the image range)", "accuracy (%)")
     worst, own = axes.lines
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["worst case up to eps", "pgd"]
+    assert [text.get_text() for text in figures[-1].legends[0].get_texts()] == ["worst case up to eps", "pgd"]
     parts = [small["clean"], small["worst_case"], large["worst_case"]]
     assert list(worst.get_xdata()) == pytest.approx([0, 1, 4])
     assert list(worst.get_ydata()) == pytest.approx([100 * part["value"] for part in parts])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,13 +24,12 @@ from cfamc_cli.commands.attack_report import (
     draw_accuracy,
     draw_loss,
     lacks_audit,
-    need_matplotlib,
     tell,
 )
 from cfamc_cli.commands.attack_settings import Flags, Space, asked_attacks, check_flags, invalid
 from cfamc_cli.commands.pretrain import Options
 from cfamc_cli.commands.signals import Interrupted, catch_signals
-from cfamc_cli.errors import CfamcError, ExitCode
+from cfamc_cli.errors import CfamcError, ExitCode, missing_library
 from cfamc_cli.files import read_bytes, write_bytes
 from cfamc_cli.recipe import Attack, Recipe, number
 from cfamc_cli.records import (
@@ -71,8 +71,8 @@ def attack(reference: str | None, *, flags: Flags, options: Options) -> None:
             ended the work.
     """
     check_flags(flags)
-    if flags.plot:
-        need_matplotlib()
+    if flags.plot and find_spec("matplotlib") is None:
+        raise missing_library("--plot needs matplotlib", extra="plots")
     run = find_run(default_store(options.runs), reference or LATEST, accept=_has_checkpoint)
     if not _has_checkpoint(run):
         raise CfamcError(

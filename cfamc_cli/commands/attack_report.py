@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from cfamc_cli import render
-from cfamc_cli.commands.attack_settings import invalid
 from cfamc_cli.commands.pretrain import Options
 from cfamc_cli.errors import CfamcError, ExitCode
-from cfamc_cli.recipe import fraction, number
+from cfamc_cli.plots import draw
+from cfamc_cli.recipe import fraction
 from cfamc_cli.records import Accuracy, AttackRecord, Flag
 from cfamc_cli.store import RunFolder
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 NOT_AUDITED = "audit"  # the flag that says that the full audit was not asked for
 _CURVE_WIDTH = 40
@@ -77,17 +80,19 @@ def curves(results: Sequence[Result]) -> list[list[Point]]:
     made = []
     for group in groups.values():
         points: list[Point] = []
-        by_radius: dict[Fraction, list[Result]] = {}
-        for result in group:
-            by_radius.setdefault(fraction(result.record.threat.eps), []).append(result)
         standing = list(group[0].clean)
-        for radius in sorted(by_radius):
-            for result in by_radius[radius]:
+        for _, tied in groupby(sorted(group, key=_radius), key=_radius):
+            same = list(tied)
+            for result in same:
                 standing = [a and b for a, b in zip(standing, result.robust, strict=True)]
             worst = Accuracy.of(sum(standing), len(standing))
-            points += [Point(result, worst) for result in by_radius[radius]]
+            points += [Point(result, worst) for result in same]
         made.append(points)
     return made
+
+
+def _radius(result: Result) -> Fraction:
+    return fraction(result.record.threat.eps)
 
 
 def tell(run: RunFolder, results: Sequence[Result], drawn: Sequence[Path], *, strict: bool, options: Options) -> None:
@@ -123,9 +128,9 @@ def tell(run: RunFolder, results: Sequence[Result], drawn: Sequence[Path], *, st
             for point in points
         ],
     }
+    if not options.as_json:
+        _print_table(points)
     if strict and untrusted:
-        if not options.as_json:
-            _print_table(points)
         names = ", ".join(dict.fromkeys(flag.name for result in untrusted for flag in result.failed))
         raise CfamcError(
             f"the evaluation cannot be trusted: {names}",
@@ -135,24 +140,15 @@ def tell(run: RunFolder, results: Sequence[Result], drawn: Sequence[Path], *, st
         )
     if options.as_json:
         render.print_json(answer)
-    else:
-        _print_table(points)
 
 
 def _print_table(points: Sequence[Point]) -> None:
     first = points[0].result.record
-    rows = [
-        (
-            point.result.record.attack,
-            f"{point.result.record.threat.norm} {point.result.record.threat.eps}",
-            render.interval(point.result.record.clean),
-            render.interval(point.result.record.robust),
-            render.percent(point.worst.value),
-            _verdict(point.result),
-            point.result.record.id,
-        )
-        for point in points
-    ]
+    rows = []
+    for point in points:
+        record, threat = point.result.record, point.result.record.threat
+        shares = (render.interval(record.clean), render.interval(record.robust), render.percent(point.worst.value))
+        rows.append((record.attack, f"{threat.norm} {threat.eps}", *shares, _verdict(point.result), record.id))
     title = f"{first.run}, head {first.probe}: {first.subset}; % with 95 % intervals"
     columns = ("attack", "threat", "clean", "robust", "worst case", "checks", "kept as")
     render.print_rows(title, columns, rows, right=(2, 3, 4))
@@ -177,69 +173,46 @@ def _curve_lines(group: Sequence[Point]) -> list[str]:
     return lines
 
 
-def need_matplotlib() -> Any:
-    """Return matplotlib, or say what to install."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise invalid("--plot needs matplotlib", "pip install 'cfamc[plots]'") from error
-    return matplotlib
-
-
-def _draw(title: str, xlabel: str) -> tuple[Any, Any]:
-    need_matplotlib()
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_title(render.clean(title), fontsize=9, parse_math=False)
-    axes.set_xlabel(xlabel)
-    axes.grid(alpha=0.3)
-    return figure, axes
-
-
-def _png(figure: Any) -> bytes:
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=150)
-    return out.getvalue()
-
-
 def draw_loss(losses: Sequence[float], right: Sequence[float], *, title: str) -> bytes:
     """Draw loss and accuracy against steps, as a PNG."""
-    figure, axes = _draw(title, "steps")
-    axes.plot(losses, color="#0072B2", marker=".")
-    axes.set_ylabel("mean cross-entropy", color="#0072B2")
-    other = axes.twinx()
-    other.plot([100 * share for share in right], color="#D55E00", linestyle="--")
-    other.set_ylabel("accuracy of the iterate (%)", color="#D55E00")
-    other.set_ylim(0, 102)
-    return _png(figure)
+
+    def panel(axes: Axes) -> None:
+        axes.set_title(render.clean(title), fontsize=9)
+        axes.set_xlabel("steps")
+        axes.plot(losses, color="#0072B2", marker=".")
+        axes.set_ylabel("mean cross-entropy", color="#0072B2")
+        other = axes.twinx()
+        other.plot([100 * share for share in right], color="#D55E00", linestyle="--")
+        other.set_ylabel("accuracy of the iterate (%)", color="#D55E00")
+        other.set_ylim(0, 102)
+        other.spines["right"].set_visible(True)
+
+    return draw([panel], ".png")
 
 
 def draw_accuracy(group: Sequence[Point]) -> bytes:
     """Draw the worst case against eps, with its interval, and each attack's own figures, as a PNG."""
     record = group[0].result.record
-    figure, axes = _draw(
-        f"{record.run}, {record.probe}, {record.threat.norm}, n = {record.clean.n}", "eps (255ths of the image range)"
-    )
-    worst = [(0.0, record.clean), *((255 * number(p.result.record.threat.eps), p.worst) for p in group)]
-    axes.fill_between(
-        [x for x, _ in worst],
-        [100 * a.low for _, a in worst],
-        [100 * a.high for _, a in worst],
-        alpha=0.2,
-        color="#0072B2",
-    )
-    axes.plot([x for x, _ in worst], [100 * a.value for _, a in worst], color="#0072B2", label="worst case up to eps")
-    for name in dict.fromkeys(point.result.record.attack for point in group):
-        own = [p.result.record for p in group if p.result.record.attack == name]
-        axes.plot(
-            [255 * number(r.threat.eps) for r in own],
-            [100 * r.robust.value for r in own],
-            "o",
-            label=render.clean(name),
-        )
-    axes.set_ylabel("accuracy (%)")
-    axes.set_ylim(bottom=0)
-    axes.legend(fontsize=8)
-    return _png(figure)
+    title = f"{record.run}, {record.probe}, {record.threat.norm}, n = {record.clean.n}"
+    worst = [(0.0, record.clean), *((_place(point), point.worst) for point in group)]
+
+    def panel(axes: Axes) -> None:
+        axes.set_title(render.clean(title), fontsize=9)
+        axes.set_xlabel("eps (255ths of the image range)")
+        at = [x for x, _ in worst]
+        bounds = [[100 * a.low for _, a in worst], [100 * a.high for _, a in worst]]
+        axes.fill_between(at, *bounds, alpha=0.2, color="#0072B2")
+        axes.plot(at, [100 * a.value for _, a in worst], color="#0072B2", label="worst case up to eps")
+        for name in dict.fromkeys(point.result.record.attack for point in group):
+            own = [point for point in group if point.result.record.attack == name]
+            values = [100 * point.result.record.robust.value for point in own]
+            axes.plot([_place(point) for point in own], values, "o", label=render.clean(name))
+        axes.set_ylabel("accuracy (%)")
+        axes.set_ylim(bottom=0)
+
+    return draw([panel], ".png")
+
+
+def _place(point: Point) -> float:
+    """Its radius in 255ths."""
+    return 255 * float(_radius(point.result))
