@@ -283,10 +283,10 @@ class Gallery:
         except (CfamcError, KeyError, ValueError):
             return {}  # they are made again
 
-    def _wanted_places(self) -> list[tuple[int, Place]]:
-        """Positions of the first examples that the known outcomes speak of, each with its block and stage."""
+    def _places(self, outcomes: Mapping[Place, Outcome]) -> list[tuple[int, Place]]:
+        """Positions of the first examples that the outcomes speak of, each with its block and stage."""
         places: list[tuple[int, Place]] = []
-        for (block, stage), outcome in sorted(self._ledger.outcomes.items()):
+        for (block, stage), outcome in sorted(outcomes.items()):
             if stage > 0 and len(places) < self._wanted:
                 first = block * self._ledger.empty.block
                 places += [(first + row, (block, stage)) for row, bit in enumerate(outcome.broken) if bit]
@@ -294,7 +294,7 @@ class Gallery:
 
     def missing(self) -> set[Place]:
         """Stages of blocks whose examples are wanted and were not kept."""
-        return {place for position, place in self._wanted_places() if position not in self._found}
+        return {place for position, place in self._places(self._ledger.outcomes) if position not in self._found}
 
     def finished(self) -> list[Outcome]:
         """The known outcomes, without those that are made again for their examples."""
@@ -307,16 +307,13 @@ class Gallery:
 
         from cfamc_cli.engine.checkpoint import write_tensors
 
-        before = sum(
-            sum(known.broken)
-            for place, known in self._ledger.outcomes.items()
-            if place[1] > 0 and place < (outcome.block, outcome.stage)
-        )
-        room = self._wanted - before
-        if outcome.stage == 0 or room <= 0 or not examples.positions:
+        places = self._places({**self._ledger.outcomes, (outcome.block, outcome.stage): outcome})
+        wanted = {position for position, _ in places}
+        rows = zip(examples.positions, examples.images, examples.labels, strict=True)
+        new = {position: (image.clone(), label) for position, image, label in rows if position in wanted}
+        if not new:
             return
-        rows = zip(examples.positions[:room], examples.images, examples.labels, strict=False)
-        self._found.update({position: (image.clone(), label) for position, image, label in rows})
+        self._found.update(new)
         kept = sorted(self._found.items())
         write_tensors(
             self._path,
@@ -329,5 +326,5 @@ class Gallery:
 
     def shown(self) -> list[tuple[int, Tensor, int]]:
         """Position, image and predicted label of the first examples."""
-        places = sorted(place for place, _ in self._wanted_places() if place in self._found)
+        places = sorted(place for place, _ in self._places(self._ledger.outcomes) if place in self._found)
         return [(place, *self._found[place]) for place in places]

@@ -42,10 +42,14 @@ def project(x: Tensor, delta: Tensor, *, eps: float, norm: Norm = "linf") -> Ten
     return (x + delta).clamp(0, 1) - x
 
 
+def steepest(grad: Tensor, *, norm: Norm) -> Tensor:
+    """The direction of unit length in `norm` along which a linear function rises fastest, as grad."""
+    return grad.sign() if norm == "linf" else grad / per_sample(norms(grad, norm=norm), grad).clamp_min(1e-12)
+
+
 def ascend(x: Tensor, delta: Tensor, grad: Tensor, *, eps: float, step_size: float, norm: Norm = "linf") -> Tensor:
     """One projected step of steepest ascent of length `step_size` along `grad` (Madry et al., arXiv:1706.06083)."""
-    unit = grad.sign() if norm == "linf" else grad / per_sample(norms(grad, norm=norm), grad).clamp_min(1e-12)
-    return project(x, delta + step_size * unit, eps=eps, norm=norm)
+    return project(x, delta + step_size * steepest(grad, norm=norm), eps=eps, norm=norm)
 
 
 def random_start(x: Tensor, *, eps: float, generator: torch.Generator, norm: Norm = "linf") -> Tensor:

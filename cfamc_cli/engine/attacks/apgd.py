@@ -7,15 +7,14 @@ halved, rho the share of rising steps below which it is.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from cfamc_cli.engine.attacks.objectives import Loss, evaluate_loss, ranked_targets
-from cfamc_cli.engine.attacks.search import Predict, Region, Roster, blend, climb, fooled, logits_at, steepest, take
-from cfamc_cli.engine.ball import norms, per_sample
+from cfamc_cli.engine.attacks.objectives import Loss, loss_of, ranked_targets
+from cfamc_cli.engine.attacks.search import Predict, Region, Roster, blend, climb, fooled, logits_at, take
+from cfamc_cli.engine.ball import norms, per_sample, steepest
 from cfamc_cli.recipe import Norm
 
 _MOMENTUM = 0.75  # alpha of the paper: the share of the new step
@@ -122,11 +121,6 @@ def _start(x: Tensor, *, eps: float, norm: Norm, generator: torch.Generator) -> 
     return x + eps * drawn.to(x.device)
 
 
-def _objective(loss: Loss, y: Tensor, target: Tensor) -> Callable[[Tensor], Tensor]:
-    """The loss as a function of the logits alone."""
-    return lambda z: evaluate_loss(loss, z, y, target)
-
-
 def _run(
     predict: Predict,
     region: Region,
@@ -142,7 +136,7 @@ def _run(
     roster = Roster(region.x)
     missed = torch.zeros(len(y), dtype=torch.bool, device=y.device)
     points = region.project(points)
-    logits, value, grad = climb(predict, points, _objective(loss, y, target), passes=eot)
+    logits, value, grad = climb(predict, points, loss_of(loss, y, target), passes=eot)
     s = _Ascent(
         region=region,
         y=y,
@@ -175,7 +169,7 @@ def _run(
             ahead = s.region.project(ahead)
         s.points, s.previous = blend(s.done, s.points, ahead), s.points
 
-        logits, value, s.grad = climb(predict, s.points, _objective(loss, s.y, s.target), passes=eot)
+        logits, value, s.grad = climb(predict, s.points, loss_of(loss, s.y, s.target), passes=eot)
         crossed = fooled(logits, s.y)
         s.done = s.done | (crossed & (eot == 1))
         missed[roster.index] |= crossed

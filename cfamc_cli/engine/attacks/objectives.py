@@ -5,6 +5,8 @@ Symbols: z the logits (N, classes), y the label, t the target class, z_(1) >= z_
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal, assert_never
 
 import torch
@@ -61,15 +63,15 @@ def targeted_dlr(z: Tensor, y: Tensor, target: Tensor) -> Tensor:
     return gap / (top[:, 0] - top[:, 2:].mean(1) + _TINY)
 
 
-def evaluate_loss(loss: Loss, z: Tensor, y: Tensor, target: Tensor) -> Tensor:
-    """The loss of the given name, (N,); `target` matters to the targeted one only."""
+def loss_of(loss: Loss, y: Tensor, target: Tensor) -> Callable[[Tensor], Tensor]:
+    """The loss of the given name as a function of the logits alone; `target` matters to the targeted one only."""
     match loss:
         case "apgd-ce":
-            return cross_entropy(z, y, reduction="none")
+            return partial(cross_entropy, target=y, reduction="none")
         case "apgd-dlr":
-            return dlr(z, y)
+            return partial(dlr, y=y)
         case "apgd-t":
-            return targeted_dlr(z, y, target)
+            return partial(targeted_dlr, y=y, target=target)
         case _:
             assert_never(loss)
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from cfamc_cli.engine.attacks.search import Predict, Region, Roster, blend, climb, fooled, logits_at, steepest
-from cfamc_cli.engine.ball import norms, per_sample, random_start
+from cfamc_cli.engine.attacks.search import Predict, Region, Roster, blend, climb, fooled, logits_at
+from cfamc_cli.engine.ball import norms, per_sample, random_start, steepest
 from cfamc_cli.recipe import Norm
 
 Start = Literal["zero", "random"]

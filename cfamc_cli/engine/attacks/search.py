@@ -159,13 +159,6 @@ def fooled(logits: Tensor, y: Tensor) -> Tensor:
     return logits.argmax(1) != y
 
 
-def steepest(grad: Tensor, *, norm: Norm) -> Tensor:
-    """The direction of unit length in `norm` along which a linear function rises fastest, as grad."""
-    if norm == "linf":
-        return grad.sign()
-    return grad / per_sample(norms(grad, norm="l2"), grad).clamp_min(1e-12)
-
-
 def blend(condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:
     """`yes` for the samples where `condition` (N,) holds and `no` elsewhere, as yes."""
     return torch.where(per_sample(condition, yes), yes, no)
