@@ -200,8 +200,8 @@ def draw_accuracy(group: Sequence[Point]) -> bytes:
         axes.set_title(render.clean(title), fontsize=9)
         axes.set_xlabel("eps (255ths of the image range)")
         at = [x for x, _ in worst]
-        bounds = [[100 * a.low for _, a in worst], [100 * a.high for _, a in worst]]
-        axes.fill_between(at, *bounds, alpha=0.2, color="#0072B2")
+        low, high = [100 * a.low for _, a in worst], [100 * a.high for _, a in worst]
+        axes.fill_between(at, low, high, alpha=0.2, color="#0072B2")
         axes.plot(at, [100 * a.value for _, a in worst], color="#0072B2", label="worst case up to eps")
         for name in dict.fromkeys(point.result.record.attack for point in group):
             own = [point for point in group if point.result.record.attack == name]
