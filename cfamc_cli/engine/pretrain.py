@@ -118,10 +118,10 @@ class Trainer:
 
             delta = self.adversary.delta
             self.journal.after_batch(self.encoder, z.detach(), crops, delta, attacked_loss, step=self.step)
-            signal = largest(stop(), self.world)
-            if signal or self._saves_after(batch + 1):
+            if self._saves_after(batch + 1):
                 self.save(folder)
-            if signal and self.step < self.updates:
+            if self.step < self.updates and (signal := largest(stop(), self.world)):
+                self.save(folder)
                 return signal
 
     def loss_of(self, groups: Sequence[Tensor], labels: Tensor | None) -> tuple[Tensor, Terms]:
