@@ -207,6 +207,48 @@ def test_stopped_after_every_batch_equals_straight_through(
     assert newest_bytes(folder) == newest_bytes(tmp_path / "straight")
 
 
+def test_a_signal_during_a_save_is_taken_before_the_next_batch(
+    tiny_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrived, save = [0], checkpoint.save
+
+    def signalled(*arguments: Any) -> Path:
+        arrived[0] = 2
+        return save(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save", signalled)
+    trainer = trainer_of(tiny_recipe("emp-ssl", "free", train={"checkpoint_every": 2}), tiny_images)
+    assert (trainer.train(tmp_path, stop=lambda: arrived[0]), trainer.step) == (2, 6)
+
+
+@pytest.mark.parametrize("cut", [0, 9])
+def test_an_evaluation_that_a_signal_cut_is_made_when_the_run_goes_on(
+    cut: int, tiny_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluate(
+        *_: object, eps: str, where: monitor.Where, stop: Callable[[], int], **__: object
+    ) -> EvaluationLine | None:
+        line = EvaluationLine(**where, n=20, knn=5, clean=10, robust=1, eps=eps, attack="pgd-10")
+        return None if where["step"] == cut and stop() else line
+
+    monkeypatch.setattr(journal, "HELD_OUT", 20)
+    monkeypatch.setattr(monitor, "evaluate", evaluate)
+    recipe = tiny_recipe("emp-ssl", "free", train={**SHORT, "evaluate_every": 1})
+    _, uncut = trained(recipe, tiny_images, tmp_path / "straight")
+    sink = Listener()
+    trainer = trainer_of(recipe, tiny_images, sink)
+    assert trainer.train(tmp_path, stop=lambda: 15 if trainer.step == cut else 0) == 15
+    assert [record["step"] for record in sink.records if record["kind"] == "evaluation"] == ([0] if cut else [])
+    path, saved, _ = checkpoint.newest_valid(tmp_path)
+    assert saved.progress["step"] == cut
+    assert saved.progress["positions"] == {"metrics.jsonl": len(sink.records)}
+    resumed = trainer_of(recipe, tiny_images, sink)
+    resumed.load(saved, path=path)
+    assert resumed.train(tmp_path, stop=never) == 0
+    assert sink.records == uncut.records
+    assert newest_bytes(tmp_path)[checkpoint.STATE] == newest_bytes(tmp_path / "straight")[checkpoint.STATE]
+
+
 def test_a_free_adversary_without_radius_and_replays_is_none_bit_for_bit(tiny_images: ImageSet, tmp_path: Path) -> None:
     still = {"eps": "0", "replays": 1}
     free, with_free = trained(
