@@ -8,12 +8,13 @@ from typing import Any, Literal, get_args
 import pytest
 import torch
 import torchvision
+from tiny import tiny_recipe
 from torch.utils.flop_counter import FlopCounterMode
 
 from cfamc_cli import recipe_file
 from cfamc_cli.engine.models import Encoder
 from cfamc_cli.errors import CfamcError, ExitCode
-from cfamc_cli.plan import activations_per_view, flops_per_view, parameter_counts, plan
+from cfamc_cli.plan import Plan, activations_per_view, flops_per_view, parameter_counts, plan
 from cfamc_cli.recipe import Model, Recipe
 
 Backbone = Literal["resnet18", "resnet34", "resnet50"]
@@ -61,6 +62,53 @@ def test_flops_equal_torchs_own_count(backbone: Backbone, stem: Literal["cifar",
         with FlopCounterMode(display=False) as counter:
             encoder(crops).sum().backward()
     assert counter.get_total_flops() == 2 * flops_per_view(model, size=size)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "stem", "size"), [("resnet18", "cifar", 16), ("resnet18", "imagenet", 33), ("resnet50", "cifar", 9)]
+)
+def test_activations_equal_what_passes_the_batch_norms(
+    backbone: Backbone, stem: Literal["cifar", "imagenet"], size: int
+) -> None:
+    model = Model(backbone=backbone, stem=stem, width=8, hidden_dim=64, embedding_dim=32)
+    kept: list[int] = []
+    with torch.device("meta"):
+        encoder = Encoder(model)
+        for module in encoder.modules():
+            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+                module.register_forward_hook(lambda _, inputs, output: kept.extend((inputs[0].numel(), output.numel())))
+        embedding = encoder(torch.empty(2, 3, size, size))
+    assert 2 * activations_per_view(model, size=size) == sum(kept) + embedding.numel()
+
+
+def test_every_count_of_a_small_run_by_hand() -> None:
+    """70 images in batches of 8, 1 epoch, a free adversary of 3 replays, 4 crops of 8 pixels in float32."""
+    recipe = tiny_recipe()
+    with torch.device("meta"):
+        encoder = Encoder(recipe.model)
+    parameters = sum(p.numel() for p in encoder.parameters())
+    view, kept = flops_per_view(recipe.model, size=8), activations_per_view(recipe.model, size=8)
+    assert plan(recipe, 70) == Plan(
+        images=70,
+        per_thousand=False,
+        batches_per_epoch=8,  # six images are left out
+        batches=8,
+        weight_updates=24,
+        view_passes=24 * 8 * 4,
+        attack_view_passes=0,
+        parameters=parameters,
+        backbone_parameters=sum(p.numel() for p in encoder.backbone.parameters()),
+        flops_per_view=view,
+        flops=24 * 8 * 4 * view,
+        memory=3 * 4 * parameters + 4 * 8 * 4 * kept + 3 * 4 * 8 * 4 * 3 * 8 * 8,
+        weight_bytes=3 * 4 * parameters,
+        activation_bytes=4 * 8 * 4 * kept,
+        data_bytes=0,  # a folder's size is not known
+        crop_bytes=3 * 4 * 8 * 4 * 3 * 8 * 8,
+    )
+    resized = tiny_recipe(data={"size": 12}, train={"epochs": 2.5})
+    assert plan(resized, 70).data_bytes == 70 * 3 * 12 * 12
+    assert plan(resized, 70).weight_updates == 20 * 3
 
 
 def test_published_size_and_cost() -> None:

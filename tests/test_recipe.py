@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from cfamc_cli.recipe import Finetune, FreeAdversary, Linear, Recipe, exact, fraction, number
+from cfamc_cli.errors import CfamcError, ExitCode
+from cfamc_cli.recipe import Finetune, FreeAdversary, Linear, Outside, Recipe, exact, fraction, number, outside
 
 RAW: dict[str, Any] = {
     "schema": 1,
@@ -134,6 +135,56 @@ def test_digest_is_stable_and_leaves_out_seed_name_paths_checkpoints_and_logs() 
         recipe(data={"dataset": "cifar100"}),
     ):
         assert changed.digest() != GOLDEN
+
+
+def test_what_is_no_part_of_the_encoder_or_of_the_run_is_marked_on_the_fields() -> None:
+    bookkeeping = {"name", "data.root", "train.checkpoint_every", "train.keep", "train.log_every"}
+    assert set(outside(Outside.RUN)) == bookkeeping
+    assert set(outside(Outside.ENCODER)) == bookkeeping | {"seed", "train.evaluate_every", "probe", "attack"}
+
+
+WARM_UP: dict[str, Any] = {"schedule": {"name": "cosine", "warmup": 90}}
+
+
+@pytest.mark.parametrize(
+    ("tables", "images", "processes", "expected"),
+    [
+        ({}, 100, 1, []),
+        ({}, 99, 1, ["train.batch_size", "100 is more than the 99 training images", "--set train.batch_size=99"]),
+        ({}, 1, 1, ["train.batch_size", "100 is more than the 1 training images", "add images"]),
+        ({}, 100, 4, []),
+        (
+            {},
+            100,
+            3,
+            [
+                "train.batch_size",
+                "100 images do not divide among 3 processes",
+                "set train.batch_size to a multiple of 3",
+            ],
+        ),
+        (WARM_UP, 400, 1, []),  # 10 epochs of 4 batches, 3 updates each
+        (
+            WARM_UP,
+            399,
+            1,
+            [
+                "schedule.warmup",
+                "90 updates of warm-up leave nothing of a run of 90",
+                "lower schedule.warmup, or raise train.epochs",
+            ],
+        ),
+    ],
+)
+def test_whether_a_recipe_fits(tables: dict[str, Any], images: int, processes: int, expected: list[str]) -> None:
+    found = [part for misfit in recipe(**tables).misfits(images, processes=processes) for part in misfit]
+    assert found == expected
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(CfamcError, match=r"train\.batch_size: 100 is more than the 99 training images") as refused:
+        recipe().require_fit(99)
+    assert (refused.value.hint, refused.value.exit_code) == ("--set train.batch_size=99", ExitCode.INVALID)
 
 
 def test_digest_does_not_depend_on_the_hash_seed() -> None:

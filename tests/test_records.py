@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
+import platform
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import attack_record, probe_record, run_record
 
-from cfamc_cli import records
+from cfamc_cli import __version__, records
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.files import JsonLines
 from cfamc_cli.records import (
     Accuracy,
+    Environment,
     Evaluation,
     Failure,
     Outcomes,
@@ -97,6 +101,25 @@ def test_the_interval_solves_its_defining_equation(case: tuple[int, int]) -> Non
     assert 0 <= low <= correct / n <= high <= 1
 
 
+@pytest.mark.parametrize(
+    ("correct", "n", "low", "high"),  # as scipy.stats.binomtest(...).proportion_ci(method="wilson") gives them
+    [
+        (7, 10, 0.39677814746114526, 0.892208732593699),
+        (50, 100, 0.4038315303659956, 0.5961684696340044),
+        (0, 10, 0.0, 0.27753279986288926),
+        (10, 10, 0.7224672001371109, 1.0),
+        (913, 1000, 0.8939135189433065, 0.9289255785476249),
+        (4321, 10_000, 0.42241886572565823, 0.44183328125307963),
+    ],
+)
+def test_an_accuracy_has_its_counts_its_value_and_wilsons_interval(
+    correct: int, n: int, low: float, high: float
+) -> None:
+    made = Accuracy.of(correct, n)
+    assert (made.correct, made.n, made.value) == (correct, n, correct / n)
+    assert (made.low, made.high) == pytest.approx((low, high), abs=1e-12)
+
+
 def test_known_interval() -> None:
     assert records.wilson(1, 10) == pytest.approx((0.017876213095072924, 0.4041500267952385))
     with pytest.raises(ValueError, match="3 of 2"):
@@ -136,14 +159,35 @@ def test_the_environment_holds_no_secret(tmp_path: Path, monkeypatch: pytest.Mon
         subprocess.run(["git", *identity, *arguments], cwd=checkout, check=True)
     monkeypatch.setattr(records, "__file__", str(checkout / "records.py"))
     environment = records.capture_environment("cpu")
-    assert environment.git_revision is not None
-    assert len(environment.git_revision) == 40
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=checkout, check=True, capture_output=True, text=True)
+    assert environment.git_revision == head.stdout.strip()
     assert not environment.git_changed
     (checkout / "__init__.py").write_text("x = 1")
     assert records.capture_environment("cpu").git_changed
     text = environment.model_dump_json()
     assert secret not in text
     assert not [name for name in os.environ if len(os.environ[name]) > 15 and os.environ[name] in text]
+
+
+def test_the_environment_is_that_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = {"/proc/cpuinfo": "processor\t: 0\nmodel name\t: Some CPU: 3 GHz\nmodel name\t: Other\n"}
+    versions = {"torch": "2.99.1", "torchvision": "0.99.2"}
+    monkeypatch.setattr(Path, "read_text", lambda path, **_: texts[str(path)])
+    monkeypatch.setattr(importlib.metadata, "version", versions.__getitem__)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 3, 5}, raising=False)
+    monkeypatch.setattr(records, "_git_state", lambda _: ("ab12", True))
+    assert records.capture_environment("a GPU") == Environment(
+        cfamc=__version__,
+        python=".".join(map(str, sys.version_info[:3])),
+        torch="2.99.1",
+        torchvision="0.99.2",
+        platform=platform.platform(),
+        cpu="Some CPU: 3 GHz",
+        cores=3,
+        device="a GPU",
+        git_revision="ab12",
+        git_changed=True,
+    )
 
 
 def test_a_package_outside_any_checkout_has_no_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
