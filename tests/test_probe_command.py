@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pickle
@@ -29,7 +30,7 @@ from cfamc_cli.engine import checkpoint
 from cfamc_cli.engine.checkpoint import Checkpoint
 from cfamc_cli.engine.data import load
 from cfamc_cli.engine.foreign import read_foreign
-from cfamc_cli.engine.heads import load_classifier
+from cfamc_cli.engine.heads import Classifier, load_classifier, load_recipe
 from cfamc_cli.engine.models import build_encoder
 from cfamc_cli.engine.probe import classify
 from cfamc_cli.engine.randomness import addressed_generator
@@ -45,7 +46,7 @@ from cfamc_cli.records import (
     now,
     save_record,
 )
-from cfamc_cli.store import RunFolder, create_run
+from cfamc_cli.store import RunFolder, cache_folder, create_run
 
 CPU = torch.device("cpu")
 CLASSES = ("ant", "bee", "cat")
@@ -145,8 +146,19 @@ def test_a_head_is_a_record_that_can_be_measured_again(probe: Command, kind: str
     classifier = load_classifier(probe.run, folder, device=CPU)
     assert not classifier.training
     assert not any(parameter.requires_grad for parameter in classifier.parameters())
-    right = int((classify(classifier, images.images, device=CPU) == images.labels).sum())
-    assert right == record.test_accuracy.correct
+    answers = classify(classifier, images.images, device=CPU)
+    assert int((answers == images.labels).sum()) == record.test_accuracy.correct
+    for label, (row, part) in enumerate(zip(record.confusion, record.classes, strict=True)):
+        taken = answers[images.labels == label]
+        assert list(row) == [int((taken == other).sum()) for other in range(3)]
+        assert part.accuracy is not None
+        assert (part.accuracy.correct, part.accuracy.n) == (row[label], 5)
+    train = load(load_recipe(probe.run).data, "train", seed=0, cache=cache_folder(), sink=NullSink())
+    crops = classifier.crops and dataclasses.replace(classifier.crops, split="train")
+    fitted = Classifier(classifier.encoder, classifier.head, features=classifier.features, crops=crops).eval()
+    hits = classify(fitted, train.images, device=CPU) == train.require_labels()
+    assert record.train_accuracy is not None
+    assert (record.train_accuracy.correct, record.train_accuracy.n) == (int(hits.sum()), 24)
 
 
 def test_the_same_probe_twice_is_the_same(probe: Command) -> None:
