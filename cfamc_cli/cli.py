@@ -79,7 +79,7 @@ def pretrain(
     quiet: QuietOption = False,
 ) -> None:
     """Train an encoder as a recipe says, and leave a run in the store."""
-    from cfamc_cli.commands.pretrain import Options
+    from cfamc_cli.commands.common import Options
     from cfamc_cli.commands.pretrain import pretrain as train
 
     train(
@@ -125,7 +125,7 @@ def probe(
     quiet: QuietOption = False,
 ) -> None:
     """Fit a head to a frozen encoder and measure its clean accuracy; without options as the recipe's [probe] says."""
-    from cfamc_cli.commands.pretrain import Options
+    from cfamc_cli.commands.common import Options
     from cfamc_cli.commands.probe import Request
     from cfamc_cli.commands.probe import probe as fit
 
@@ -186,7 +186,7 @@ def attack(
     """Measure accuracy under attack; without eps or attack options as the recipe says. Cut, it goes on where it was."""
     from cfamc_cli.commands.attack import attack as evaluate
     from cfamc_cli.commands.attack_settings import Flags
-    from cfamc_cli.commands.pretrain import Options
+    from cfamc_cli.commands.common import Options
 
     flags = Flags(
         eps=tuple(eps or ()),
@@ -275,8 +275,8 @@ def export(
     quiet: QuietOption = False,
 ) -> None:
     """Hand over weights that load without cfamc, checked against the live model, with a model card."""
+    from cfamc_cli.commands.common import Options
     from cfamc_cli.commands.export import export as hand_over
-    from cfamc_cli.commands.pretrain import Options
 
     hand_over(
         run,
@@ -364,11 +364,6 @@ def run(arguments: Sequence[str]) -> int:
 
 def _explained(error: BaseException) -> CfamcError:
     """What a failure that is not cfamc's own means to the person; of a defect, the trace is shown."""
-    from cfamc_cli.commands.signals import Interrupted
-
-    if isinstance(error, Interrupted):
-        code = ExitCode(128 + error.signal)
-        return CfamcError("interrupted", hint=error.hint, exit_code=code, details=error.details)
     if isinstance(error, typer.Abort):
         return CfamcError("interrupted", exit_code=ExitCode.INTERRUPTED)
     describe = getattr(error, "format_message", None)  # how the parser of the command line words its complaints
@@ -390,20 +385,14 @@ def _explained(error: BaseException) -> CfamcError:
 
 def _report(error: CfamcError, *, as_json: bool) -> int:
     from cfamc_cli import render
+    from cfamc_cli.commands.common import leads
 
     render.error(error)
-    if as_json and _leads():
+    if as_json and leads():
         failure = {"message": error.message, "hint": error.hint, "exit_code": int(error.exit_code), **error.details}
         with suppress(CfamcError):  # a stdout that takes nothing takes no complaint either
             render.print_json({"error": failure})
     return int(error.exit_code)
-
-
-def _leads() -> bool:
-    """Whether this process has stdout for itself: under torchrun, the first one."""
-    import os
-
-    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 def open_standard_streams() -> None:

@@ -48,3 +48,20 @@ class CfamcError(Exception):
 def missing_library(need: str, *, extra: str) -> CfamcError:
     """The error of a library that only an extra of the package installs; `need` says what for."""
     return CfamcError(need, hint=f"pip install 'cfamc[{extra}]'", exit_code=ExitCode.INVALID)
+
+
+class Interrupted(BaseException):
+    """A signal ended the work; what was saved can be resumed.
+
+    Attributes:
+        signal: Its number.
+        message: What is kept.
+        hint: One line with the way on; empty where nothing is left to go on with.
+        details: Plain JSON values for `--json`.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.signal = number
+        self.message, self.hint = "interrupted", ""
+        self.details: dict[str, object] = {}

@@ -25,14 +25,9 @@ from rich.table import Table
 from rich.text import Text
 
 from cfamc_cli.errors import CfamcError, ExitCode
-from cfamc_cli.files import JsonLines
 
 if TYPE_CHECKING:
-    from cfamc_cli.records import (
-        Accuracy,
-        MetricLine,
-        TimingLine,
-    )  # a tenth of a second that an error message need not wait for
+    from cfamc_cli.records import Accuracy  # a tenth of a second that an error message need not wait for
 
 PLAIN_SECONDS = 10.0  # at least this long between two plain lines of one task
 _LONGEST = 4000  # characters of one text; a name of a megabyte is nobody's name
@@ -209,8 +204,8 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-class TerminalSink:
-    """Tells a person what the engine does, and keeps its records.
+class Terminal:
+    """Tells a person what the engine does.
 
     On a terminal each task is a live bar; elsewhere it is a plain line now and then. A value that was reported once
     stays beside its task until the task ends, so that the last evaluation remains in sight.
@@ -220,29 +215,24 @@ class TerminalSink:
         self,
         *,
         quiet: bool,
-        metrics: JsonLines | None,
-        timing: JsonLines | None,
         console: Talk | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Open the sink.
+        """Begin to speak.
 
         Args:
             quiet: Say only warnings.
-            metrics: Where records that repeat go; None drops them.
-            timing: Where records that cannot repeat go; None drops them.
             console: Where to speak; stderr unless told.
             clock: Seconds, for tests.
         """
         self._console = console or talk()
         self._quiet = quiet
-        self._records = {"metrics.jsonl": metrics, "timing.jsonl": timing}
         self._clock = clock
         self._live = self._console.is_terminal and not self._console.is_dumb_terminal and not quiet
         self._bars: Progress | None = None
         self._tasks: dict[str, _Task] = {}
 
-    def __enter__(self) -> TerminalSink:
+    def __enter__(self) -> Terminal:
         return self
 
     def __exit__(
@@ -251,7 +241,7 @@ class TerminalSink:
         self.close()
 
     def close(self) -> None:
-        """Take the live display down; the record files stay open, for their owner to close."""
+        """Take the live display down."""
         bars, self._bars = self._bars, None
         if bars is not None:
             with suppress(OSError):
@@ -280,20 +270,6 @@ class TerminalSink:
             if self._bars is not None and state.bar is not None:
                 self._bars.remove_task(state.bar)
             del self._tasks[task]
-
-    def metrics(self, line: MetricLine) -> None:
-        self._keep("metrics.jsonl", line)
-
-    def timing(self, line: TimingLine) -> None:
-        self._keep("timing.jsonl", line)
-
-    def positions(self) -> dict[str, int]:
-        return {name: lines.position() for name, lines in self._records.items() if lines is not None}
-
-    def _keep(self, name: str, line: MetricLine | TimingLine) -> None:
-        lines = self._records[name]
-        if lines is not None:
-            lines.append(line.written())
 
     def _show(self, task: str, state: _Task, done: int, total: int) -> None:
         if self._bars is None:

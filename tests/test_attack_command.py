@@ -22,7 +22,8 @@ from cfamc_cli.commands import attack as command
 from cfamc_cli.commands.attack_records import Ledger
 from cfamc_cli.commands.attack_report import Result, curves
 from cfamc_cli.commands.attack_settings import Flags, asked_attacks
-from cfamc_cli.commands.pretrain import Options, pretrain
+from cfamc_cli.commands.common import Options, session
+from cfamc_cli.commands.pretrain import pretrain
 from cfamc_cli.commands.probe import Request, ensure_head, load_test_images, probe
 from cfamc_cli.engine import robust
 from cfamc_cli.engine.attacks import audit, autoattack
@@ -33,7 +34,7 @@ from cfamc_cli.engine.heads import Classifier, load_classifier
 from cfamc_cli.engine.pictures import loss_by_step
 from cfamc_cli.engine.randomness import balanced_order
 from cfamc_cli.engine.robust import Outcome
-from cfamc_cli.engine.sink import NullSink
+from cfamc_cli.engine.sink import NullTalk
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.recipe import AutoAttackAttack
 from cfamc_cli.records import Accuracy, AttackRecord, ClassRobustness, Outcomes, ProbeRecord, load_record, unpack_bits
@@ -46,6 +47,11 @@ NAMES = ("pgd", "fgsm", "apgd-ce", "apgd-dlr", "apgd-t", "fab", "square", "autoa
 ATTACKS = '[[attack]]\nname = "pgd"\neps = "1/255"\nsteps = 2\n[[attack]]\nname = "fgsm"\neps = "4/255"\n'
 
 
+def head_of(run: RunFolder, options: Options, probe: str | None = None) -> Path:
+    with session(options) as working:
+        return ensure_head(run, working, probe=probe)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with one run and its linear head."""
@@ -55,7 +61,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     options = Options(device="cpu", runs=folder / "runs", quiet=True)
     pretrain(str(path), overrides=[], seeds=[], resume=None, dry_run=False, options=options)
     (run,) = list_runs(folder / "runs")
-    ensure_head(run, options=options)
+    head_of(run, options)
     return folder / "runs"
 
 
@@ -225,7 +231,7 @@ def test_an_evaluation(attack: Attack, store: Path) -> None:
 def judged(run: RunFolder, record: AttackRecord) -> tuple[Classifier, ImageSet, torch.Tensor, torch.Tensor]:
     """The classifier, its images and labels in the order of an evaluation, read without the command."""
     probe_record = load_record(run.probes / record.probe / "record.json", ProbeRecord)
-    data = load_test_images(run, probe_record, sink=NullSink())
+    data = load_test_images(run, probe_record, talk=NullTalk())
     order = balanced_order(data.require_labels(), "balanced order", data.fingerprint)[: record.data.n]
     classifier = load_classifier(run, run.probes / record.probe, device=torch.device("cpu"))
     return classifier, data, data.images[order].float() / 255, data.require_labels()[order]

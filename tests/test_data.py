@@ -30,7 +30,7 @@ from cfamc_cli.datasets import FASHION_MINI_FOLDER, KNOWN_SETS, make_fashion_min
 from cfamc_cli.engine import archives, data, folder, packs
 from cfamc_cli.engine.data import ImageSet, batch, class_balanced_split, load, to_device
 from cfamc_cli.engine.randomness import addressed_generator, addressed_seed, epoch_order
-from cfamc_cli.engine.sink import NullSink
+from cfamc_cli.engine.sink import NullTalk
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.recipe import Data
 
@@ -44,7 +44,7 @@ def Settings(  # noqa: N802 - a [data] table, short
     return Data(dataset=dataset, root=root, size=size, limit=limit)
 
 
-class Listener(NullSink):
+class Listener(NullTalk):
     """Keeps what is said."""
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ def _no_socket(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def read(settings: Data, cache: Path, split: Literal["train", "test"] = "train", *, seed: int = 0) -> ImageSet:
-    return load(settings, split, seed=seed, cache=cache, sink=NullSink())
+    return load(settings, split, seed=seed, cache=cache, talk=NullTalk())
 
 
 def refused(settings: Data, cache: Path, split: Literal["train", "test"] = "train") -> CfamcError:
@@ -158,7 +158,7 @@ def test_size_and_limit(tmp_path: Path) -> None:
 def test_a_folder_is_packed_once_and_a_changed_one_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root, cache = make_folder(tmp_path / "images"), tmp_path / "cache"
     listener = Listener()
-    first = load(Settings(root=str(root)), "train", seed=0, cache=cache, sink=listener)
+    first = load(Settings(root=str(root)), "train", seed=0, cache=cache, talk=listener)
     assert listener.progressed[-1][1:] == (6, 6)
     assert first.classes == ("ant", "bee")
     assert first.require_labels().tolist() == [0, 0, 0, 1, 1, 1]
@@ -585,14 +585,14 @@ def test_downloads_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     waiting = iter(answers.values())
     monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: next(waiting))
     with pytest.raises(CfamcError, match=r"x\.bin was cut at 4 of 9 bytes"):
-        archives.fetch(remote, tmp_path, sink=NullSink())
+        archives.fetch(remote, tmp_path, talk=NullTalk())
     with pytest.raises(CfamcError, match="is not what was published"):
-        archives.fetch(remote, tmp_path, sink=NullSink())
+        archives.fetch(remote, tmp_path, talk=NullTalk())
     assert not list(tmp_path.iterdir())
     listener = Listener()
-    assert archives.fetch(remote, tmp_path, sink=listener).read_bytes() == content
+    assert archives.fetch(remote, tmp_path, talk=listener).read_bytes() == content
     assert listener.progressed == [("downloading x.bin", 9, 9)]
-    assert archives.fetch(remote, tmp_path, sink=NullSink()).read_bytes() == content, "not asked for again"
+    assert archives.fetch(remote, tmp_path, talk=NullTalk()).read_bytes() == content, "not asked for again"
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>", gzip.compress(b"x" * 1000, mtime=0)[:-4]])

@@ -25,7 +25,7 @@ from tiny import tiny_recipe
 from cfamc_cli.engine import distributed
 from cfamc_cli.engine.data import ImageSet
 from cfamc_cli.engine.pretrain import Trainer
-from cfamc_cli.engine.sink import NullSink
+from cfamc_cli.engine.sink import NullLedger, NullTalk
 
 images = ImageSet(
     images=(uniform(32, 3, 12, 12, key="ranks") * 256).to(torch.uint8), labels=torch.arange(32) % 4,
@@ -35,7 +35,7 @@ world = distributed.join(torch.device("cpu"))
 found = {}
 for objective, adversary in (("emp-ssl", "free"), ("simclr", "free"), ("supcon", "pgd"), ("emp-ssl", "none")):
     recipe = tiny_recipe(objective, adversary, train={"epochs": 0.5}, optimizer={"lr": 0.05})
-    trainer = Trainer(recipe, images, device=torch.device("cpu"), world=world, sink=NullSink())
+    trainer = Trainer(recipe, images, device=torch.device("cpu"), world=world, talk=NullTalk(), ledger=NullLedger())
     for part in trainer.encoder.modules():  # batch norm is per rank: frozen, it is the same for all
         if isinstance(part, torch.nn.modules.batchnorm._BatchNorm):
             part.train = lambda mode=True: part

@@ -30,7 +30,7 @@ from cfamc_cli import cli, recipe_file
 from cfamc_cli.engine.attacks.autoattack import plan
 from cfamc_cli.engine.attacks.verify import Predictor
 from cfamc_cli.engine.robust import Examples, Outcome, evaluate
-from cfamc_cli.engine.sink import NullSink
+from cfamc_cli.engine.sink import NullTalk
 from cfamc_cli.errors import CfamcError
 from cfamc_cli.recipe import Attack, Probe, Recipe, Table
 
@@ -339,7 +339,7 @@ def examples(attack: Attack) -> object:
         commit=commit,
         audit=None,
         label="",
-        sink=NullSink(),
+        talk=NullTalk(),
     )
     return found
 

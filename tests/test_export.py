@@ -23,7 +23,7 @@ from cfamc_cli.engine import checkpoint, export
 from cfamc_cli.engine.data import load as load_data
 from cfamc_cli.engine.heads import Classifier, LinearHead, write_head
 from cfamc_cli.engine.models import Encoder, build_encoder
-from cfamc_cli.engine.sink import NullSink
+from cfamc_cli.engine.sink import NullTalk
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.recipe import Features, Model
 from cfamc_cli.recipe_file import to_toml
@@ -41,7 +41,7 @@ from cfamc_cli.records import (
 RUN = "20261122-120000-tiny-000000"
 CPU = torch.device("cpu")
 RECIPE = tiny_recipe(data={"dataset": "fashion-mini", "root": None, "limit": 64}, crops=[{"count": 4, "size": 16}])
-TEST = load_data(RECIPE.data, "test", seed=0, cache=Path(), sink=NullSink())
+TEST = load_data(RECIPE.data, "test", seed=0, cache=Path(), talk=NullTalk())
 CLASSES = TEST.classes
 USED = DataUsed(dataset="fashion-mini", split="test", n=len(TEST), fingerprint=TEST.fingerprint)
 IMAGES = TEST.images[:10].float() / 255

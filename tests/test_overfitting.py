@@ -13,11 +13,11 @@ from cfamc_cli.engine import data
 from cfamc_cli.engine.distributed import World
 from cfamc_cli.engine.monitor import CHECKS, COST, schedule
 from cfamc_cli.engine.pretrain import Trainer
-from cfamc_cli.engine.sink import NullSink
+from cfamc_cli.engine.sink import NullLedger, NullTalk
 from cfamc_cli.records import MetricLine
 
 
-class Listener(NullSink):
+class Listener(NullTalk, NullLedger):
     def __init__(self) -> None:
         self.records: list[dict[str, Any]] = []
         self.warnings: list[str] = []
@@ -41,8 +41,8 @@ def trained(adversary: dict[str, object], *, epochs: float, folder: Path) -> Lis
         train={"batch_size": 50, "epochs": epochs, "log_every": 20, "precision": "auto"},
     )
     listener = Listener()
-    images = data.load(recipe.data, "train", seed=0, cache=folder, sink=listener)
-    trainer = Trainer(recipe, images, device=torch.device("cpu"), world=World(), sink=listener)
+    images = data.load(recipe.data, "train", seed=0, cache=folder, talk=listener)
+    trainer = Trainer(recipe, images, device=torch.device("cpu"), world=World(), talk=listener, ledger=listener)
     trainer.train(folder / "checkpoints", stop=lambda: 0)
     return listener
 

@@ -26,7 +26,7 @@ from cfamc_cli.engine.losses import Terms, objective_loss
 from cfamc_cli.engine.models import Encoder, frozen_statistics
 from cfamc_cli.engine.optim import LarsOptimizer, learning_rate
 from cfamc_cli.engine.pretrain import Trainer
-from cfamc_cli.engine.sink import NullSink
+from cfamc_cli.engine.sink import NullLedger, NullTalk
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.recipe import (
     Augment,
@@ -53,7 +53,7 @@ SHORT = {"epochs": 0.375, "log_every": 2}  # 3 batches
 
 
 @dataclass
-class Listener(NullSink):
+class Listener(NullTalk, NullLedger):
     """Keeps the records that repeat."""
 
     records: list[Mapping[str, object]] = field(default_factory=list)
@@ -77,8 +77,9 @@ class Listener(NullSink):
         return {"metrics.jsonl": len(self.records)}
 
 
-def trainer_of(recipe: Recipe, images: ImageSet, sink: NullSink | None = None) -> Trainer:
-    return Trainer(recipe, images, device=torch.device("cpu"), world=World(), sink=sink or Listener())
+def trainer_of(recipe: Recipe, images: ImageSet, listener: Listener | None = None) -> Trainer:
+    listener = listener or Listener()
+    return Trainer(recipe, images, device=torch.device("cpu"), world=World(), talk=listener, ledger=listener)
 
 
 def never() -> int:

@@ -21,7 +21,7 @@ from cfamc_cli.engine.finetune import SupervisedTrainer, shift_and_flip
 from cfamc_cli.engine.heads import Classifier, CropSource
 from cfamc_cli.engine.models import Encoder, build_encoder
 from cfamc_cli.engine.randomness import addressed_generator, epoch_order
-from cfamc_cli.engine.sink import NullSink
+from cfamc_cli.engine.sink import NullTalk
 from cfamc_cli.recipe import AggregatedCrops, Augment, Crops, Finetune, Linear, Model, Recipe, RobustLinear
 
 CPU = torch.device("cpu")
@@ -273,7 +273,7 @@ def trainer(settings: RobustLinear | Finetune, *, count: int = 24) -> Supervised
         seed=0,
         precision="float32",
         device=CPU,
-        sink=NullSink(),
+        talk=NullTalk(),
     )
 
 

@@ -24,7 +24,7 @@ from tiny import image_folder, run_record, tiny_recipe
 from torch import Tensor
 
 from cfamc_cli import cli, recipe_file
-from cfamc_cli.commands.pretrain import Options
+from cfamc_cli.commands.common import Options, session
 from cfamc_cli.commands.probe import ensure_head, load_test_images
 from cfamc_cli.engine import checkpoint
 from cfamc_cli.engine.checkpoint import Checkpoint
@@ -34,7 +34,7 @@ from cfamc_cli.engine.heads import Classifier, load_classifier, load_recipe
 from cfamc_cli.engine.models import build_encoder
 from cfamc_cli.engine.probe import classify
 from cfamc_cli.engine.randomness import addressed_generator
-from cfamc_cli.engine.sink import NullSink
+from cfamc_cli.engine.sink import NullTalk
 from cfamc_cli.errors import CfamcError
 from cfamc_cli.files import write_json, write_text
 from cfamc_cli.recipe import Model
@@ -52,6 +52,11 @@ CPU = torch.device("cpu")
 CLASSES = ("ant", "bee", "cat")
 
 
+def head_of(run: RunFolder, options: Options, probe: str | None = None) -> Path:
+    with session(options) as working:
+        return ensure_head(run, working, probe=probe)
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
@@ -67,7 +72,7 @@ def make_run(store: Path, data: Path, **tables: Mapping[str, Any]) -> RunFolder:
     write_json(run.resolved_json, recipe.resolved())
     encoder = build_encoder(recipe.model, generator=addressed_generator("small"))
     checkpoint.save(run.checkpoints, 9, Checkpoint(encoder.state_dict(), {}, {"step": 9}))
-    images = load(recipe.data, "train", seed=0, cache=Path(os.environ["XDG_CACHE_HOME"]) / "cfamc", sink=NullSink())
+    images = load(recipe.data, "train", seed=0, cache=Path(os.environ["XDG_CACHE_HOME"]) / "cfamc", talk=NullTalk())
     used = DataUsed(dataset="folder", split="train", n=len(images), fingerprint=images.fingerprint)
     record = run_record(id=run.id, name=recipe.name, recipe_digest=recipe.digest(), data=used)
     save_record(run.run_json, record)
@@ -141,7 +146,7 @@ def test_a_head_is_a_record_that_can_be_measured_again(probe: Command, kind: str
         assert refusal.value.exit_code == 2
         return
     assert record.head_digest == checkpoint.sha256((folder / "head.safetensors").read_bytes())
-    images = load_test_images(probe.run, record, sink=NullSink())
+    images = load_test_images(probe.run, record, talk=NullTalk())
     assert images.labels is not None
     classifier = load_classifier(probe.run, folder, device=CPU)
     assert not classifier.training
@@ -197,7 +202,7 @@ def test_options_lie_over_the_recipes_own(tmp_path: Path, capsys: pytest.Capture
     record = load_record(folder / "record.json", ProbeRecord)
     classifier = load_classifier(probe.run, folder, device=CPU)
     assert classifier.head.mean is not None
-    images = load_test_images(probe.run, record, sink=NullSink())
+    images = load_test_images(probe.run, record, talk=NullTalk())
     assert images.labels is not None
     right = int((classify(classifier, images.images, device=CPU) == images.labels).sum())
     assert right == record.test_accuracy.correct
@@ -239,7 +244,7 @@ def test_data_that_no_classifier_can_read(tmp_path: Path, capsys: pytest.Capture
     assert done.code == 0, done.err
     assert [part["name"] for part in done.json["classes"]] == ["x", "y"]
     record = load_record(odd.run.probes / "linear-001" / "record.json", ProbeRecord)
-    assert len(load_test_images(odd.run, record, sink=NullSink())) == 10
+    assert len(load_test_images(odd.run, record, talk=NullTalk())) == 10
 
 
 def test_what_changed_since_is_noticed(probe: Command, tmp_path: Path) -> None:
@@ -255,7 +260,7 @@ def test_what_changed_since_is_noticed(probe: Command, tmp_path: Path) -> None:
 
     Image.new("RGB", (12, 12)).save(tmp_path / "images/test/ant/000.png")
     with pytest.raises(CfamcError, match="data changed") as changed_test:
-        load_test_images(probe.run, record, sink=NullSink())
+        load_test_images(probe.run, record, talk=NullTalk())
     assert changed_test.value.exit_code == 4
     Image.new("RGB", (12, 12)).save(tmp_path / "images/train/ant/000.png")
     assert "data changed" in probe.refused(code=4)
@@ -275,14 +280,14 @@ def test_a_standard_head_is_there_when_it_is_asked_for(
     probe("--head", "knn")
     for unfit in (("--limit", "6"), ("--data", str(other))):
         assert probe("--epochs", "1", *unfit).code == 0
-    made = ensure_head(probe.run, options=options)
+    made = head_of(probe.run, options)
     assert made.name == "linear-003"
     assert "fitting the standard one" in capsys.readouterr().err
-    assert ensure_head(probe.run, options=options) == made
-    assert ensure_head(probe.run, options=options, probe="knn").name == "knn-001"
-    assert ensure_head(probe.run, options=options, probe="linear-003") == made
+    assert head_of(probe.run, options) == made
+    assert head_of(probe.run, options, probe="knn").name == "knn-001"
+    assert head_of(probe.run, options, probe="linear-003") == made
     with pytest.raises(CfamcError, match="no probe 'finetune'") as missing:
-        ensure_head(probe.run, options=options, probe="finetune")
+        head_of(probe.run, options, probe="finetune")
     assert "linear-001" in missing.value.hint
 
 

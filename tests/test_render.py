@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import os
 import pty
 import re
@@ -15,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from cfamc_cli import files, render
-from cfamc_cli.engine.sink import Sink
+from cfamc_cli import render
+from cfamc_cli.engine.sink import Talk
 from cfamc_cli.errors import CfamcError, ExitCode
-from cfamc_cli.records import Accuracy, GripLine, TimingLine, read_metrics, read_timing
+from cfamc_cli.records import Accuracy
 
 HOSTILE = {
     "markup": ("[bold red]x[/] [link=http://a]", "[bold red]x[/] [link=http://a]"),
@@ -52,10 +51,10 @@ def test_hostile_text_is_spelled_out(text: str, shown: str) -> None:
     assert render.clean(text) == shown
     talk, out = plain_talk()
     render.error(CfamcError(f"no run {text}".replace("\n", " "), hint=text), console=talk)
-    sink = render.TerminalSink(quiet=False, metrics=None, timing=None, console=talk)
-    sink.message(text)
-    sink.warning(text)
-    sink.progress(text, 1, 2, {text: 1.0})
+    terminal = render.Terminal(quiet=False, console=talk)
+    terminal.message(text)
+    terminal.warning(text)
+    terminal.progress(text, 1, 2, {text: 1.0})
     talk.print(render.table(text, [text], [[text]]))
     lines = out.getvalue()
     assert shown in lines
@@ -97,11 +96,11 @@ def test_numbers() -> None:
 def test_plain_lines_come_now_and_then() -> None:
     talk, out = plain_talk()
     clock = Clock()
-    sink: Sink = render.TerminalSink(quiet=False, metrics=None, timing=None, console=talk, clock=clock)
+    terminal: Talk = render.Terminal(quiet=False, console=talk, clock=clock)
     for step in range(1, 61):
         clock.now += 0.5
         values: Mapping[str, float] = {"loss": -step / 7, "views/s": 1234.56}
-        sink.progress("train", step, 60, values if step != 41 else {**values, "clean": 0.5})
+        terminal.progress("train", step, 60, values if step != 41 else {**values, "clean": 0.5})
     lines = out.getvalue().splitlines()
     assert [line.split()[1] for line in lines] == ["1/60", "21/60", "41/60", "60/60"]
     assert lines[0] == "train 1/60  started  loss -0.1429  views/s 1235"
@@ -111,31 +110,11 @@ def test_plain_lines_come_now_and_then() -> None:
 
 def test_quiet_says_only_warnings() -> None:
     talk, out = plain_talk()
-    sink = render.TerminalSink(quiet=True, metrics=None, timing=None, console=talk)
-    sink.message("a")
-    sink.progress("train", 1, 1, {})
-    sink.warning("b")
+    terminal = render.Terminal(quiet=True, console=talk)
+    terminal.message("a")
+    terminal.progress("train", 1, 1, {})
+    terminal.warning("b")
     assert out.getvalue() == "warning: b\n"
-
-
-def test_records_are_kept_apart_and_name_what_is_not_finite(tmp_path: Path) -> None:
-    grip = GripLine(step=1, batch=1, epoch=0.5, clean=math.nan, trained=math.inf, strongest=0.3, strength=1, lost=False)
-    cost = TimingLine(step=1, batch=1, epoch=0.5, views_per_second=2.0, data_share=0.1, seconds=0.5, peak_memory=3)
-    with files.JsonLines(tmp_path / "m") as metrics, files.JsonLines(tmp_path / "t") as timing:
-        sink = render.TerminalSink(quiet=True, metrics=metrics, timing=timing)
-        sink.metrics(grip)
-        sink.timing(cost)
-        assert sink.positions() == {
-            name: (tmp_path / name[0]).stat().st_size for name in ("metrics.jsonl", "timing.jsonl")
-        }
-    assert files.read_jsonl(tmp_path / "m") == [
-        {"kind": "grip", "step": 1, "batch": 1, "epoch": 0.5, "clean": None, "trained": None, "strongest": 0.3}
-        | {"strength": 1, "lost": False, "nonfinite": {"clean": "nan", "trained": "inf"}}
-    ]
-    assert repr(read_metrics(tmp_path / "m")) == repr([grip])  # nan is not nan
-    assert files.read_jsonl(tmp_path / "t") == [cost.model_dump()]
-    assert read_timing(tmp_path / "t") == [cost]
-    assert render.TerminalSink(quiet=True, metrics=None, timing=None).positions() == {}
 
 
 def test_json_on_stdout_always_parses(capsys: pytest.CaptureFixture[str]) -> None:
@@ -188,10 +167,10 @@ SPEAK = """
     from cfamc_cli.cli import open_standard_streams
     from cfamc_cli.errors import CfamcError
     open_standard_streams()
-    with render.TerminalSink(quiet=False, metrics=None, timing=None) as sink:
-        sink.message("gr\\xfc\\xdfe")
+    with render.Terminal(quiet=False) as talk:
+        talk.message("gr\\xfc\\xdfe")
         for step in range(50):
-            sink.progress("train", step + 1, 50, {"loss": step / 3, "lr": 0.3})
+            talk.progress("train", step + 1, 50, {"loss": step / 3, "lr": 0.3})
         render.print_table(render.table("T", ["\\xe4"], [["\\xf6"]]))
         render.print_json({"a": "\\xfc"})
         render.error(CfamcError("m\\xfcll", hint="x"))
@@ -301,7 +280,7 @@ def test_no_color_and_dumb_terminals_are_heeded() -> None:
 @pytest.mark.slow
 def test_a_terminal_that_goes_away_does_not_end_the_work() -> None:
     controller, terminal = pty.openpty()
-    code = textwrap.dedent(SPEAK).replace("    sink.message", "    sys.stdin.readline(); sink.message", 1)
+    code = textwrap.dedent(SPEAK).replace("    talk.message", "    sys.stdin.readline(); talk.message", 1)
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         env={**os.environ, "TERM": "xterm", "COLUMNS": "80"},

@@ -17,7 +17,7 @@ from cfamc_cli.engine.attacks.verify import Meter, Predictor, in_region, look, u
 from cfamc_cli.engine.ball import norms
 from cfamc_cli.engine.randomness import balanced_order
 from cfamc_cli.engine.robust import Evaluation, Examples, Outcome, evaluate
-from cfamc_cli.engine.sink import NullSink
+from cfamc_cli.engine.sink import NullTalk
 from cfamc_cli.recipe import Norm
 from cfamc_cli.records import Stage as StageTotal
 
@@ -72,7 +72,7 @@ def run(
     finished: list[Outcome] | None = None,
     images: Tensor = X,
     labels: Tensor = Y,
-    sink: NullSink | None = None,
+    talk: NullTalk | None = None,
 ) -> Evaluation:
     return evaluate(
         PREDICTOR,
@@ -86,7 +86,7 @@ def run(
         commit=ledger.commit,
         audit=None,
         label="attack",
-        sink=sink or NullSink(),
+        talk=talk or NullTalk(),
     )
 
 
@@ -150,7 +150,7 @@ def test_passes_of_a_stage_that_breaks_nothing() -> None:
 
 
 def test_progress_goes_up_and_ends() -> None:
-    class Heard(NullSink):
+    class Heard(NullTalk):
         def __init__(self) -> None:
             self.steps: list[tuple[int, int]] = []
 
@@ -159,7 +159,7 @@ def test_progress_goes_up_and_ends() -> None:
             self.steps.append((done, total))
 
     heard = Heard()
-    run(Ledger(), sink=heard)
+    run(Ledger(), talk=heard)
     assert heard.steps == sorted(heard.steps)
     assert heard.steps[0] == (0, 50)
     assert {done for done, _ in heard.steps} >= {0, 20, 40, 50}

@@ -18,7 +18,7 @@ from cfamc_cli.engine.attacks.autoattack import Plan, Stage
 from cfamc_cli.engine.attacks.search import Predict
 from cfamc_cli.engine.attacks.verify import Predictor, Traces
 from cfamc_cli.engine.robust import Evaluation, evaluate
-from cfamc_cli.engine.sink import NullSink
+from cfamc_cli.engine.sink import NullTalk
 from cfamc_cli.records import Flag
 
 CLASSES, SIDE, EPS = 4, 8, 16 / 255
@@ -156,7 +156,7 @@ def evaluated(predict: Predict, *, audit: AuditSettings | None, labels: Tensor =
         commit=lambda outcome, examples: None,
         audit=audit,
         label="attack",
-        sink=NullSink(),
+        talk=NullTalk(),
     )
 
 

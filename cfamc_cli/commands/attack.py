@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from cfamc_cli import render
 from cfamc_cli.commands.attack_records import RECORD, Gallery, Ledger, key_of, open_ledger
 from cfamc_cli.commands.attack_report import (
     NOT_AUDITED,
@@ -27,8 +26,7 @@ from cfamc_cli.commands.attack_report import (
     tell,
 )
 from cfamc_cli.commands.attack_settings import Flags, Space, asked_attacks, check_flags, invalid
-from cfamc_cli.commands.pretrain import Options
-from cfamc_cli.commands.signals import Interrupted, catch_signals
+from cfamc_cli.commands.common import Options, Session, interruption, session
 from cfamc_cli.errors import CfamcError, ExitCode, missing_library
 from cfamc_cli.files import read_bytes, write_bytes
 from cfamc_cli.recipe import Attack, Recipe, number
@@ -83,19 +81,13 @@ def attack(reference: str | None, *, flags: Flags, options: Options) -> None:
     recipe = _recipe_of(run)
     status = load_record(run.run_json, RunRecord).status
     asked = asked_attacks(flags, recipe)
-    try:
-        with catch_signals(), render.TerminalSink(quiet=options.quiet, metrics=None, timing=None) as sink:
-            if status != "finished":
-                sink.warning(f"run {run.id} is not finished but {status}: attacking its newest checkpoint")
-            work = _Work(run, recipe, flags, options, sink)
-            results = work.all(asked)
-            drawn = work.plots(results) if flags.plot else []
-    except Interrupted as interrupted:
-        raise CfamcError(
-            "interrupted; every finished stage is kept",
-            hint="go on with the same command",
-            exit_code=ExitCode(128 + interrupted.signal),
-        ) from None
+    message, again = "interrupted; every finished stage is kept", "go on with the same command"
+    with session(options) as working, interruption(message=message, hint=lambda: again):
+        if status != "finished":
+            working.talk.warning(f"run {run.id} is not finished but {status}: attacking its newest checkpoint")
+        work = _Work(run, recipe, flags, working)
+        results = work.all(asked)
+        drawn = work.plots(results) if flags.plot else []
     tell(run, results, drawn, strict=flags.strict, options=options)
 
 
@@ -117,10 +109,9 @@ def _recipe_of(run: RunFolder) -> Recipe:
 class _Work:
     """The evaluations of one command: run, head and samples are the same in all of them."""
 
-    def __init__(
-        self, run: RunFolder, recipe: Recipe, flags: Flags, options: Options, sink: render.TerminalSink
-    ) -> None:
-        self.run, self.recipe, self.flags, self.options, self.sink = run, recipe, flags, options, sink
+    def __init__(self, run: RunFolder, recipe: Recipe, flags: Flags, working: Session) -> None:
+        self.run, self.recipe, self.flags, self.working = run, recipe, flags, working
+        self.talk = working.talk
         self.space: Space = "crops" if flags.space == "crops" else "image"
 
     def all(self, asked: Sequence[Attack]) -> list[Result]:
@@ -135,7 +126,7 @@ class _Work:
         """Head, classifier and samples."""
         from cfamc_cli.commands.probe import ensure_head, load_test_images
 
-        folder = ensure_head(self.run, options=self.options, probe=self.flags.head)
+        folder = ensure_head(self.run, self.working, probe=self.flags.head)
         self.probe = load_record(folder / RECORD, ProbeRecord)
         if self.space == "crops" and self.probe.head != "crops":
             raise invalid(
@@ -144,14 +135,13 @@ class _Work:
             )
 
         from cfamc_cli.engine.attacked import as_predictor
-        from cfamc_cli.engine.device import pick_device
         from cfamc_cli.engine.heads import load_classifier
         from cfamc_cli.engine.randomness import balanced_order
         from cfamc_cli.engine.robust import BLOCK
 
-        self.device = pick_device(self.options.device)
+        self.device = self.working.device
         self.classifier = load_classifier(self.run, folder, device=self.device)
-        data = load_test_images(self.run, self.probe, sink=self.sink)
+        data = load_test_images(self.run, self.probe, talk=self.talk)
         labels = data.require_labels()
         self.data = data
         self.n = len(data) if self.flags.limit is None else self.flags.limit
@@ -193,15 +183,15 @@ class _Work:
         threat = ThreatModel(space=self.space, norm=table.norm, eps=table.eps)
         label = f"{name} {threat.norm} {threat.eps}"
         settings = table.model_dump(mode="json")
-        with closing(open_ledger(self.run, name, self._empty(name, threat, settings), sink=self.sink)) as ledger:
+        with closing(open_ledger(self.run, name, self._empty(name, threat, settings), talk=self.talk)) as ledger:
             gallery = Gallery(ledger, self.flags.save_examples or 0)
             record = ledger.record()
             audited = record is not None and not lacks_audit(record)
             if record is not None and (audited or not self.flags.audit) and not gallery.missing():
-                self.sink.message(f"{label}: finished on {record.created:%Y-%m-%d %H:%M} UTC as {record.id}")
+                self.talk.message(f"{label}: finished on {record.created:%Y-%m-%d %H:%M} UTC as {record.id}")
             else:
                 if done := len(ledger.outcomes):
-                    self.sink.message(f"{label}: goes on from {done} finished stages in {ledger.folder.name}")
+                    self.talk.message(f"{label}: goes on from {done} finished stages in {ledger.folder.name}")
 
                 def commit(outcome: Outcome, examples: Examples) -> None:
                     gallery.add(outcome, examples)
@@ -219,7 +209,7 @@ class _Work:
                     commit=commit,
                     audit=AuditSettings() if self.flags.audit or audited else None,
                     label=label,
-                    sink=self.sink,
+                    talk=self.talk,
                 )
                 record = self._record(ledger.folder.name, name, threat, settings, evaluation, planned.notes)
                 save_record(ledger.folder / RECORD, record)
@@ -336,7 +326,7 @@ class _Work:
 
         shown = gallery.shown()
         if not shown:
-            self.sink.warning("no sample was broken: there is no example to draw")
+            self.talk.warning("no sample was broken: there is no example to draw")
             return
         names, eps = self.data.classes, number(record.threat.eps)
         samples = [
@@ -360,7 +350,7 @@ class _Work:
         write_bytes(path, sheet(samples, heading=heading, gain=gain))
         asked = self.flags.save_examples or 0
         fewer = f" (no more were broken than {len(samples)})" if len(samples) < asked else ""
-        self.sink.message(f"{len(samples)} examples{fewer}: {path}")
+        self.talk.message(f"{len(samples)} examples{fewer}: {path}")
 
     def plots(self, results: Sequence[Result]) -> list[Path]:
         """Draw loss against steps for each evaluation, and accuracy against eps once."""
@@ -375,7 +365,7 @@ class _Work:
             length = number(size) if isinstance(size, str) else 2.5 * eps / count
             rows = [place for place, right in enumerate(result.clean) if right][:_PLOTTED]
             if not rows:
-                self.sink.warning(f"{record.id}: no sample is classified right, so there is no loss to draw")
+                self.talk.warning(f"{record.id}: no sample is classified right, so there is no loss to draw")
                 continue
             x, y = self.x[rows].to(self.device), self.y[rows].to(self.device)
             with undisturbed(self.target.modules, self.device):

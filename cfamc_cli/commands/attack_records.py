@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cfamc_cli.engine.robust import Examples, Outcome
-    from cfamc_cli.engine.sink import Sink
+    from cfamc_cli.engine.sink import Talk
 
 RECORD, OUTCOMES, TIMING, EXAMPLES = "record.json", "outcomes.json", "timing.jsonl", "examples.safetensors"
 
@@ -124,14 +124,14 @@ class Ledger:
         )
 
 
-def open_ledger(run: RunFolder, name: str, empty: Outcomes, *, sink: Sink) -> Ledger:
+def open_ledger(run: RunFolder, name: str, empty: Outcomes, *, talk: Talk) -> Ledger:
     """Find the evaluation of the first samples again, or begin it with what others with its key have finished.
 
     Args:
         run: The run.
         name: Beginning of a new evaluation's id.
         empty: Its outcomes.json before the first outcome: what they depend on, and how many samples there are.
-        sink: Told of outcomes that cannot be read.
+        talk: Told of outcomes that cannot be read.
 
     Raises:
         CfamcError: A live process works on it (exit code 6), or the run cannot be written.
@@ -148,7 +148,7 @@ def open_ledger(run: RunFolder, name: str, empty: Outcomes, *, sink: Sink) -> Le
             if stored.key == empty.key:
                 found.append((path, stored, list(read_outcomes(path, stored))))
         except CfamcError as error:
-            sink.warning(f"{error.message}; left alone")
+            talk.warning(f"{error.message}; left alone")
     same = [path for path, stored, _ in found if stored.n == empty.n]
     same.sort(key=lambda path: not (path / RECORD).is_file())  # a finished one first
     ledger = Ledger(same[0] if same else Path(), empty)
@@ -162,7 +162,7 @@ def open_ledger(run: RunFolder, name: str, empty: Outcomes, *, sink: Sink) -> Le
         ledger.take(outcomes)
         if stored.n < empty.n and (again := stored.n % empty.block):
             whole = f"blocks of {empty.block} samples are evaluated whole"
-            sink.warning(f"{whole}: the last {again} of {path.name} are attacked again")
+            talk.warning(f"{whole}: the last {again} of {path.name} are attacked again")
     ledger.folder = _begin(run.attacks, name, ledger)
     ledger.hold()
     return ledger

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cfamc_cli import render
-from cfamc_cli.commands.pretrain import Options
+from cfamc_cli.commands.common import Options
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.plots import draw
 from cfamc_cli.recipe import fraction

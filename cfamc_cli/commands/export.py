@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, assert_never
 
 from cfamc_cli import __version__, render
-from cfamc_cli.commands.pretrain import Options
-from cfamc_cli.commands.signals import Interrupted, catch_signals
+from cfamc_cli.commands.common import Options, Session, interruption, session
 from cfamc_cli.dashboards import by_kind, comma_separated, events
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.files import explained, read_jsonl, staged_folder, write_bytes, write_text
@@ -42,7 +41,7 @@ from cfamc_cli.records import (
     now,
     save_record,
 )
-from cfamc_cli.store import LATEST, RunFolder, cache_folder, default_store, find_run
+from cfamc_cli.store import LATEST, RunFolder, cache_folder, find_run
 
 if TYPE_CHECKING:
     from cfamc_cli.engine.data import ImageSet
@@ -79,21 +78,16 @@ def export(
         CfamcError: With the exit code of its cause; then nothing was written.
     """
     _refuse_idle(part=part, wanted=wanted, head=head, metrics=metrics)
-    store = default_store(options.runs)
-    try:
-        with catch_signals():
-            if metrics is not None:
-                run = find_run(store, reference or LATEST, accept=lambda run: run.metrics.is_file())
-                target = out or Path(f"{run.id}-{metrics}")
-                record: Record = _export_metrics(run, metrics, target, force=force)
-            else:
-                run = find_run(store, reference or LATEST, accept=lambda run: any(run.checkpoints.glob("step-*")))
-                chosen, form = part or "backbone", wanted or "safetensors"
-                target = out or Path(f"{run.id}-{chosen}-{form}")
-                record = _export_weights(run, chosen, form, head, target, force=force, options=options)
-    except Interrupted as stop:
-        code = ExitCode(128 + stop.signal)
-        raise CfamcError("interrupted; nothing was handed over", exit_code=code) from stop
+    with session(options) as working, interruption(message="interrupted; nothing was handed over"):
+        if metrics is not None:
+            run = find_run(options.store, reference or LATEST, accept=lambda run: run.metrics.is_file())
+            target = out or Path(f"{run.id}-{metrics}")
+            record: Record = _export_metrics(run, metrics, target, force=force)
+        else:
+            run = find_run(options.store, reference or LATEST, accept=lambda run: any(run.checkpoints.glob("step-*")))
+            chosen, form = part or "backbone", wanted or "safetensors"
+            target = out or Path(f"{run.id}-{chosen}-{form}")
+            record = _export_weights(run, chosen, form, head, target, force=force, working=working)
     if options.as_json:
         render.print_json({"path": str(target.absolute()), **record.model_dump(mode="json")})
     else:
@@ -130,7 +124,7 @@ class _Choice:
 
 
 def _export_weights(
-    run: RunFolder, part: Weights, wanted: Format, head: str | None, target: Path, *, force: bool, options: Options
+    run: RunFolder, part: Weights, wanted: Format, head: str | None, target: Path, *, force: bool, working: Session
 ) -> ExportRecord:
     _refuse_taken(target, force=force)
     record = load_record(run.run_json, RunRecord)
@@ -140,22 +134,22 @@ def _export_weights(
     from cfamc_cli.engine.heads import load_recipe
 
     engine.require(wanted)
-    console = render.talk()
-    with out_of_memory(), render.TerminalSink(quiet=options.quiet, metrics=None, timing=None) as sink:
+    talk = working.talk
+    with out_of_memory():
         recipe = load_recipe(run)
         if record.status != "finished":
-            sink.warning(f"run {run.id} is not finished ({record.status}); its newest checkpoint is exported")
-        chosen = _choose(run, record, recipe, part, head, options=options, sink=sink)
-        trained_on = datasets.load(recipe.data, "train", seed=recipe.seed, cache=cache_folder(), sink=sink)
+            talk.warning(f"run {run.id} is not finished ({record.status}); its newest checkpoint is exported")
+        chosen = _choose(run, record, recipe, part, head, working)
+        trained_on = datasets.load(recipe.data, "train", seed=recipe.seed, cache=cache_folder(), talk=talk)
         images, licence = trained_on, trained_on.licence
         if chosen.probe is not None:
             from cfamc_cli.commands.probe import load_test_images
 
-            images = load_test_images(run, chosen.probe, sink=sink)  # a head may read other data than the encoder
+            images = load_test_images(run, chosen.probe, talk=talk)  # a head may read other data than the encoder
             if images.dataset != trained_on.dataset:
                 both = (trained_on, images)
                 licence = "; ".join(f"{part.dataset}: {part.licence or 'not known'}" for part in both)
-        results = measured(run, chosen.source, part, warn=sink.warning)
+        results = measured(run, chosen.source, part, warn=talk.warning)
         sample = engine.some_images(images.images)
         with _staged(target, force=force) as staged:
             path = staged / f"{part}.{wanted}"
@@ -186,12 +180,11 @@ def _export_weights(
             )
             save_record(staged / RECORD, made)
             write_text(staged / CARD, card(made, portable(recipe), record))
-    if not options.quiet:
-        console.say(
-            f"{path.name}: read back by {check.reader}, differs by at most "
-            f"{check.largest_difference:.2g} from the live model at batch "
-            f"{', '.join(map(str, check.batches))}"
-        )
+    talk.message(
+        f"{path.name}: read back by {check.reader}, differs by at most "
+        f"{check.largest_difference:.2g} from the live model at batch "
+        f"{', '.join(map(str, check.batches))}"
+    )
     return made
 
 
@@ -201,25 +194,22 @@ def _choose(
     recipe: Recipe,
     part: Weights,
     head: str | None,
-    *,
-    options: Options,
-    sink: render.TerminalSink,
+    working: Session,
 ) -> _Choice:
     """Read the part of a run that is asked for."""
     from cfamc_cli.engine import export as engine
-    from cfamc_cli.engine.device import pick_device
     from cfamc_cli.engine.heads import load_classifier, load_encoder
 
-    device, model, probe = pick_device(options.device), recipe.model, None
+    device, model, probe = working.device, recipe.model, None
     folder = None
     if part == "classifier":
         from cfamc_cli.commands.probe import ensure_head
 
-        folder = ensure_head(run, options=options, probe=head)
+        folder = ensure_head(run, working, probe=head)
         probe = load_record(folder / "record.json", ProbeRecord)
     loaded = load_encoder(run.checkpoints, model, device=device)
     for warning in loaded.warnings:
-        sink.warning(warning)
+        working.talk.warning(warning)
     match part:
         case "backbone":
             subject = engine.backbone_of(loaded.encoder, model, device=device)

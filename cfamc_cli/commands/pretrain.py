@@ -6,35 +6,21 @@ Nothing here computes: the engine trains, the store keeps, and this puts them to
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cfamc_cli import recipe_file, render
-from cfamc_cli.commands.signals import Interrupted, Signals, catch_signals
-from cfamc_cli.errors import CfamcError, ExitCode
-from cfamc_cli.files import JsonLines, cut, sweep, write_json, write_text
+from cfamc_cli.commands.common import Options, Session, interruption, invalid, session
+from cfamc_cli.engine.sink import NullLedger
+from cfamc_cli.errors import CfamcError, ExitCode, Interrupted
+from cfamc_cli.files import sweep
+from cfamc_cli.ledger import RunLedger
 from cfamc_cli.plan import Plan, plan
 from cfamc_cli.recipe import Recipe
-from cfamc_cli.records import (
-    DataUsed,
-    EvaluationLine,
-    Failure,
-    MetricLine,
-    Progress,
-    RunRecord,
-    Totals,
-    TrainLine,
-    capture_environment,
-    load_record,
-    now,
-    read_metrics,
-    save_record,
-)
-from cfamc_cli.store import RunFolder, cache_folder, create_run, default_store, find_run, lock
+from cfamc_cli.records import Progress, RunRecord, Totals, load_record, now
+from cfamc_cli.store import RunFolder, cache_folder, create_run, find_run, lock
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,25 +28,6 @@ if TYPE_CHECKING:
     from cfamc_cli.engine.data import ImageSet
     from cfamc_cli.engine.distributed import World
     from cfamc_cli.engine.pretrain import Trainer
-
-_SECONDS_BETWEEN_UPDATES = 5.0  # of run.json, which tells others how far the run is
-
-
-@dataclass(frozen=True)
-class Options:
-    """Where and how to train; nothing here changes a number.
-
-    Attributes:
-        device: "auto", "cpu", "cuda", "cuda:0" or "mps".
-        runs: The run store; None for CFAMC_RUNS, else ./runs.
-        quiet: Say only warnings and errors.
-        as_json: Whether stdout gets one JSON object.
-    """
-
-    device: str = "auto"
-    runs: Path | None = None
-    quiet: bool = False
-    as_json: bool = False
 
 
 def pretrain(
@@ -83,37 +50,30 @@ def pretrain(
         options: Where and how.
 
     Raises:
-        CfamcError: With the exit code of its cause.
-        Interrupted: A signal arrived; the run can be resumed.
+        CfamcError: With the exit code of its cause; 130 or 143 where a signal arrived, and the run can be resumed.
     """
     if resume is not None:
         recipes = [None] if reference is None else _recipes(reference, overrides, seeds)
         if len(recipes) > 1 or (reference is None and (overrides or seeds)):
-            raise CfamcError(
-                "--resume goes on with one run and its own recipe",
-                hint="leave out --set, --seed and --seeds",
-                exit_code=ExitCode.INVALID,
-            )
+            raise invalid("--resume goes on with one run and its own recipe", "leave out --set, --seed and --seeds")
         if dry_run:
-            raise CfamcError("--dry-run and --resume exclude each other", exit_code=ExitCode.INVALID)
-        results = [_resume(resume, recipes[0], options)]
+            raise invalid("--dry-run and --resume exclude each other")
+        results = _resume(resume, recipes[0], options)
     else:
         if reference is None:
-            raise CfamcError(
-                "which recipe?",
-                hint="name one, such as: cfamc pretrain quickstart; all are listed by: cfamc recipes list",
-                exit_code=ExitCode.INVALID,
+            raise invalid(
+                "which recipe?", "name one, such as: cfamc pretrain quickstart; all are listed by: cfamc recipes list"
             )
         recipes_to_train = _recipes(reference, overrides, seeds)
         if dry_run:
             _show_plan(recipes_to_train, options)
             return
         results = _start(recipes_to_train, options)
-    finished = [result for result in results if result is not None]  # other processes of torchrun say nothing
-    if options.as_json and finished:
+    if options.as_json and results:  # other processes of torchrun have none, and say nothing
+        finished = [record.model_dump(mode="json") for record in results]
         render.print_json(finished[0] if len(finished) == 1 else {"runs": finished})
-    elif finished:
-        render.write_out("".join(f"{result['id']}\n" for result in finished))
+    elif results:
+        render.write_out("".join(f"{record.id}\n" for record in results))
 
 
 def _recipes(reference: str, overrides: Sequence[str], seeds: Sequence[int]) -> list[Recipe]:
@@ -147,23 +107,23 @@ def _costs_in_words(costs: Plan) -> str:
     return "".join(f"# {line}\n" for line in lines)
 
 
-def _start(recipes: Sequence[Recipe], options: Options) -> list[Mapping[str, object] | None]:
+def _start(recipes: Sequence[Recipe], options: Options) -> list[RunRecord]:
     """Train one run per recipe; what ends one of them ends the rest, and names those that were finished."""
-    store = default_store(options.runs)
-    recipes = [_pinned(recipe, store) for recipe in recipes]
-    results: list[Mapping[str, object] | None] = []
-    with _session(options) as (world, signals):
+    recipes = [_pinned(recipe, options.store) for recipe in recipes]
+    results: list[RunRecord] = []
+    with session(options) as working, _world(working) as world:
         try:
             for recipe in recipes:
-                if results and (signal := signals.pending()):  # it came too late to cut the run before
+                if results and (signal := working.signals.pending()):  # it came too late to cut the run before
                     raise Interrupted(signal)
-                data = _load(recipe, options, world)  # this and the next two lines before a run is made for nothing
-                recipe.require_fit(len(data.images), processes=world.size)
-                _starting_weights(recipe, store)
-                run = create_run(store, recipe.name, now=now()) if world.leads else None
-                results.append(_train(recipe, data, run, options, world=world, signals=signals, fresh=True))
+                data = _load(recipe, working)  # this and the next two lines before a run is made for nothing
+                plan(recipe, images=len(data.images))
+                _starting_weights(recipe, options.store)
+                run = create_run(options.store, recipe.name, now=now()) if world.leads else None
+                if record := _train(recipe, data, run, working, world=world, fresh=True):
+                    results.append(record)
         except (CfamcError, Interrupted) as end:
-            finished = [result["id"] for result in results if result is not None]
+            finished = [record.id for record in results]
             end.details |= {"finished": finished} if finished else {}
             raise
     return results
@@ -200,9 +160,8 @@ def _starting_weights(recipe: Recipe, store: Path) -> tuple[str, dict[str, Tenso
     return f"{source.id}, {path.name}", saved.model
 
 
-def _resume(reference: str, wanted: Recipe | None, options: Options) -> Mapping[str, object] | None:
-    store = default_store(options.runs)
-    run = find_run(store, reference, accept=_unfinished)
+def _resume(reference: str, wanted: Recipe | None, options: Options) -> list[RunRecord]:
+    run = find_run(options.store, reference, accept=_unfinished)
     if not run.run_json.exists() or not run.recipe_toml.exists():
         raise CfamcError(
             f"{run.path} holds no record to go on from: it was ended before it began",
@@ -219,16 +178,15 @@ def _resume(reference: str, wanted: Recipe | None, options: Options) -> Mapping[
             details={"differing": differing},
         )
     if status == "finished":
-        raise CfamcError(
+        raise invalid(
             f"run {run.id} is finished; there is nothing to go on with",
-            hint="start a new run, or lengthen it with train.init and a new recipe",
-            exit_code=ExitCode.INVALID,
+            "start a new run, or lengthen it with train.init and a new recipe",
         )
-    with _session(options) as (world, signals):
+    with session(options) as working, _world(working) as world:
         # What may differ, where the data lie and how checkpoints are kept, is taken from the recipe that was given.
         recipe = wanted or recipe
-        data = _load(recipe, options, world)
-        return _train(recipe, data, run, options, world=world, signals=signals, fresh=False)
+        record = _train(recipe, _load(recipe, working), run, working, world=world, fresh=False)
+    return [] if record is None else [record]
 
 
 def _unfinished(run: RunFolder) -> bool:
@@ -239,279 +197,105 @@ def _unfinished(run: RunFolder) -> bool:
 
 
 @contextmanager
-def _session(options: Options) -> Iterator[tuple[World, Signals]]:
-    """Signals caught and the process group entered."""
-    with catch_signals() as signals:
-        from cfamc_cli.engine import distributed
-        from cfamc_cli.engine.device import pick_device
+def _world(session: Session) -> Iterator[World]:
+    """The process group of torchrun, entered."""
+    from cfamc_cli.engine import distributed
 
-        world = distributed.join(pick_device(options.device))
-        try:
-            yield world, signals
-        finally:
-            distributed.leave(world)
+    world = distributed.join(session.device)
+    try:
+        yield world
+    finally:
+        distributed.leave(world)
 
 
-def _load(recipe: Recipe, options: Options, world: World) -> ImageSet:
-    """The training images; the process that leads says how it goes."""
+def _load(recipe: Recipe, session: Session) -> ImageSet:
     from cfamc_cli.engine.data import load
 
-    with render.TerminalSink(quiet=options.quiet or not world.leads, metrics=None, timing=None) as sink:
-        return load(recipe.data, "train", seed=recipe.seed, cache=cache_folder(), sink=sink)
+    return load(recipe.data, "train", seed=recipe.seed, cache=cache_folder(), talk=session.talk)
 
 
 def _train(
-    recipe: Recipe,
-    data: ImageSet,
-    run: RunFolder | None,
-    options: Options,
-    *,
-    world: World,
-    signals: Signals,
-    fresh: bool,
-) -> Mapping[str, object] | None:
-    """Train a run to its end; `run` is None in processes that do not lead."""
+    recipe: Recipe, data: ImageSet, run: RunFolder | None, session: Session, *, world: World, fresh: bool
+) -> RunRecord | None:
+    """Train a run to its end; those that do not lead read checkpoints, and write and say nothing."""
     from cfamc_cli.engine import distributed
-    from cfamc_cli.engine.device import describe, out_of_memory, pick_device
+    from cfamc_cli.engine.device import describe, out_of_memory
     from cfamc_cli.engine.pretrain import Trainer
-    from cfamc_cli.engine.sink import NullSink
 
-    device = pick_device(options.device)
-    kept = run if world.leads else None  # the others read checkpoints, and write and say nothing
+    device = session.device
     with ExitStack() as stack:
+        kept = None
+        if world.leads and run is not None:
+            stack.enter_context(_naming(run, session))
+            stack.enter_context(lock(run))
+            sweep(run.path)
+            sweep(run.checkpoints)
+            name = describe(device)
+            kept = RunLedger.start(run, recipe, device=name) if fresh else RunLedger.resume(run, device=name)
+            stack.callback(kept.close)
+            stack.enter_context(kept.failures())
+        stack.enter_context(distributed.peers(world))
+        stack.enter_context(out_of_memory())
+        trainer = Trainer(
+            recipe, data, device=device, world=world, talk=session.talk, ledger=NullLedger() if kept is None else kept
+        )
+        _take_up(trainer, run, session, fresh=fresh, kept=kept)
         if kept is not None:
-            stack.enter_context(_naming(kept, options))
-            stack.enter_context(lock(kept))
-            sweep(kept.path)
-            sweep(kept.checkpoints)
-        keeper = _Keeper(recipe, kept, describe(device), quiet=options.quiet, fresh=fresh)
-        stack.callback(keeper.close)
-        sink = NullSink() if kept is None else keeper.sink
-        with keeper.failures(), distributed.peers(world), out_of_memory():
-            trainer = Trainer(recipe, data, device=device, world=world, sink=sink)
-            _take_up(trainer, run, options, fresh=fresh, keeper=keeper)
-            keeper.begin(trainer, data)
-            folder = run.checkpoints if run is not None else Path()
-            with signals.deferred():
-                signal = trainer.train(folder, stop=signals.pending)
-            keeper.end(trainer, "interrupted" if signal else "finished")
-            if signal:
-                raise Interrupted(signal)
-    return keeper.summary(_reference(kept, options)) if kept is not None else None
+            kept.begin(data.used(), _totals(trainer, data), _progress(trainer))
+        with session.signals.deferred():
+            signal = trainer.train(Path() if run is None else run.checkpoints, stop=session.signals.pending)
+        if kept is not None:
+            kept.end("interrupted" if signal else "finished", _progress(trainer))
+        if signal:
+            raise Interrupted(signal)
+    if kept is None or run is None:
+        return None
+    _tell(kept.record, run, session)
+    return kept.record
 
 
 @contextmanager
-def _naming(run: RunFolder, options: Options) -> Iterator[None]:
+def _naming(run: RunFolder, session: Session) -> Iterator[None]:
     """Within, whatever ends the work early says which run it was, and an interruption how to go on with it."""
+
+    def hint() -> str:  # without a record there is nothing yet to go on with
+        return f"go on with: cfamc pretrain --resume {session.options.reference(run)}" if run.run_json.exists() else ""
+
     try:
-        yield
+        with interruption(hint=hint):
+            yield
     except (CfamcError, Interrupted) as end:
         end.details.setdefault("run", run.id)
-        if isinstance(end, Interrupted) and run.run_json.exists():  # else there is nothing yet to go on with
-            end.hint = f"go on with: cfamc pretrain --resume {_reference(run, options)}"
         raise
 
 
-def _reference(run: RunFolder, options: Options) -> str:
-    """What a next command calls the run by, typed in the same place."""
-    return run.id if options.runs is None else str(run.path)
-
-
-def _take_up(trainer: Trainer, run: RunFolder | None, options: Options, *, fresh: bool, keeper: _Keeper) -> None:
+def _take_up(trainer: Trainer, run: RunFolder | None, session: Session, *, fresh: bool, kept: RunLedger | None) -> None:
     """Put the trainer where it starts from: a run's own checkpoint, another run's encoder, or nothing."""
     from cfamc_cli.engine import checkpoint
 
     if not fresh and run is not None and checkpoint.list_checkpoints(run.checkpoints):
         path, saved, problems = checkpoint.newest_valid(run.checkpoints)
         for problem in problems:
-            keeper.sink.warning(f"{problem.message}; going back to {path.name}")
+            session.talk.warning(f"{problem.message}; going back to {path.name}")
         trainer.load(saved, path=path)
         positions = saved.progress.get("positions")
-        keeper.cut_back(positions if isinstance(positions, dict) else {})
+        if kept is not None:
+            kept.cut_back(positions if isinstance(positions, dict) else {})
         return
-    keeper.cut_back({})
-    store = default_store(options.runs) if run is None else run.path.parent
-    start = _starting_weights(trainer.recipe, store)
+    if kept is not None:
+        kept.cut_back({})
+    start = _starting_weights(trainer.recipe, session.options.store if run is None else run.path.parent)
     if start is not None:
         source, weights = start
         checkpoint.load_state(trainer.encoder, weights, path=Path(source))
-        keeper.sink.message(f"starts from the encoder of {source}")
+        session.talk.message(f"starts from the encoder of {source}")
 
 
-class _Keeper:
-    """Keeps a run's records: run.json as the run goes, and the streams that the engine writes to."""
+def _totals(trainer: Trainer, data: ImageSet) -> Totals:
+    from cfamc_cli.engine.checkpoint import count_parameters
 
-    def __init__(self, recipe: Recipe, run: RunFolder | None, device: str, *, quiet: bool, fresh: bool) -> None:
-        self.run = run
-        self._streams: dict[str, JsonLines] = {}
-        self._written = 0.0
-        self._started = time.monotonic()
-        self._before = 0.0  # seconds of earlier sittings
-        self.record: RunRecord | None = None
-        if run is not None:
-            if fresh:
-                write_text(run.recipe_toml, recipe_file.to_toml(recipe))
-                write_json(run.resolved_json, recipe.resolved())
-                self.record = _new_record(recipe, run, device)
-                self._save()
-            else:
-                self.record = load_record(run.run_json, RunRecord)
-                self._before = self.record.wall_seconds
-                self._change(environment=capture_environment(device), failure=None)
-            self._streams = {path.name: JsonLines(path) for path in (run.metrics, run.timing)}
-        self.sink = _RunSink(self, quiet=quiet, streams=self._streams)
-
-    def cut_back(self, positions: Mapping[str, object]) -> None:
-        """Drop what the streams hold beyond a checkpoint, and read again what they say of evaluations."""
-        if self.run is None:
-            return
-        for stream in self._streams.values():
-            stream.close()
-        for path in (self.run.metrics, self.run.timing):
-            size = positions.get(path.name, 0)
-            cut(path, size if isinstance(size, int) else 0)
-            self._streams[path.name] = JsonLines(path)
-        self.sink.write_to(self._streams)
-        for line in read_metrics(self.run.metrics):
-            self.note(line)
-
-    def begin(self, trainer: Trainer, data: ImageSet) -> None:
-        """The run is under way."""
-        from cfamc_cli.engine.checkpoint import count_parameters
-
-        used = DataUsed(dataset=data.dataset, split=data.split, n=len(data.images), fingerprint=data.fingerprint)
-        if self.record is not None and self.record.data is not None and self.record.data != used:
-            raise CfamcError(
-                f"the data changed since run {self.record.id} began: fingerprint {data.fingerprint[:12]}, "
-                f"not {self.record.data.fingerprint[:12]}",
-                hint="bring the data back, or start a new run",
-                exit_code=ExitCode.BAD_DATA,
-            )
-        costs = plan(trainer.recipe, images=len(data.images))
-        totals = Totals(
-            steps=trainer.updates,
-            view_passes=costs.view_passes,
-            parameters=count_parameters(trainer.encoder),
-        )
-        self._change(status="running", data=used, totals=totals, progress=_progress(trainer))
-
-    def progress(self, line: TrainLine) -> None:
-        """Write how far the run is, now and then."""
-        if self.record is not None and time.monotonic() - self._written >= _SECONDS_BETWEEN_UPDATES:
-            total = self.record.totals.steps
-            self._change(progress=Progress(batch=line.batch, step=line.step, epoch=line.epoch, total=total))
-
-    def end(self, trainer: Trainer, status: str) -> None:
-        """The sitting is over."""
-        self._change(status=status, progress=_progress(trainer))
-
-    def note(self, line: MetricLine) -> None:
-        """Take an evaluation from the engine's lines into run.json."""
-        if self.record is not None and isinstance(line, EvaluationLine):
-            evaluation = line.evaluation()
-            self._change(evaluation=evaluation, untrained=evaluation if line.step == 0 else self.record.untrained)
-
-    @contextmanager
-    def failures(self) -> Iterator[None]:
-        """Within, whatever ends the work early is written down before it goes on its way."""
-        try:
-            yield
-        except CfamcError as error:
-            self._fail("diverged" if error.exit_code == ExitCode.DIVERGED else "failed", error)
-            raise
-        except (Interrupted, KeyboardInterrupt):
-            self._quietly(status="interrupted")
-            raise
-        except Exception as error:
-            self._fail("failed", CfamcError(f"{type(error).__name__}: {error}"))
-            raise
-
-    def _fail(self, status: str, error: CfamcError) -> None:
-        details = error.details
-        failure = Failure(
-            message=error.message,
-            exit_code=int(error.exit_code),
-            batch=_integer(details.get("batch")),
-            step=_integer(details.get("step")),
-            lr=_floating(details.get("lr")),
-            loss=_floating(details.get("loss")),
-            gradient_norm=_floating(details.get("gradient_norm")),
-        )
-        self._quietly(status=status, failure=failure)
-
-    def _quietly(self, **changes: object) -> None:
-        with suppress(CfamcError):  # the first failure is the one to report
-            self._change(**changes)
-
-    def _change(self, **changes: object) -> None:
-        if self.record is None:
-            return
-        wall = self._before + time.monotonic() - self._started
-        self.record = self.record.model_copy(update={"updated": now(), "wall_seconds": wall, **changes})
-        self._save()
-
-    def _save(self) -> None:
-        if self.run is not None and self.record is not None:
-            save_record(self.run.run_json, self.record)
-            self._written = time.monotonic()
-
-    def summary(self, reference: str) -> Mapping[str, object]:
-        """Say how the run ended and what can be done with `reference`, and return run.json for stdout."""
-        assert self.record is not None, "only a process that keeps a run speaks"
-        assert self.run is not None, "only a process that keeps a run speaks"
-        record, say = self.record, self.sink.message
-        say(f"trained {record.totals.steps} updates in {render.duration(record.wall_seconds)}: {self.run.path}")
-        for label, evaluation in (("untrained", record.untrained), ("trained", record.evaluation)):
-            if evaluation is not None and evaluation.clean and evaluation.robust and evaluation.knn:
-                say(
-                    f"{label:>9}: clean {render.interval(evaluation.clean)}  "
-                    f"{evaluation.attack} {evaluation.eps} {render.interval(evaluation.robust)}  "
-                    f"knn {render.interval(evaluation.knn)}  (% of {evaluation.clean.n} held-out training images)"
-                )
-        say(f"next: cfamc attack {reference} --eps 8/255")
-        return record.model_dump(mode="json")
-
-    def close(self) -> None:
-        """Close the streams and take the display down."""
-        self.sink.close()
-        for stream in self._streams.values():
-            stream.close()
-
-
-class _RunSink(render.TerminalSink):
-    """A terminal that also keeps run.json up to date."""
-
-    def __init__(self, keeper: _Keeper, *, quiet: bool, streams: Mapping[str, JsonLines]) -> None:
-        super().__init__(quiet=quiet, metrics=streams.get("metrics.jsonl"), timing=streams.get("timing.jsonl"))
-        self._keeper = keeper
-
-    def write_to(self, streams: Mapping[str, JsonLines]) -> None:
-        """Go on with other record files."""
-        self._records = {name: streams.get(name) for name in self._records}
-
-    def metrics(self, line: MetricLine) -> None:
-        super().metrics(line)
-        self._keeper.note(line)
-        if isinstance(line, TrainLine):
-            self._keeper.progress(line)
-
-
-def _new_record(recipe: Recipe, run: RunFolder, device: str) -> RunRecord:
-    return RunRecord(
-        id=run.id,
-        name=recipe.name,
-        status="created",
-        created=now(),
-        updated=now(),
-        recipe_digest=recipe.digest(),
-        seed=recipe.seed,
-        progress=Progress(),
-        environment=capture_environment(device),
-        wall_seconds=0.0,
-        totals=Totals(steps=0, view_passes=0, parameters=0),
-        data=None,
-        init=recipe.train.init,
-    )
+    passes = plan(trainer.recipe, images=len(data.images)).view_passes
+    return Totals(steps=trainer.updates, view_passes=passes, parameters=count_parameters(trainer.encoder))
 
 
 def _progress(trainer: Trainer) -> Progress:
@@ -519,9 +303,15 @@ def _progress(trainer: Trainer) -> Progress:
     return Progress(batch=batch, step=trainer.step, epoch=batch / trainer.per_epoch, total=trainer.updates)
 
 
-def _integer(value: object) -> int | None:
-    return value if isinstance(value, int) else None
-
-
-def _floating(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float | str) else None
+def _tell(record: RunRecord, run: RunFolder, session: Session) -> None:
+    """Say how the run ended and what can be done with it."""
+    say = session.talk.message
+    say(f"trained {record.totals.steps} updates in {render.duration(record.wall_seconds)}: {run.path}")
+    for label, evaluation in (("untrained", record.untrained), ("trained", record.evaluation)):
+        if evaluation is not None and evaluation.clean and evaluation.robust and evaluation.knn:
+            say(
+                f"{label:>9}: clean {render.interval(evaluation.clean)}  "
+                f"{evaluation.attack} {evaluation.eps} {render.interval(evaluation.robust)}  "
+                f"knn {render.interval(evaluation.knn)}  (% of {evaluation.clean.n} held-out training images)"
+            )
+    say(f"next: cfamc attack {session.options.reference(run)} --eps 8/255")

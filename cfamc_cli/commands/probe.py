@@ -9,25 +9,23 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, assert_never
 
 from cfamc_cli import recipe_file, render
-from cfamc_cli.commands.pretrain import Options
-from cfamc_cli.commands.signals import Interrupted, Signals, catch_signals
+from cfamc_cli.commands.common import Options, Session, interruption, invalid, session
 from cfamc_cli.datasets import KNOWN_SETS
-from cfamc_cli.errors import CfamcError, ExitCode
-from cfamc_cli.files import write_json, write_text
+from cfamc_cli.errors import CfamcError, ExitCode, Interrupted
+from cfamc_cli.ledger import found
 from cfamc_cli.recipe import AggregatedCrops, Finetune, Knn, Linear, Recipe, RobustLinear
 from cfamc_cli.records import (
     Accuracy,
     DataUsed,
     PendingProbe,
     ProbeRecord,
-    Progress,
     RunRecord,
     Totals,
     capture_environment,
@@ -35,15 +33,14 @@ from cfamc_cli.records import (
     now,
     save_record,
 )
-from cfamc_cli.store import LATEST, RunFolder, cache_folder, create_run, default_store, find_run, lock, new_item
+from cfamc_cli.store import LATEST, RunFolder, cache_folder, create_run, find_run, lock, new_item
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from cfamc_cli.engine.data import ImageSet
     from cfamc_cli.engine.heads import CropSource, LoadedEncoder
-    from cfamc_cli.engine.sink import Sink
+    from cfamc_cli.engine.sink import Talk
 
 RECORD, PENDING, CHECKPOINTS = "record.json", "pending.json", "checkpoints"
 _MOST_CLASSES = 20  # that a table lists; a record has them all
@@ -94,20 +91,20 @@ def probe(
     Raises:
         CfamcError: With the exit code of its cause.
     """
-    with catch_signals() as signals:
+    with session(options) as working:
         if foreign is not None:
             if reference is not None or resume:
-                raise _invalid("--import makes a run of its own", "leave out RUN and --resume")
-            run = _import(foreign, request, options)
+                raise invalid("--import makes a run of its own", "leave out RUN and --resume")
+            run = _import(foreign, request, working)
         else:
-            run = find_run(default_store(options.runs), reference or LATEST, accept=_finished)
-        with _resumable(run), _sink(options) as sink:
+            run = find_run(options.store, reference or LATEST, accept=_finished)
+        with interruption(hint=lambda: f"go on with: {_way_on(run)}"):
             if resume:
                 if request != Request():
-                    raise _invalid("--resume goes on with the head as it was begun", "leave the other options out")
-                folder = _go_on(run, options=options, sink=sink, signals=signals)
+                    raise invalid("--resume goes on with the head as it was begun", "leave the other options out")
+                folder = _go_on(run, working)
             else:
-                folder = _fit(run, request, options=options, sink=sink, signals=signals)
+                folder = _fit(run, request, working)
     record = load_record(folder / RECORD, ProbeRecord)
     if options.as_json:
         render.print_json(record.model_dump(mode="json"))
@@ -115,12 +112,12 @@ def probe(
         _show(record)
 
 
-def ensure_head(run: RunFolder, *, options: Options, probe: str | None = None) -> Path:
+def ensure_head(run: RunFolder, working: Session, *, probe: str | None = None) -> Path:
     """The head that an evaluation of a run is about; the standard linear one is fitted where there is none.
 
     Args:
         run: The run.
-        options: Where and how to fit it.
+        working: The command at work.
         probe: A probe's id, or a kind of head for the newest of that kind; None for the newest linear head of the
             newest encoder on all of the run's own data.
 
@@ -134,17 +131,16 @@ def ensure_head(run: RunFolder, *, options: Options, probe: str | None = None) -
     if probe is None:
         if standard := _standard(run, records):
             return standard[-1]
-        with catch_signals() as signals, _sink(options) as sink:
-            recipe = recipe_file.load(str(run.recipe_toml))
-            request = Request() if isinstance(recipe.probe, Linear) else Request(head="linear")
-            sink.message(f"run {run.id} has no linear head yet: fitting the standard one")
-            return _fit(run, request, options=options, sink=sink, signals=signals)
+        recipe = recipe_file.load(str(run.recipe_toml))
+        request = Request() if isinstance(recipe.probe, Linear) else Request(head="linear")
+        working.talk.message(f"run {run.id} has no linear head yet: fitting the standard one")
+        return _fit(run, request, working)
     fitting = [folder for folder, record in records if probe in (folder.name, record.head)]
     if fitting:
         return fitting[-1]
     names = ", ".join(folder.name for folder, _ in records)
     hint = f"it has {names}" if names else f"fit one with: cfamc probe {run.id}"
-    raise _invalid(f"run {run.id} has no probe {probe!r:.100}", hint)
+    raise invalid(f"run {run.id} has no probe {probe!r:.100}", hint)
 
 
 def _standard(run: RunFolder, records: Sequence[tuple[Path, ProbeRecord]]) -> list[Path]:
@@ -183,7 +179,7 @@ def finished_probes(run: RunFolder) -> list[tuple[Path, ProbeRecord]]:
     return sorted(found, key=lambda item: (item[1].created, (item[0] / RECORD).stat().st_mtime_ns))
 
 
-def load_test_images(run: RunFolder, record: ProbeRecord, *, sink: Sink) -> ImageSet:
+def load_test_images(run: RunFolder, record: ProbeRecord, *, talk: Talk) -> ImageSet:
     """The labelled test images that a head was judged on.
 
     Raises:
@@ -195,8 +191,8 @@ def load_test_images(run: RunFolder, record: ProbeRecord, *, sink: Sink) -> Imag
     if record.data:
         raw = recipe.resolved() | {"data": dict(record.data)}
         recipe = recipe_file.validate(raw, label=str(run.resolved_json))
-    images = _load(recipe, "test", sink=sink).labelled()
-    _same_data(_used(images), record.test, whose=f"head {record.id} was fitted")
+    images = _load(recipe, "test", talk=talk).labelled()
+    _same_data(images.used(), record.test, whose=f"head {record.id} was fitted")
     return images
 
 
@@ -211,7 +207,7 @@ def _settled(run: RunFolder, request: Request) -> Recipe:
         key = text.partition("=")[0].strip()
         moved = key == "data.root" or (key.startswith("data.") and request.data is not None)
         if not key.startswith("probe.") and not moved:
-            raise _invalid(
+            raise invalid(
                 f"--set {key:.80}: the encoder is trained; only probe.* can be set, data.root, and with --data data.*",
                 "such as: --set probe.lr=0.001",
             )
@@ -239,7 +235,7 @@ def _data_table(name: str) -> dict[str, object]:
     if os.sep in name or Path(name).is_dir():
         return {"dataset": "folder", "root": name}
     hint = f"one of: {', '.join(KNOWN_SETS)}, or a path"
-    raise _invalid(f"--data {name!r:.100} is neither a known data set nor a folder", hint)
+    raise invalid(f"--data {name!r:.100} is neither a known data set nor a folder", hint)
 
 
 def _inline(table: Mapping[str, object]) -> str:
@@ -249,27 +245,27 @@ def _inline(table: Mapping[str, object]) -> str:
 # Data
 
 
-def _load(recipe: Recipe, split: str, *, sink: Sink) -> ImageSet:
+def _load(recipe: Recipe, split: str, *, talk: Talk) -> ImageSet:
     from cfamc_cli.engine.data import load
 
     cache = cache_folder()
-    return load(recipe.data, "train" if split == "train" else "test", seed=recipe.seed, cache=cache, sink=sink)
+    return load(recipe.data, "train" if split == "train" else "test", seed=recipe.seed, cache=cache, talk=talk)
 
 
 def _load_splits(
-    run: RunFolder, recipe: Recipe, *, transfer: bool, limit: int | None, sink: Sink
+    run: RunFolder, recipe: Recipe, *, transfer: bool, limit: int | None, talk: Talk
 ) -> tuple[ImageSet, ImageSet]:
     """The images to fit a head to and those to judge it on, labelled and fit for it."""
     from cfamc_cli.engine.data import class_balanced_split
 
-    train = _load(recipe, "train", sink=sink)
+    train = _load(recipe, "train", talk=talk)
     own = load_record(run.run_json, RunRecord).data
     if not transfer and own is not None:
-        _same_data(_used(train), own, whose=f"run {run.id} was trained")
+        _same_data(train.used(), own, whose=f"run {run.id} was trained")
     train = train.labelled()
     if limit is not None:
         if limit > len(train):
-            raise _invalid(
+            raise invalid(
                 f"--limit is {limit:,} but {train.dataset} has {len(train):,} labelled training images",
                 "lower --limit or leave it out",
             )
@@ -277,13 +273,9 @@ def _load_splits(
         if limit < len(train):
             train = train.take(class_balanced_split(train.labels, limit, seed=recipe.seed)[0])
     train.require_labels()
-    test = _load(recipe, "test", sink=sink).labelled()
+    test = _load(recipe, "test", talk=talk).labelled()
     assert test.classes == train.classes, "the splits of a data set name their classes alike"
     return train, test
-
-
-def _used(images: ImageSet) -> DataUsed:
-    return DataUsed(dataset=images.dataset, split=images.split, n=len(images), fingerprint=images.fingerprint)
 
 
 def _same_data(found: DataUsed, expected: DataUsed, *, whose: str) -> None:
@@ -299,18 +291,17 @@ def _same_data(found: DataUsed, expected: DataUsed, *, whose: str) -> None:
 # Fitting
 
 
-def _fit(run: RunFolder, request: Request, *, options: Options, sink: Sink, signals: Signals) -> Path:
+def _fit(run: RunFolder, request: Request, working: Session) -> Path:
     """Fit a new head and keep it; returns its folder."""
-    from cfamc_cli.engine.device import out_of_memory, pick_device
+    from cfamc_cli.engine.device import out_of_memory
 
     started = time.monotonic()
     recipe = _settled(run, request)
-    device = pick_device(options.device)
     with out_of_memory():
-        encoder = _encoder(run, recipe, device=device, sink=sink)
+        encoder = _encoder(run, recipe, working)
         transfer = request.data is not None
-        train, test = _load_splits(run, recipe, transfer=transfer, limit=request.limit, sink=sink)
-        job = _Job(run, recipe, encoder, train, test, device=device, sink=sink, started=started)
+        train, test = _load_splits(run, recipe, transfer=transfer, limit=request.limit, talk=working.talk)
+        job = _Job(run, recipe, encoder, train, test, working, started=started)
         match recipe.probe:
             case Linear() | AggregatedCrops() | Knn():
                 return job.fit_on_features()
@@ -320,45 +311,44 @@ def _fit(run: RunFolder, request: Request, *, options: Options, sink: Sink, sign
                     transfer=transfer,
                     limit=request.limit,
                     encoder_digest=encoder.digest,
-                    train=_used(train),
-                    test=_used(test),
+                    train=train.used(),
+                    test=test.used(),
                 )
                 if unfinished := _unfinished(run):
-                    sink.message(
+                    working.talk.message(
                         f"{unfinished[-1].name} is unfinished; go on with it by: cfamc probe {run.id} --resume"
                     )
                 folder = new_item(run.probes, recipe.probe.head)
                 save_record(folder / PENDING, pending)
-                return job.fit_by_steps(folder, signals)
+                return job.fit_by_steps(folder)
             case _:
                 assert_never(recipe.probe)
 
 
-def _go_on(run: RunFolder, *, options: Options, sink: Sink, signals: Signals) -> Path:
+def _go_on(run: RunFolder, working: Session) -> Path:
     """Finish the newest unfinished head; returns its folder."""
-    from cfamc_cli.engine.device import out_of_memory, pick_device
+    from cfamc_cli.engine.device import out_of_memory
 
     started = time.monotonic()
     unfinished = _unfinished(run)
     if not unfinished:
-        raise _invalid(f"run {run.id} has no unfinished head", "robust-linear and finetune can be resumed")
+        raise invalid(f"run {run.id} has no unfinished head", "robust-linear and finetune can be resumed")
     folder = unfinished[-1]
     pending = load_record(folder / PENDING, PendingProbe)
     recipe = recipe_file.validate(pending.recipe, label=str(folder / PENDING))
-    device = pick_device(options.device)
     with out_of_memory():
-        encoder = _encoder(run, recipe, device=device, sink=sink)
+        encoder = _encoder(run, recipe, working)
         if encoder.digest != pending.encoder_digest:
             raise CfamcError(
                 f"the encoder of {run.id} changed since {folder.name} was begun",
                 hint="begin a new head: leave --resume out",
                 exit_code=ExitCode.BAD_DATA,
             )
-        train, test = _load_splits(run, recipe, transfer=pending.transfer, limit=pending.limit, sink=sink)
+        train, test = _load_splits(run, recipe, transfer=pending.transfer, limit=pending.limit, talk=working.talk)
         for images, expected in ((train, pending.train), (test, pending.test)):
-            _same_data(_used(images), expected, whose=f"{folder.name} was begun")
-        job = _Job(run, recipe, encoder, train, test, device=device, sink=sink, started=started)
-        return job.fit_by_steps(folder, signals)
+            _same_data(images.used(), expected, whose=f"{folder.name} was begun")
+        job = _Job(run, recipe, encoder, train, test, working, started=started)
+        return job.fit_by_steps(folder)
 
 
 def _unfinished(run: RunFolder) -> list[Path]:
@@ -367,17 +357,17 @@ def _unfinished(run: RunFolder) -> list[Path]:
     return [path.parent for path in sorted(begun, key=lambda path: (path.stat().st_mtime_ns, path))]
 
 
-def _encoder(run: RunFolder, recipe: Recipe, *, device: torch.device, sink: Sink) -> LoadedEncoder:
+def _encoder(run: RunFolder, recipe: Recipe, working: Session) -> LoadedEncoder:
     from cfamc_cli.engine.heads import load_encoder
 
     record = load_record(run.run_json, RunRecord)
     if record.status != "finished":
-        sink.warning(f"run {run.id} is not finished but {record.status}: reading its newest checkpoint")
-    loaded = load_encoder(run.checkpoints, recipe.model, device=device)
+        working.talk.warning(f"run {run.id} is not finished but {record.status}: reading its newest checkpoint")
+    loaded = load_encoder(run.checkpoints, recipe.model, device=working.device)
     for text in loaded.warnings:
-        sink.warning(text)
+        working.talk.warning(text)
     if loaded.backbone_only and recipe.probe.features == "pre_feature":
-        raise _invalid(
+        raise invalid(
             f"run {run.id} was imported without a pre_feature layer",
             "read the backbone instead: cfamc probe --features backbone",
         )
@@ -394,13 +384,12 @@ class _Job:
         encoder: LoadedEncoder,
         train: ImageSet,
         test: ImageSet,
+        working: Session,
         *,
-        device: torch.device,
-        sink: Sink,
         started: float,
     ) -> None:
         self.run, self.recipe, self.loaded, self.train, self.test = run, recipe, encoder, train, test
-        self.device, self.sink, self.started = device, sink, started
+        self.device, self.talk, self.signals, self.started = working.device, working.talk, working.signals, started
         self.classes = len(train.classes)
         self.before = 0.0  # seconds of earlier sittings
         self.converged: bool | None = None
@@ -431,7 +420,7 @@ class _Job:
                 gradient = engine.fit_converged(head, features, labels, l2=settings.l2, each=each)
                 self.converged = gradient <= engine.CONVERGED
                 if not self.converged:
-                    self.sink.warning(f"the head had not converged when its time was up: gradient {gradient:.2g}")
+                    self.talk.warning(f"the head had not converged when its time was up: gradient {gradient:.2g}")
             case Linear() | AggregatedCrops():
                 engine.fit_by_batches(head, features, labels, settings=settings, seed=seed, each=each)
             case _:
@@ -442,7 +431,7 @@ class _Job:
         folder = new_item(self.run.probes, settings.head)
         return self._keep(folder, write_head(folder, classifier, finetuned=False), fitted, answers)
 
-    def fit_by_steps(self, folder: Path, signals: Signals) -> Path:
+    def fit_by_steps(self, folder: Path) -> Path:
         """Train a head that needs the encoder at every step, from where it stands, and keep it."""
         from cfamc_cli.engine import checkpoint
         from cfamc_cli.engine import probe as engine
@@ -461,16 +450,16 @@ class _Job:
                 seed=self.recipe.seed,
                 precision=self.recipe.train.precision,
                 device=self.device,
-                sink=self.sink,
+                talk=self.talk,
             )
             if checkpoint.list_checkpoints(folder / CHECKPOINTS):
                 path, saved, problems = checkpoint.newest_valid(folder / CHECKPOINTS)
                 for problem in problems:
-                    self.sink.warning(f"{problem.message}; going back to {path.name}")
+                    self.talk.warning(f"{problem.message}; going back to {path.name}")
                 trainer.load(saved, path=path)
                 self.before = float(str(saved.progress.get("seconds", 0.0)))
-            with signals.deferred():
-                signal = trainer.train(folder / CHECKPOINTS, stop=signals.pending, seconds=self._seconds)
+            with self.signals.deferred():
+                signal = trainer.train(folder / CHECKPOINTS, stop=self.signals.pending, seconds=self._seconds)
             if signal:
                 raise Interrupted(signal)
             classifier = trainer.classifier.eval()
@@ -505,7 +494,7 @@ class _Job:
         return images.labels.to(self.device)
 
     def _progress(self, task: str) -> Callable[[int, int], None]:
-        return lambda done, total: self.sink.progress(task, done, total, {})
+        return lambda done, total: self.talk.progress(task, done, total, {})
 
     def _seconds(self) -> float:
         return self.before + time.monotonic() - self.started
@@ -536,8 +525,8 @@ class _Job:
             encoder_digest=self.loaded.digest,
             head_digest=head_digest,
             data=self.recipe.data.model_dump(mode="json"),
-            train=_used(self.train),
-            test=_used(self.test),
+            train=self.train.used(),
+            test=self.test.used(),
             train_accuracy=None if right is None else Accuracy.of(right, len(self.train)),
             converged=self.converged,
             test_accuracy=Accuracy.of(sum(row[label] for label, row in enumerate(confusion)), len(self.test)),
@@ -553,54 +542,37 @@ class _Job:
 # Foreign weights
 
 
-def _import(path: Path, request: Request, options: Options) -> RunFolder:
+def _import(path: Path, request: Request, working: Session) -> RunFolder:
     """Make a finished run of somebody else's encoder."""
     from cfamc_cli.engine import checkpoint
     from cfamc_cli.engine.checkpoint import Checkpoint
-    from cfamc_cli.engine.device import describe, pick_device
+    from cfamc_cli.engine.device import describe
     from cfamc_cli.engine.foreign import read_foreign
 
     if request.data is None:
-        raise _invalid("which images shall the imported encoder be probed on?", "such as: --data cifar10")
-    with _sink(options) as sink:
-        foreign = read_foreign(path)
-        raw: dict[str, object] = {
-            "schema": 1,
-            "name": path.stem[:200] or "imported",
-            "data": _data_table(request.data),
-            "crops": [{"count": 16, "size": 32 if foreign.model.stem == "cifar" else 224}],
-            "model": foreign.model.model_dump(mode="json"),
-            "objective": {"name": "emp-ssl"},
-            "adversary": {"name": "none"},
-            "probe": {"head": "linear", "features": "backbone" if foreign.backbone_only else "pre_feature"},
-        }
-        recipe = recipe_file.validate(raw, label=str(path))
-        run = create_run(default_store(options.runs), recipe.name, now=now())
-        write_text(run.recipe_toml, recipe_file.to_toml(recipe))
-        write_json(run.resolved_json, recipe.resolved())
-        progress: dict[str, object] = {"step": 0, "recipe": recipe.digest(), "positions": {}}
-        progress["backbone_only"] = foreign.backbone_only
-        checkpoint.save(run.checkpoints, 0, Checkpoint(foreign.encoder.state_dict(), {}, progress))
-        record = RunRecord(
-            id=run.id,
-            name=recipe.name,
-            status="finished",
-            created=now(),
-            updated=now(),
-            recipe_digest=recipe.digest(),
-            seed=recipe.seed,
-            progress=Progress(),
-            environment=capture_environment(describe(pick_device(options.device))),
-            wall_seconds=0.0,
-            totals=Totals(steps=0, view_passes=0, parameters=checkpoint.count_parameters(foreign.encoder)),
-            data=None,
-            imported=str(path),
-        )
-        save_record(run.run_json, record)
-        model = foreign.model
-        sink.message(f"imported {path} as {run.id}: {model.backbone}, {model.stem} stem, width {model.width}")
-        for text in foreign.notes:
-            sink.message(text)
+        raise invalid("which images shall the imported encoder be probed on?", "such as: --data cifar10")
+    foreign = read_foreign(path)
+    raw: dict[str, object] = {
+        "schema": 1,
+        "name": path.stem[:200] or "imported",
+        "data": _data_table(request.data),
+        "crops": [{"count": 16, "size": 32 if foreign.model.stem == "cifar" else 224}],
+        "model": foreign.model.model_dump(mode="json"),
+        "objective": {"name": "emp-ssl"},
+        "adversary": {"name": "none"},
+        "probe": {"head": "linear", "features": "backbone" if foreign.backbone_only else "pre_feature"},
+    }
+    recipe = recipe_file.validate(raw, label=str(path))
+    run = create_run(working.options.store, recipe.name, now=now())
+    record = found(run, recipe, device=describe(working.device))
+    progress = {"step": 0, "recipe": recipe.digest(), "positions": {}, "backbone_only": foreign.backbone_only}
+    checkpoint.save(run.checkpoints, 0, Checkpoint(foreign.encoder.state_dict(), {}, progress))
+    totals = Totals(steps=0, view_passes=0, parameters=checkpoint.count_parameters(foreign.encoder))
+    save_record(run.run_json, record.model_copy(update={"status": "finished", "totals": totals, "imported": str(path)}))
+    model = foreign.model
+    working.talk.message(f"imported {path} as {run.id}: {model.backbone}, {model.stem} stem, width {model.width}")
+    for text in foreign.notes:
+        working.talk.message(text)
     return run
 
 
@@ -628,20 +600,8 @@ def _show(record: ProbeRecord) -> None:
     render.print_rows(title, ("class", "n", "test % [95 %]"), rows, right=(1, 2))
 
 
-@contextmanager
-def _sink(options: Options) -> Iterator[render.TerminalSink]:
-    with render.TerminalSink(quiet=options.quiet, metrics=None, timing=None) as sink:
-        yield sink
-
-
-@contextmanager
-def _resumable(run: RunFolder) -> Iterator[None]:
-    """Within, an interruption says how to go on."""
-    try:
-        yield
-    except Interrupted as error:
-        begun = f"cfamc probe {run.id} --resume" if _unfinished(run) else "the same command"
-        raise CfamcError("interrupted", hint=f"go on with: {begun}", exit_code=ExitCode(128 + error.signal)) from error
+def _way_on(run: RunFolder) -> str:
+    return f"cfamc probe {run.id} --resume" if _unfinished(run) else "the same command"
 
 
 def _finished(run: RunFolder) -> bool:
@@ -649,7 +609,3 @@ def _finished(run: RunFolder) -> bool:
         return load_record(run.run_json, RunRecord).status == "finished"
     except CfamcError:
         return False
-
-
-def _invalid(message: str, hint: str) -> CfamcError:
-    return CfamcError(message, hint=hint, exit_code=ExitCode.INVALID)

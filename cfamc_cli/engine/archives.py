@@ -24,7 +24,7 @@ import numpy as np
 
 from cfamc_cli.datasets import KNOWN_SETS
 from cfamc_cli.engine.packs import Pixels, Raw, cached_file
-from cfamc_cli.engine.sink import Sink
+from cfamc_cli.engine.sink import Talk
 from cfamc_cli.errors import CfamcError, ExitCode
 
 Known = Literal["fashion-mini", "cifar10", "cifar100", "fashion-mnist", "svhn", "stl10"]
@@ -87,13 +87,13 @@ def remote_files(dataset: Known, split: Split) -> tuple[Remote, ...]:
             return (Remote(stl10, "91f7769df0f17e558f3565bffb0c7dfb"),)
 
 
-def fetch(remote: Remote, folder: Path, *, sink: Sink) -> Path:
+def fetch(remote: Remote, folder: Path, *, talk: Talk) -> Path:
     """Return a published file, downloaded into `folder` unless it lies there.
 
     Args:
         remote: What to fetch.
         folder: Where it lies or will lie.
-        sink: Hears the progress, in bytes.
+        talk: Hears the progress, in bytes.
 
     Returns:
         The file.
@@ -105,7 +105,7 @@ def fetch(remote: Remote, folder: Path, *, sink: Sink) -> Path:
     if path.is_file():
         return path
     hint = f"download {remote.url} by other means and put it at {path}"
-    sink.message(f"downloading {remote.url} to {path}")
+    talk.message(f"downloading {remote.url} to {path}")
     digest = hashlib.md5(usedforsecurity=False)
     with cached_file(path) as temporary:
         try:
@@ -117,7 +117,7 @@ def fetch(remote: Remote, folder: Path, *, sink: Sink) -> Path:
                     digest.update(piece)
                     file.write(piece)
                     done += len(piece)
-                    sink.progress(f"downloading {remote.name}", done, max(total, done), {})
+                    talk.progress(f"downloading {remote.name}", done, max(total, done), {})
         except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
             cause = getattr(error, "reason", None) or error
             raise _bad(f"cannot download {remote.name}: {cause}", hint=hint) from error

@@ -23,9 +23,10 @@ from cfamc_cli.datasets import FASHION_MINI_FINGERPRINTS, FASHION_MINI_FOLDER
 from cfamc_cli.engine import archives, folder
 from cfamc_cli.engine.packs import Pack, Pixels, Raw, fingerprint, packed
 from cfamc_cli.engine.randomness import addressed_generator, balanced_order
-from cfamc_cli.engine.sink import Sink
+from cfamc_cli.engine.sink import Talk
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.recipe import Data
+from cfamc_cli.records import DataUsed
 
 RESIDENT_SHARE = 0.25  # of the free device memory; the rest is for the encoder and its activations
 
@@ -60,6 +61,10 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def used(self) -> DataUsed:
+        """What a record says of these images."""
+        return DataUsed(dataset=self.dataset, split=self.split, n=len(self), fingerprint=self.fingerprint)
 
     def labelled(self) -> ImageSet:
         """Return the images that have a label: all of them, or (stl10) the labelled part.
@@ -111,7 +116,7 @@ class ImageSet:
         return dataclasses.replace(self, images=images, labels=labels, fingerprint=mark)
 
 
-def load(data: Data, split: Literal["train", "test"], *, seed: int, cache: Path, sink: Sink) -> ImageSet:
+def load(data: Data, split: Literal["train", "test"], *, seed: int, cache: Path, talk: Talk) -> ImageSet:
     """Load one split; download, decode and pack it before where that was not done yet.
 
     The training split of `stl10` is its 5,000 labelled images followed by its 100,000 unlabelled ones (label -1).
@@ -123,7 +128,7 @@ def load(data: Data, split: Literal["train", "test"], *, seed: int, cache: Path,
         split: Which part.
         seed: The recipe's seed; shuffles before `limit` cuts.
         cache: Folder for downloads and packs.
-        sink: Hears progress and messages.
+        talk: Hears progress and messages.
 
     Returns:
         The images.
@@ -136,11 +141,11 @@ def load(data: Data, split: Literal["train", "test"], *, seed: int, cache: Path,
     match data.dataset:
         case "folder":
             assert root is not None, "the recipe asks for one"
-            pack = _folder(split, size=data.size, root=root, cache=cache, sink=sink)
+            pack = _folder(split, size=data.size, root=root, cache=cache, talk=talk)
         case "fashion-mini":
             pack = _fashion_mini(split, size=data.size)
         case known:
-            pack = _known(known, split, size=data.size, root=root, cache=cache, sink=sink)
+            pack = _known(known, split, size=data.size, root=root, cache=cache, talk=talk)
     images = ImageSet(
         images=pack.images,
         labels=pack.labels,
@@ -242,7 +247,7 @@ def _fashion_mini(split: Literal["train", "test"], *, size: int | None) -> Pack:
 
 
 def _known(
-    known: archives.Known, split: archives.Split, *, size: int | None, root: Path | None, cache: Path, sink: Sink
+    known: archives.Known, split: archives.Split, *, size: int | None, root: Path | None, cache: Path, talk: Talk
 ) -> Pack:
     def read() -> Raw:
         remotes = archives.remote_files(known, split)
@@ -253,7 +258,7 @@ def _known(
                     hint=f"put {remote.url} there, or leave data.root out to have it downloaded",
                     exit_code=ExitCode.BAD_DATA,
                 )
-        files = tuple(archives.fetch(remote, root or cache / "downloads", sink=sink) for remote in remotes)
+        files = tuple(archives.fetch(remote, root or cache / "downloads", talk=talk) for remote in remotes)
         raw = archives.read(known, split, files)
         if size is None or size == raw.shape[-1]:
             return raw
@@ -263,15 +268,15 @@ def _known(
 
     key = json.dumps([known, split, size, None if root is None else str(root)])
     name = _pack_name(f"{known}-{split}", key)
-    return packed(cache / "packs", name, key=key, make=read, task=f"packing {known}", sink=sink)
+    return packed(cache / "packs", name, key=key, make=read, task=f"packing {known}", talk=talk)
 
 
-def _folder(split: Literal["train", "test"], *, size: int | None, root: Path, cache: Path, sink: Sink) -> Pack:
+def _folder(split: Literal["train", "test"], *, size: int | None, root: Path, cache: Path, talk: Talk) -> Pack:
     listing = folder.list_images(root, split)
     # One pack per (root, split, size): the pack of a folder that changed is replaced.
     name = _pack_name(f"folder-{split}", json.dumps([str(root), split, size]))
     make = partial(folder.read, listing, size=size)
-    return packed(cache / "packs", name, key=listing.key, make=make, task=f"packing {root}", sink=sink)
+    return packed(cache / "packs", name, key=listing.key, make=make, task=f"packing {root}", talk=talk)
 
 
 def _pack_name(stem: str, identity: str) -> str:

@@ -28,7 +28,7 @@ from cfamc_cli.engine.models import Encoder
 from cfamc_cli.engine.optim import learning_rate
 from cfamc_cli.engine.probe import new_head
 from cfamc_cli.engine.randomness import addressed_generator, epoch_order
-from cfamc_cli.engine.sink import Sink
+from cfamc_cli.engine.sink import Talk
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.recipe import Cosine, Finetune, RobustLinear, number
 
@@ -56,7 +56,7 @@ class SupervisedTrainer:
         seed: int,
         precision: Literal["auto", "float32", "bfloat16"],
         device: torch.device,
-        sink: Sink,
+        talk: Talk,
     ) -> None:
         """Build the classifier in its initial state.
 
@@ -69,10 +69,10 @@ class SupervisedTrainer:
             seed: The recipe's seed.
             precision: Of training passes.
             device: Where to compute.
-            sink: Hears progress.
+            talk: Hears progress.
         """
         self.images, self.labels, self.settings = to_device(images, device=device), labels, settings
-        self.seed, self.device, self.sink = seed, device, sink
+        self.seed, self.device, self.talk = seed, device, talk
         self.precision = pick_precision(precision, device)
         head = new_head(feature_dim(encoder, settings.features), classes, seed=seed, device=device)
         self.classifier = Classifier(encoder, head, features=settings.features).eval()
@@ -125,7 +125,7 @@ class SupervisedTrainer:
             signal = stop() if self.step < self.updates else 0
             if signal or self.step % self.per_epoch == 0:
                 self._save(folder, loss.detach(), seconds=seconds())
-            self.sink.progress(task, self.step, self.updates, {"epoch": self.step / self.per_epoch})
+            self.talk.progress(task, self.step, self.updates, {"epoch": self.step / self.per_epoch})
             if signal:
                 return signal
         return 0

@@ -17,7 +17,7 @@ from cfamc_cli.engine.losses import Terms, effective_rank, feature_std
 from cfamc_cli.engine.models import Encoder
 from cfamc_cli.engine.monitor import Where
 from cfamc_cli.engine.randomness import addressed_generator
-from cfamc_cli.engine.sink import Sink
+from cfamc_cli.engine.sink import Ledger, Talk
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.recipe import EmpSsl, NoAdversary, PgdAdversary, Recipe, number
 from cfamc_cli.records import TimingLine, TrainLine
@@ -38,13 +38,14 @@ class Journal:
         data: ImageSet,
         *,
         device: torch.device,
-        sink: Sink,
+        talk: Talk,
+        ledger: Ledger,
         updates: int,
         per_epoch: int,
         share: int,
     ) -> None:
         """Begin a run's journal; `share` is the number of images of a batch that this process has."""
-        self.recipe, self.data, self.device, self.sink = recipe, data, device, sink
+        self.recipe, self.data, self.device, self.talk, self.ledger = recipe, data, device, talk, ledger
         self.updates, self.per_epoch = updates, per_epoch
         parts = ["invariance", "coding_rate"] if isinstance(recipe.objective, EmpSsl) else []
         self._names = ["lr", "loss", "gradient_norm", *parts]
@@ -135,17 +136,17 @@ class Journal:
             size = torch.cat([part.abs().flatten() for part in delta])
             shape |= {"delta_mean": float(size.mean())}
             shape |= {"delta_at_bound": float((size >= 0.999 * self._eps).float().mean())}
-        self.sink.metrics(TrainLine.model_validate({**where, **means, **shape}))
+        self.ledger.metrics(TrainLine.model_validate({**where, **means, **shape}))
 
         seconds = max(time.perf_counter() - self._since, 1e-9)
         views = (step - self._since_step) * self.recipe.views * self.recipe.train.batch_size
         rate, share = views * self._passes_per_update / seconds, self._waited / seconds
         memory = peak_memory(self.device)
-        self.sink.timing(
+        self.ledger.timing(
             TimingLine(**where, views_per_second=rate, data_share=share, seconds=seconds, peak_memory=memory)
         )
         shown = {"epoch": where["epoch"], **means, "views_per_second": rate, **self._accuracy}
-        self.sink.progress("train", step, self.updates, shown)
+        self.talk.progress("train", step, self.updates, shown)
         self._rows = []
         self.start(step)
 
@@ -157,9 +158,9 @@ class Journal:
         few = slice(0, self._grip_plan.images)
         cut_crops, cut_delta = ([group[:, few] for group in groups] for groups in (crops, delta))
         grip = monitor.measure_grip(loss_of, cut_crops, cut_delta, eps=self._eps, where=self._where(step))
-        self.sink.metrics(grip)
+        self.ledger.metrics(grip)
         if grip.lost:
-            self.sink.warning(
+            self.talk.warning(
                 f"update {step}: PGD-{monitor.ATTACK_STEPS} raises the loss by {grip.strongest - grip.clean:.3g}, the "
                 f"training adversary only by {grip.trained - grip.clean:.3g}: catastrophic overfitting is likely; "
                 "use a smaller adversary.step_size or more steps"
@@ -183,7 +184,7 @@ class Journal:
         labels = self.data.labels
         if labels is None or len(self.data.classes) < 2 or int((labels >= 0).sum()) < 2 * HELD_OUT:
             if step == 0:
-                self.sink.message(f"no online evaluation: it needs {2 * HELD_OUT:,} labelled images of two classes")
+                self.talk.message(f"no online evaluation: it needs {2 * HELD_OUT:,} labelled images of two classes")
             return True
         began = time.perf_counter()
         self.check_finite(encoder, step=step)
@@ -206,6 +207,6 @@ class Journal:
         self._since += time.perf_counter() - began  # no part of the rate of training
         if line is None:
             return False
-        self.sink.metrics(line)
+        self.ledger.metrics(line)
         self._accuracy = {"knn": line.knn / line.n, "clean": line.clean / line.n, "robust": line.robust / line.n}
         return True

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cfamc_cli.engine.sink import Sink
+from cfamc_cli.engine.sink import Talk
 from cfamc_cli.files import explained, staged_file, sweep, write_text
 
 Pixels = npt.NDArray[np.uint8]
@@ -80,7 +80,7 @@ def fingerprint(images: Tensor, labels: Tensor | None, classes: tuple[str, ...])
     return digest.hexdigest()
 
 
-def packed(folder: Path, name: str, *, key: str, make: Callable[[], Raw], task: str, sink: Sink) -> Pack:
+def packed(folder: Path, name: str, *, key: str, make: Callable[[], Raw], task: str, talk: Talk) -> Pack:
     """Map a pack, after making it where there is none for this key yet.
 
     Args:
@@ -89,7 +89,7 @@ def packed(folder: Path, name: str, *, key: str, make: Callable[[], Raw], task: 
         key: Changes with whatever the pack is made from.
         make: Reads the split.
         task: What the progress is called.
-        sink: Hears the progress, in images.
+        talk: Hears the progress, in images.
 
     Returns:
         The pack. Processes that make the same one at once do not disturb each other.
@@ -108,7 +108,7 @@ def packed(folder: Path, name: str, *, key: str, make: Callable[[], Raw], task: 
         pass  # absent or damaged: made anew
     raw = make()
     with cached_file(pixels, needed=int(np.prod(raw.shape))) as temporary:
-        _write(temporary, raw, task=task, sink=sink)
+        _write(temporary, raw, task=task, talk=talk)
         images, labels = _mapped(temporary), None if raw.labels is None else torch.from_numpy(raw.labels)
         pack = Pack(images, labels, raw.classes, fingerprint(images, labels, raw.classes))
     content = {"key": key, "fingerprint": pack.fingerprint, "classes": pack.classes}
@@ -129,14 +129,14 @@ def cached_file(path: Path, *, needed: int | None = None) -> Iterator[Path]:
         yield temporary
 
 
-def _write(path: Path, raw: Raw, *, task: str, sink: Sink) -> None:
+def _write(path: Path, raw: Raw, *, task: str, talk: Talk) -> None:
     done = 0
     with path.open("wb") as file:  # not mapped: through a mapping, a full disk is the end of the process
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": raw.shape})
         for chunk in raw.chunks:
             file.write(np.ascontiguousarray(chunk).data)
             done += len(chunk)
-            sink.progress(task, done, raw.shape[0], {})
+            talk.progress(task, done, raw.shape[0], {})
     assert done == raw.shape[0], "the chunks must add up to the shape"
 
 

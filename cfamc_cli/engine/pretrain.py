@@ -28,7 +28,7 @@ from cfamc_cli.engine.losses import Terms, objective_loss
 from cfamc_cli.engine.models import build_encoder, frozen_statistics
 from cfamc_cli.engine.optim import LarsOptimizer, learning_rate
 from cfamc_cli.engine.randomness import addressed_generator, epoch_order
-from cfamc_cli.engine.sink import Sink
+from cfamc_cli.engine.sink import Ledger, Talk
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.recipe import FreeAdversary, Recipe
 
@@ -36,7 +36,9 @@ from cfamc_cli.recipe import FreeAdversary, Recipe
 class Trainer:
     """One run under way: what `train` moves from update to update, and what a checkpoint holds."""
 
-    def __init__(self, recipe: Recipe, data: ImageSet, *, device: torch.device, world: World, sink: Sink) -> None:
+    def __init__(
+        self, recipe: Recipe, data: ImageSet, *, device: torch.device, world: World, talk: Talk, ledger: Ledger
+    ) -> None:
         """Build the run in its initial state.
 
         Args:
@@ -44,7 +46,8 @@ class Trainer:
             data: The training images.
             device: Where to compute.
             world: This process among those that train together.
-            sink: Who listens.
+            talk: Who listens.
+            ledger: Takes the metrics and timings.
 
         Raises:
             CfamcError: As for `Recipe.require_fit`; supcon without labels.
@@ -55,7 +58,7 @@ class Trainer:
         self.labels = data.require_labels().to(device) if recipe.objective.name == "supcon" else None
         self.precision = pick_precision(recipe.train.precision, device)
         prepare(device, deterministic=recipe.train.deterministic, precision=self.precision)
-        self.recipe, self.device, self.world, self.sink = recipe, device, world, sink
+        self.recipe, self.device, self.world, self.ledger = recipe, device, world, ledger
         self.share = world.share(batch_size)
         self.images = to_device(data.images, device=device)
         self.batches = recipe.batches(len(data.images))
@@ -70,7 +73,8 @@ class Trainer:
             recipe,
             data,
             device=device,
-            sink=sink,
+            talk=talk,
+            ledger=ledger,
             updates=self.updates,
             per_epoch=self.per_epoch,
             share=batch_size // world.size,
@@ -203,7 +207,7 @@ class Trainer:
         state = {f"momentum.{index:04d}": buffer for index, buffer in enumerate(self.optimizer.momentum)}
         state |= {f"delta.{index:04d}": part for index, part in enumerate(delta)}
         state["journal"] = self.journal.rows()
-        progress = {"step": self.step, "recipe": self.recipe.digest(), "positions": self.sink.positions()}
+        progress = {"step": self.step, "recipe": self.recipe.digest(), "positions": self.ledger.positions()}
         path = checkpoints.save(folder, self.step, Checkpoint(self.encoder.state_dict(), state, progress))
         checkpoints.prune(folder, newest=path, keep=self.recipe.train.keep)
 

@@ -20,7 +20,7 @@ from cfamc_cli.engine.attacks.autoattack import Plan, passes, run_stage, stage_n
 from cfamc_cli.engine.attacks.search import Predict, logits_at
 from cfamc_cli.engine.attacks.verify import BATCHES, Meter, Predictor, in_region, look, undisturbed
 from cfamc_cli.engine.randomness import addressed_generator, addressed_seed
-from cfamc_cli.engine.sink import Sink
+from cfamc_cli.engine.sink import Talk
 from cfamc_cli.records import Flag, Stage
 
 BLOCK = 250  # samples; divides 500, 1,000 and 10,000, and its gradients fit a laptop
@@ -125,9 +125,9 @@ class Evaluation:
 class _Pace:
     """How far an evaluation is: the passes of the stage under way are held against about so many as it will make."""
 
-    def __init__(self, sink: Sink, label: str, plan: Plan, *, n: int, block_size: int) -> None:
+    def __init__(self, talk: Talk, label: str, plan: Plan, *, n: int, block_size: int) -> None:
         self.meter = Meter(self._beat)
-        self._sink, self._label, self._n, self._block_size = sink, label, n, block_size
+        self._talk, self._label, self._n, self._block_size = talk, label, n, block_size
         seen = 1 + len(BATCHES)  # passes with which an evaluator looks at a point
         self._costs = [seen, *(seen + passes(stage, eot=plan.eot) for stage in plan.stages)]  # of one sample
         self._first = self._stage = 0
@@ -142,7 +142,7 @@ class _Pace:
     def end(self) -> None:
         """All is done."""
         self._first = self._n
-        self._sink.progress(self._label, self._n, self._n, {})
+        self._talk.progress(self._label, self._n, self._n, {})
 
     def _beat(self) -> None:
         if time.monotonic() - self._last >= _HEARTBEAT and self._first < self._n:
@@ -155,7 +155,7 @@ class _Pace:
         within = min(self.meter.forward / max(1.0, expected), 0.99)
         share = (sum(self._costs[: self._stage]) + within * self._costs[self._stage]) / sum(self._costs)
         at = min(self._first + int(share * size), self._n - 1)
-        self._sink.progress(self._label, at, self._n, {"standing in block": self._standing})
+        self._talk.progress(self._label, at, self._n, {"standing in block": self._standing})
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def evaluate(
     commit: Commit,
     audit: AuditSettings | None,
     label: str,
-    sink: Sink,
+    talk: Talk,
 ) -> Evaluation:
     """Attack samples in fixed blocks and keep a ledger of what happened to each.
 
@@ -203,7 +203,7 @@ def evaluate(
         commit: Called with each newly finished stage of a block and its verified examples, in order.
         audit: What the full audit spends; None for the cheap checks alone.
         label: What progress is reported under.
-        sink: Hears of it.
+        talk: Hears of it.
 
     Returns:
         The ledger, equal to that of an uncut evaluation except for times.
@@ -212,7 +212,7 @@ def evaluate(
         ValueError: There is no sample, the images are not float32 in [0, 1], or labels and logits do not fit.
     """
     _require(x, y, block_size)
-    pace = _Pace(sink, label, plan, n=len(x), block_size=block_size)
+    pace = _Pace(talk, label, plan, n=len(x), block_size=block_size)
     meter = pace.meter
     work = _Work(
         predict=meter.watch(predictor.logits),

@@ -1,15 +1,16 @@
-"""How the engine speaks: it reports to a sink and knows neither terminals nor files of records."""
+"""How the engine speaks: it talks to a person and writes to a ledger, and knows neither terminals nor files."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from cfamc_cli.records import MetricLine, TimingLine
+if TYPE_CHECKING:
+    from cfamc_cli.records import MetricLine, TimingLine  # an error message need not wait for them
 
 
-class Sink(Protocol):
-    """Whoever listens to the engine."""
+class Talk(Protocol):
+    """The person who listens to the engine."""
 
     def message(self, text: str) -> None:
         """Say one line to the person."""
@@ -19,6 +20,10 @@ class Sink(Protocol):
 
     def progress(self, task: str, done: int, total: int, values: Mapping[str, float]) -> None:
         """Report that `done` of `total` units of `task` are finished; `values` is shown beside it."""
+
+
+class Ledger(Protocol):
+    """The records that a training leaves."""
 
     def metrics(self, line: MetricLine) -> None:
         """Append one line that repeats bit for bit when the work is repeated."""
@@ -30,8 +35,8 @@ class Sink(Protocol):
         """Make every record durable and return the size in bytes of each record file."""
 
 
-class NullSink:
-    """Listens to nothing."""
+class NullTalk:
+    """Nobody listens."""
 
     def message(self, text: str) -> None:
         pass
@@ -41,6 +46,10 @@ class NullSink:
 
     def progress(self, task: str, done: int, total: int, values: Mapping[str, float]) -> None:
         pass
+
+
+class NullLedger:
+    """Nothing is kept."""
 
     def metrics(self, line: MetricLine) -> None:
         pass

@@ -30,7 +30,7 @@ from cfamc_cli.engine.attacked import as_predictor
 from cfamc_cli.engine.attacks.autoattack import Plan
 from cfamc_cli.engine.heads import Classifier, load_classifier
 from cfamc_cli.engine.robust import BLOCK, evaluate
-from cfamc_cli.engine.sink import NullSink
+from cfamc_cli.engine.sink import NullTalk
 from cfamc_cli.recipe import PgdAttack
 from cfamc_cli.store import RunFolder
 
@@ -97,7 +97,7 @@ def own_evaluation(classifier: Classifier, x: Tensor, y: Tensor, *, eps: str, st
             commit=lambda outcome, examples: None,
             audit=None,
             label="pgd",
-            sink=NullSink(),
+            talk=NullTalk(),
         )
         return sum(result.robust) / len(x)
 

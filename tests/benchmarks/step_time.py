@@ -46,7 +46,7 @@ def serve_ours(size: Size, folder: Path, extra: list[str]) -> None:
     from cfamc_cli.engine.device import pick_device
     from cfamc_cli.engine.distributed import World
     from cfamc_cli.engine.pretrain import Trainer
-    from cfamc_cli.engine.sink import NullSink
+    from cfamc_cli.engine.sink import NullLedger, NullTalk
 
     class PacedTrainer(Trainer):
         started: float | None = None
@@ -64,9 +64,11 @@ def serve_ours(size: Size, folder: Path, extra: list[str]) -> None:
     with tempfile.TemporaryDirectory() as checkpoints:
         cache = Path(tempfile.gettempdir()) / "cfamc-benchmarks"
         cache.mkdir(exist_ok=True)
-        images = data.load(recipe.data, "train", seed=recipe.seed, cache=cache, sink=NullSink())
+        images = data.load(recipe.data, "train", seed=recipe.seed, cache=cache, talk=NullTalk())
         after_data = resident()
-        trainer = PacedTrainer(recipe, images, device=pick_device("cpu"), world=World(), sink=NullSink())
+        trainer = PacedTrainer(
+            recipe, images, device=pick_device("cpu"), world=World(), talk=NullTalk(), ledger=NullLedger()
+        )
         gate.ready(pid=os.getpid(), precision=trainer.precision)
         try:
             trainer.train(Path(checkpoints), stop=lambda: 0)

@@ -1,0 +1,143 @@
+"""What every command that works shares: where and how it works, whom it tells, and how an interruption ends it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from cfamc_cli import render
+from cfamc_cli.engine.sink import NullTalk, Talk
+from cfamc_cli.errors import CfamcError, ExitCode, Interrupted
+from cfamc_cli.store import RunFolder, default_store
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where and how to work; nothing here changes a number.
+
+    Attributes:
+        device: "auto", "cpu", "cuda", "cuda:0" or "mps".
+        runs: The run store; None for CFAMC_RUNS, else ./runs.
+        quiet: Say only warnings and errors.
+        as_json: Whether stdout gets one JSON object.
+    """
+
+    device: str = "auto"
+    runs: Path | None = None
+    quiet: bool = False
+    as_json: bool = False
+
+    @property
+    def store(self) -> Path:
+        """The run store."""
+        return default_store(self.runs)
+
+    def reference(self, run: RunFolder) -> str:
+        """What a next command calls the run by, typed in the same place."""
+        return run.id if self.runs is None else str(run.path)
+
+
+class Signals:
+    """What has arrived, and whether work under way asks to be told instead of being cut."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._deferred = False
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Within, the first signal only sets `received`; the second raises."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+
+    def pending(self) -> int:
+        """The signal that arrived, or 0."""
+        return self.received
+
+    def arrive(self, number: int, _frame: FrameType | None) -> None:
+        """Handle a signal.
+
+        Raises:
+            Interrupted: It cuts the work.
+        """
+        if self.received or not self._deferred:
+            raise Interrupted(number)
+        self.received = number
+
+
+class Session:
+    """One command at work.
+
+    Attributes:
+        options: Where and how.
+        signals: SIGINT and SIGTERM, for work that finishes its step and saves.
+        talk: The person; nobody in the processes of torchrun that do not lead.
+    """
+
+    def __init__(self, options: Options, signals: Signals, talk: Talk) -> None:
+        self.options, self.signals, self.talk = options, signals, talk
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where to compute."""
+        from cfamc_cli.engine.device import pick_device
+
+        return pick_device(self.options.device)
+
+
+@contextmanager
+def session(options: Options) -> Iterator[Session]:
+    """Within, a signal ends the work as an error that says what is kept and how to go on.
+
+    Raises:
+        CfamcError: In place of `Interrupted`; exit code 130 or 143.
+    """
+    signals = Signals()
+    before = {number: signal.signal(number, signals.arrive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with render.Terminal(quiet=options.quiet) as terminal:
+            yield Session(options, signals, terminal if leads() else NullTalk())
+    except Interrupted as end:
+        code = ExitCode(128 + end.signal)
+        raise CfamcError(end.message, hint=end.hint, exit_code=code, details=end.details) from end
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def interruption(*, message: str = "interrupted", hint: Callable[[], str] = str) -> Iterator[None]:
+    """Within, an interruption takes these words along.
+
+    Args:
+        message: What is kept of the work.
+        hint: Makes the way on, when it is known what there is to go on with; empty for none.
+    """
+    try:
+        yield
+    except Interrupted as end:
+        end.message, end.hint = message, hint()
+        raise
+
+
+def leads() -> bool:
+    """Whether this process speaks and has stdout for itself: under torchrun, the first one."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+
+
+def invalid(message: str, hint: str = "") -> CfamcError:
+    """What was asked for makes no sense."""
+    return CfamcError(message, hint=hint, exit_code=ExitCode.INVALID)

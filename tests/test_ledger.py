@@ -1,0 +1,155 @@
+"""What the ledger of a run writes: run.json by value, and its two record files."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from tiny import tiny_recipe
+
+from cfamc_cli import files
+from cfamc_cli.engine.sink import NullLedger
+from cfamc_cli.errors import CfamcError, ExitCode, Interrupted
+from cfamc_cli.ledger import RunLedger
+from cfamc_cli.records import (
+    DataUsed,
+    EvaluationLine,
+    GripLine,
+    Progress,
+    RunRecord,
+    TimingLine,
+    Totals,
+    TrainLine,
+    load_record,
+    read_metrics,
+    read_timing,
+)
+from cfamc_cli.store import RunFolder
+
+USED = DataUsed(dataset="tiny", split="train", n=24, fingerprint="ab" * 32)
+TOTALS = Totals(steps=12, view_passes=960, parameters=77)
+COST = TimingLine(step=1, batch=1, epoch=0.5, views_per_second=2.0, data_share=0.1, seconds=0.5, peak_memory=3)
+
+
+class Clock:
+    now = 100.0
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The seconds of a run, to be moved by hand."""
+    made = Clock()
+    monkeypatch.setattr("cfamc_cli.ledger.time.monotonic", lambda: made.now)
+    return made
+
+
+def begun(folder: Path) -> RunLedger:
+    kept = RunLedger.start(RunFolder(folder), tiny_recipe(), device="cpu")
+    kept.begin(USED, TOTALS, Progress(total=12))
+    return kept
+
+
+def on_disk(kept: RunLedger) -> RunRecord:
+    return load_record(kept.run.run_json, RunRecord)
+
+
+def train_line(step: int) -> TrainLine:
+    at = {"step": step, "batch": step // 2, "epoch": step / 4}
+    return TrainLine.model_validate(
+        {**at, "lr": 0.3, "loss": 1.0, "gradient_norm": 1.0, "effective_rank": 2.0, "feature_std": 0.1}
+    )
+
+
+def evaluation_line(step: int, *, right: int) -> EvaluationLine:
+    at = {"step": step, "batch": step // 2, "epoch": step / 4}
+    return EvaluationLine.model_validate(
+        {**at, "n": 20, "knn": right, "clean": right + 1, "robust": right - 1, "eps": "8/255", "attack": "pgd-20"}
+    )
+
+
+def test_records_are_kept_apart_and_name_what_is_not_finite(tmp_path: Path) -> None:
+    grip = GripLine(step=1, batch=1, epoch=0.5, clean=math.nan, trained=math.inf, strongest=0.3, strength=1, lost=False)
+    kept = begun(tmp_path)
+    kept.metrics(grip)
+    kept.timing(COST)
+    sizes = {name: (tmp_path / name).stat().st_size for name in ("metrics.jsonl", "timing.jsonl")}
+    assert kept.positions() == sizes
+    assert files.read_jsonl(kept.run.metrics) == [
+        {"kind": "grip", "step": 1, "batch": 1, "epoch": 0.5, "clean": None, "trained": None, "strongest": 0.3}
+        | {"strength": 1, "lost": False, "nonfinite": {"clean": "nan", "trained": "inf"}}
+    ]
+    assert repr(read_metrics(kept.run.metrics)) == repr([grip])  # nan is not nan
+    assert files.read_jsonl(kept.run.timing) == [COST.model_dump()]
+    assert read_timing(kept.run.timing) == [COST]
+    assert NullLedger().positions() == {}
+
+
+def test_wall_time_is_that_of_all_sittings(tmp_path: Path, clock: Clock) -> None:
+    kept = begun(tmp_path)
+    clock.now += 7
+    kept.end("interrupted", Progress(batch=3, step=6, epoch=1.5, total=12))
+    kept.close()
+    clock.now += 1000  # nobody works
+    again = RunLedger.resume(kept.run, device="cpu")
+    clock.now += 2
+    again.begin(USED, TOTALS, Progress(total=12))
+    record = on_disk(again)
+    assert (record.wall_seconds, record.status) == (9.0, "running")
+    assert (record.data, record.totals) == (USED, TOTALS)
+    assert (record.recipe_digest, record.seed) == (tiny_recipe().digest(), tiny_recipe().seed)
+    with pytest.raises(CfamcError, match="the data changed since run"):
+        again.begin(USED.model_copy(update={"fingerprint": "cd" * 32}), TOTALS, Progress(total=12))
+
+
+def test_progress_is_that_of_the_last_line_and_written_now_and_then(tmp_path: Path, clock: Clock) -> None:
+    kept = begun(tmp_path)
+    clock.now += 4.9
+    kept.metrics(train_line(4))
+    assert on_disk(kept).progress == Progress(total=12), "it is written every five seconds"
+    clock.now += 0.2
+    kept.metrics(train_line(6))
+    assert on_disk(kept).progress == Progress(batch=3, step=6, epoch=1.5, total=12)
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "failure"),
+    [
+        (Interrupted(15), "interrupted", None),
+        (CfamcError("no room"), "failed", ("no room", 1, None, None)),
+        (ValueError("odd"), "failed", ("ValueError: odd", 1, None, None)),
+        (
+            CfamcError("inf", exit_code=ExitCode.DIVERGED, details={"batch": 3, "step": 7, "lr": 0.5, "loss": "inf"}),
+            "diverged",
+            ("inf", 3, 7, 0.5),
+        ),
+    ],
+    ids=["signal", "failure", "defect", "divergence"],
+)
+def test_what_ends_a_run_is_written_down(
+    tmp_path: Path, end: BaseException, status: str, failure: tuple[object, ...] | None
+) -> None:
+    kept = begun(tmp_path)
+    with pytest.raises(type(end)), kept.failures():
+        raise end
+    record = on_disk(kept)
+    assert record.status == status
+    found = record.failure
+    assert (None if found is None else (found.message, found.exit_code, found.step, found.lr)) == failure
+    kept.close()
+    resumed = RunLedger.resume(kept.run, device="cpu")
+    assert on_disk(resumed).failure is None, "a run that goes on has not failed"
+
+
+def test_a_cut_ledger_forgets_the_evaluations_beyond_the_checkpoint(tmp_path: Path) -> None:
+    kept = begun(tmp_path)
+    first, second = evaluation_line(0, right=3), evaluation_line(4, right=9)
+    kept.metrics(first)
+    at = kept.positions()
+    kept.metrics(second)
+    assert (on_disk(kept).untrained, on_disk(kept).evaluation) == (first.evaluation(), second.evaluation())
+    kept.cut_back(at)
+    assert (on_disk(kept).untrained, on_disk(kept).evaluation) == (first.evaluation(), first.evaluation())
+    assert read_metrics(kept.run.metrics) == [first]
+    with pytest.raises(CfamcError, match="where a checkpoint counts on"):
+        kept.cut_back({"metrics.jsonl": 10**6})
