@@ -200,6 +200,22 @@ def test_a_damaged_pack_is_made_again(tmp_path: Path, cut_at: int, suffix: str) 
     assert path.read_bytes() == content
 
 
+def test_pixels_beside_the_manifest_of_others_are_no_pack(tmp_path: Path) -> None:
+    def pack(value: int) -> packs.Pack:
+        pixels, labels = np.full((1, 3, 2, 2), value, dtype=np.uint8), np.array([value])
+        raw = packs.Raw(pixels.shape, iter([pixels]), labels, (f"class {value}",))
+        return packs.packed(tmp_path, "x", key=f"state {value}", make=lambda: raw, task="", sink=NullSink())
+
+    pack(1)
+    (first,) = tmp_path.glob("*.npy")
+    kept = first.read_bytes()
+    pack(2)
+    first.write_bytes(kept)  # as where two processes pack a folder that changes between them, and one is killed
+    again = pack(1)
+    assert again.labels is not None
+    assert (again.labels.tolist(), again.classes, again.images.unique().tolist()) == ([1], ("class 1",), [1])
+
+
 def test_many_at_once_pack_the_same_folder(tmp_path: Path) -> None:
     root, cache = make_folder(tmp_path / "images"), tmp_path / "cache"
     with ThreadPoolExecutor(8) as pool:
@@ -248,7 +264,8 @@ def test_decoding_processes_end_with_a_parent_that_is_killed(tmp_path: Path, mon
     child = os.fork()
     if child == 0:
         try:
-            next(folder.read(listing, size=None).chunks)
+            chunks = folder.read(listing, size=None).chunks
+            next(chunks)
             os.write(told, b"+")
             signal.pause()
         finally:
