@@ -204,7 +204,7 @@ def test_pixels_beside_the_manifest_of_others_are_no_pack(tmp_path: Path) -> Non
     def pack(value: int) -> packs.Pack:
         pixels, labels = np.full((1, 3, 2, 2), value, dtype=np.uint8), np.array([value])
         raw = packs.Raw(pixels.shape, iter([pixels]), labels, (f"class {value}",))
-        return packs.packed(tmp_path, "x", key=f"state {value}", make=lambda: raw, task="", sink=NullSink())
+        return packs.packed(tmp_path, "x", key=f"state {value}", make=lambda: raw, task="", talk=NullTalk())
 
     pack(1)
     (first,) = tmp_path.glob("*.npy")

@@ -158,7 +158,7 @@ def test_a_head_is_a_record_that_can_be_measured_again(probe: Command, kind: str
         assert list(row) == [int((taken == other).sum()) for other in range(3)]
         assert part.accuracy is not None
         assert (part.accuracy.correct, part.accuracy.n) == (row[label], 5)
-    train = load(load_recipe(probe.run).data, "train", seed=0, cache=cache_folder(), sink=NullSink())
+    train = load(load_recipe(probe.run).data, "train", seed=0, cache=cache_folder(), talk=NullTalk())
     crops = classifier.crops and dataclasses.replace(classifier.crops, split="train")
     fitted = Classifier(classifier.encoder, classifier.head, features=classifier.features, crops=crops).eval()
     hits = classify(fitted, train.images, device=CPU) == train.require_labels()
