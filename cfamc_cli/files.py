@@ -89,10 +89,10 @@ def read_bytes(path: Path | str, *, limit: int = MAX_READ) -> bytes:
 
 @contextmanager
 def staged_file(path: Path, *, needed: int | None = None) -> Iterator[Path]:
-    """Fill a file that appears under its name only when it is complete.
+    """Fill a file, or a new folder, that appears under its name only when it is complete.
 
     Args:
-        path: The name that the file gets, in place of what has it now.
+        path: The name that it gets; a file that has it now is replaced.
         needed: Bytes that will be written, told when there is no space.
 
     Yields:
@@ -105,12 +105,23 @@ def staged_file(path: Path, *, needed: int | None = None) -> Iterator[Path]:
     with explained(path, needed=needed):
         try:
             yield temp
+            for folder, folders, names in os.walk(temp, topdown=False):  # nothing where it is a file
+                for name in (*names, *folders):
+                    sync(Path(folder, name))
             sync(temp)
             temp.replace(path)
         except BaseException:
             _remove(temp)
             raise
         sync(path.parent)
+
+
+@contextmanager
+def staged_folder(final: Path, *, needed: int | None = None) -> Iterator[Path]:
+    """Fill a folder, which must not exist yet and whose parent must; else as `staged_file`."""
+    with staged_file(final, needed=needed) as temp:
+        temp.mkdir()
+        yield temp
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -158,36 +169,6 @@ def sync(path: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-@contextmanager
-def staged_folder(final: Path, *, needed: int | None = None) -> Iterator[Path]:
-    """Fill a folder that appears under its name only when it is complete.
-
-    Args:
-        final: The name that the folder gets; it must not exist, its parent must.
-        needed: Bytes that will be written, told when there is no space.
-
-    Yields:
-        The temporary folder to fill.
-
-    Raises:
-        CfamcError: `final` exists, or as for `staged_file`; what was written is removed.
-    """
-    temp = final.parent / _temp_name()
-    with explained(final, needed=needed):
-        try:
-            temp.mkdir()
-            yield temp
-            for folder, _, names in os.walk(temp, topdown=False):
-                for name in names:
-                    sync(Path(folder, name))
-                sync(Path(folder))
-            temp.rename(final)
-        except BaseException:
-            _remove(temp)
-            raise
-        sync(final.parent)
 
 
 def sweep(folder: Path) -> list[Path]:

@@ -20,43 +20,24 @@ _FLOAT = 4  # bytes of a float32
 
 @dataclass(frozen=True)
 class Plan:
-    """The cost of a run.
+    """The cost of a run."""
 
-    Attributes:
-        images: Training images that the counts refer to.
-        per_thousand: Whether `images` only stands in for a number that is not known yet.
-        batches_per_epoch: Whole batches of an epoch.
-        batches: Batches of the run.
-        weight_updates: Optimizer steps; each batch has one for every replay.
-        view_passes: Forward and backward passes of one view that train the weights.
-        attack_view_passes: The same for the steps of a PGD adversary, perturbed views only.
-        parameters: Trained numbers of the whole encoder.
-        backbone_parameters: Those of the backbone.
-        flops_per_view: Forward and backward of one view, 2 per multiply-add, averaged over the groups of crops.
-        flops: The run's, attack included, in whole floating-point operations.
-        memory: An estimate of the peak in bytes, from the parts below.
-        weight_bytes: Weights, gradients and momentum.
-        activation_bytes: What one step keeps for its backward pass.
-        data_bytes: The resident images; 0 where their size is unknown.
-        crop_bytes: Crops of one batch, and the perturbation with its gradient.
-    """
-
-    images: int
-    per_thousand: bool
-    batches_per_epoch: int
-    batches: int
-    weight_updates: int
-    view_passes: int
-    attack_view_passes: int
-    parameters: int
-    backbone_parameters: int
-    flops_per_view: float
-    flops: int
-    memory: int
-    weight_bytes: int
-    activation_bytes: int
-    data_bytes: int
-    crop_bytes: int
+    images: int  # training images that the counts refer to
+    per_thousand: bool  # whether `images` only stands in for a number that is not known yet
+    batches_per_epoch: int  # whole batches of an epoch
+    batches: int  # batches of the run
+    weight_updates: int  # optimizer steps; each batch has one for every replay
+    view_passes: int  # forward and backward passes of one view that train the weights
+    attack_view_passes: int  # the same for the steps of a PGD adversary, perturbed views only
+    parameters: int  # trained numbers of the whole encoder
+    backbone_parameters: int  # those of the backbone
+    flops_per_view: float  # forward and backward of one view, 2 per multiply-add, averaged over the groups of crops
+    flops: int  # the run's, attack included, in whole floating-point operations
+    memory: int  # an estimate of the peak in bytes, from the parts below
+    weight_bytes: int  # weights, gradients and momentum
+    activation_bytes: int  # what one step keeps for its backward pass
+    data_bytes: int  # the resident images; 0 where their size is unknown
+    crop_bytes: int  # crops of one batch, and the perturbation with its gradient
 
 
 def plan(recipe: Recipe, images: int | None = None) -> Plan:

@@ -88,21 +88,13 @@ def wilson(correct: int, n: int) -> tuple[float, float]:
 
 
 class Accuracy(Part):
-    """A measured fraction.
+    """A measured fraction."""
 
-    Attributes:
-        correct: Samples that count.
-        n: Samples measured.
-        value: correct / n.
-        low: Lower end of the Wilson 95 % interval.
-        high: Upper end of it.
-    """
-
-    correct: Count
-    n: Annotated[int, Field(ge=1)]
-    value: Share
-    low: Share
-    high: Share
+    correct: Count  # samples that count
+    n: Annotated[int, Field(ge=1)]  # samples measured
+    value: Share  # correct / n
+    low: Share  # lower end of the Wilson 95 % interval
+    high: Share  # upper end of it
 
     @classmethod
     def of(cls, correct: int, n: int) -> Self:
@@ -129,19 +121,12 @@ class Environment(Part):
 
 
 class Progress(Part):
-    """How far a run is.
+    """How far a run is."""
 
-    Attributes:
-        batch: Batches finished.
-        step: Weight updates finished.
-        epoch: Epochs finished, with their fraction.
-        total: Weight updates that the recipe asks for.
-    """
-
-    batch: Count = 0
-    step: Count = 0
-    epoch: Annotated[float, Field(ge=0)] = 0.0
-    total: Count = 0
+    batch: Count = 0  # batches finished
+    step: Count = 0  # weight updates finished
+    epoch: Annotated[float, Field(ge=0)] = 0.0  # epochs finished, with their fraction
+    total: Count = 0  # weight updates that the recipe asks for
 
 
 class Totals(Part):
@@ -162,23 +147,14 @@ class DataUsed(Part):
 
 
 class Evaluation(Part):
-    """The online evaluation of an encoder, for monitoring.
+    """The online evaluation of an encoder, for monitoring."""
 
-    Attributes:
-        epoch: When it was made.
-        knn: Weighted nearest neighbours on features.
-        clean: Online linear head on clean images.
-        robust: The same head under `attack`.
-        eps: Size of the attack, exact text.
-        attack: Its name with its steps.
-    """
-
-    epoch: Annotated[float, Field(ge=0)]
-    knn: Accuracy | None
-    clean: Accuracy | None
-    robust: Accuracy | None
-    eps: str
-    attack: str
+    epoch: Annotated[float, Field(ge=0)]  # when it was made
+    knn: Accuracy | None  # weighted nearest neighbours on features
+    clean: Accuracy | None  # online linear head on clean images
+    robust: Accuracy | None  # the same head under `attack`
+    eps: str  # size of the attack, exact text
+    attack: str  # its name with its steps
 
 
 class Failure(Part):
@@ -194,32 +170,24 @@ class Failure(Part):
 
 
 class RunRecord(Record):
-    """run.json: one pretraining run.
-
-    Attributes:
-        evaluation: The last online evaluation.
-        untrained: The same figures for the encoder before its first update.
-        init: Run whose encoder this one started from.
-        imported: File of foreign weights that the encoder was read from, in place of training.
-        recipe_digest: Equal for the seeds of one recipe.
-    """
+    """run.json: one pretraining run."""
 
     id: str
     name: str
     status: Status
     created: AwareDatetime
     updated: AwareDatetime
-    recipe_digest: Hex
+    recipe_digest: Hex  # equal for the seeds of one recipe
     seed: int
     progress: Progress
     environment: Environment
     wall_seconds: Seconds
     totals: Totals
     data: DataUsed | None
-    init: str | None = None
-    imported: str | None = None
-    evaluation: Evaluation | None = None
-    untrained: Evaluation | None = None
+    init: str | None = None  # run whose encoder this one started from
+    imported: str | None = None  # file of foreign weights that the encoder was read from, in place of training
+    evaluation: Evaluation | None = None  # the last online evaluation
+    untrained: Evaluation | None = None  # the same figures for the encoder before its first update
     failure: Failure | None = None
 
 
@@ -231,23 +199,17 @@ class ClassAccuracy(Part):
 
 
 class ProbeResult(Record):
-    """What a comparison reads of a probe's record, and nothing else of it.
-
-    Attributes:
-        head: Kind of head.
-        settings: Its resolved settings.
-        encoder_digest: Of the encoder that the head reads.
-    """
+    """What a comparison reads of a probe's record, and nothing else of it."""
 
     model_config = ConfigDict(extra="ignore")
 
     id: str
     run: str
     created: AwareDatetime
-    head: HeadKind
+    head: HeadKind  # kind of head
     features: Features
-    settings: dict[str, JsonValue]
-    encoder_digest: Hex
+    settings: dict[str, JsonValue]  # its resolved settings
+    encoder_digest: Hex  # of the encoder that the head reads
     train: DataUsed
     test: DataUsed
     test_accuracy: Accuracy
@@ -279,17 +241,11 @@ class ProbeRecord(ProbeResult):
 
 
 class PendingProbe(Record):
-    """probes/<id>/pending.json: a head under way that can be resumed.
+    """probes/<id>/pending.json: a head under way that can be resumed."""
 
-    Attributes:
-        recipe: The resolved recipe with the probe's own settings.
-        transfer: Whether the data is another than the run's own.
-        limit: Training images it is fitted to; None for all.
-    """
-
-    recipe: dict[str, JsonValue]
-    transfer: bool
-    limit: int | None
+    recipe: dict[str, JsonValue]  # the resolved recipe with the probe's own settings
+    transfer: bool  # whether the data is another than the run's own
+    limit: int | None  # training images it is fitted to; None for all
     encoder_digest: Hex
     train: DataUsed
     test: DataUsed
@@ -323,18 +279,12 @@ class Stage(Part):
 
 
 class Flag(Part):
-    """One check of whether the numbers can be trusted.
-
-    Attributes:
-        figure: What was measured; None where there is no number.
-        limit: What it is held against.
-        verdict: "skipped" says that the check was not made.
-    """
+    """One check of whether the numbers can be trusted."""
 
     name: str
-    figure: Measured
-    limit: Measured
-    verdict: Literal["passed", "failed", "skipped"]
+    figure: Measured  # what was measured; None where there is no number
+    limit: Measured  # what it is held against
+    verdict: Literal["passed", "failed", "skipped"]  # "skipped" says that the check was not made
     text: str
 
 
@@ -372,49 +322,33 @@ class AttackResult(Record):
 
 
 class AttackRecord(AttackResult):
-    """attacks/<id>/record.json: one finished evaluation under attack.
-
-    Attributes:
-        subset: How the samples were chosen, in words.
-        notes: How the attack differs from the one published, and what else a reader must know.
-        forward: Forward passes of single samples; `backward` likewise.
-    """
+    """attacks/<id>/record.json: one finished evaluation under attack."""
 
     model_config = ConfigDict(extra="forbid")
 
     recipe_digest: Hex
     seed: int
-    subset: str
-    notes: tuple[str, ...] = ()
+    subset: str  # how the samples were chosen, in words
+    notes: tuple[str, ...] = ()  # how the attack differs from the one published, and what else a reader must know
     head_digest: Hex | None
     classes: tuple[ClassRobustness, ...]
     stages: tuple[Stage, ...]
-    forward: Count
+    forward: Count  # forward passes of single samples; `backward` likewise
     backward: Count
     environment: Environment
 
 
 class StageOutcome(Part):
-    """Which samples still stand after a stage.
-
-    Attributes:
-        done: Samples that the stage has finished with, from the first on; the bits of later ones are 0.
-        robust: Bit mask of those classified right under this stage and all before it.
-        broken: Of those newly lost to a verified example; for the clean predictions those misclassified.
-        not_finite: Of those newly lost to a prediction that is not finite.
-        unsteady: Of those whose prediction changed with the batch it was made in.
-        invalid: Of those whose example was no image within the ball, and therefore no success.
-        passes: Forward and backward passes of single samples, for each block.
-    """
+    """Which samples still stand after a stage."""
 
     name: str
-    done: Count
-    robust: Hex
-    broken: Hex = ""
-    not_finite: Hex = ""
-    unsteady: Hex = ""
-    invalid: Hex = ""
-    passes: tuple[tuple[Count, Count], ...] = ()
+    done: Count  # samples that the stage has finished with, from the first on; the bits of later ones are 0
+    robust: Hex  # bit mask of those classified right under this stage and all before it
+    broken: Hex = ""  # of those newly lost to a verified example; for the clean predictions those misclassified
+    not_finite: Hex = ""  # of those newly lost to a prediction that is not finite
+    unsteady: Hex = ""  # of those whose prediction changed with the batch it was made in
+    invalid: Hex = ""  # of those whose example was no image within the ball, and therefore no success
+    passes: tuple[tuple[Count, Count], ...] = ()  # forward and backward passes of single samples, for each block
 
 
 class StageTime(Part):
@@ -503,15 +437,7 @@ class CheckRecord(Part):
 
 
 class ExportRecord(Record):
-    """export.json: weights that were handed over.
-
-    Attributes:
-        classes: Names of the logits in order; None where features are handed over.
-        recipe: Every setting, without the paths of the machine that trained.
-        licence: What is known of the terms of use of the data.
-        probes: Measured on these weights.
-        attacks: Likewise.
-    """
+    """export.json: weights that were handed over."""
 
     cfamc: str
     created: AwareDatetime
@@ -520,14 +446,14 @@ class ExportRecord(Record):
     files: tuple[Written, ...]
     input: InputSpec
     output: OutputSpec
-    classes: tuple[str, ...] | None
+    classes: tuple[str, ...] | None  # names of the logits in order; None where features are handed over
     source: Source
-    recipe: dict[str, Any]
+    recipe: dict[str, Any]  # every setting, without the paths of the machine that trained
     data: DataUsed | None
-    licence: str
+    licence: str  # what is known of the terms of use of the data
     check: CheckRecord
-    probes: tuple[ProbeRecord, ...]
-    attacks: tuple[AttackRecord, ...]
+    probes: tuple[ProbeRecord, ...]  # measured on these weights
+    attacks: tuple[AttackRecord, ...]  # likewise
 
 
 class MetricsRecord(Record):
@@ -627,19 +553,13 @@ class EvaluationLine(Line):
 
 
 class TimingLine(Line):
-    """What an interval of training cost.
-
-    Attributes:
-        views_per_second: Forward and backward passes of single views, those of the adversary counted.
-        data_share: Share of the time that was spent on images and crops.
-        peak_memory: Bytes, at the highest point so far.
-    """
+    """What an interval of training cost."""
 
     kind: Literal["train"] = "train"
-    views_per_second: float
-    data_share: float
+    views_per_second: float  # forward and backward passes of single views, those of the adversary counted
+    data_share: float  # share of the time that was spent on images and crops
     seconds: Seconds
-    peak_memory: Count
+    peak_memory: Count  # bytes, at the highest point so far
 
 
 _LOST = ("nan", "inf", "-inf")
