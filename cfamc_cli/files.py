@@ -109,7 +109,7 @@ def staged_file(path: Path, *, needed: int | None = None) -> Iterator[Path]:
                 for name in (*names, *folders):
                     sync(Path(folder, name))
             sync(temp)
-            temp.replace(path)
+            (temp.rename if temp.is_dir() else temp.replace)(path)  # a folder takes nothing's place
         except BaseException:
             _remove(temp)
             raise
