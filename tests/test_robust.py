@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from cfamc_cli.engine import robust as module
 from cfamc_cli.engine.attacks.autoattack import Plan, Stage
 from cfamc_cli.engine.attacks.fast import frozen_copy
+from cfamc_cli.engine.attacks.search import Predict
 from cfamc_cli.engine.attacks.verify import Meter, Predictor, in_region, look, undisturbed
 from cfamc_cli.engine.ball import norms
 from cfamc_cli.engine.randomness import balanced_order
@@ -385,3 +386,64 @@ class TwoUses(nn.Module):
 def test_what_cannot_be_folded_is_not() -> None:
     net = TwoUses().eval()
     torch.testing.assert_close(frozen_copy(net, X[:8])(X), net(X).detach(), atol=1e-5, rtol=1e-5)
+
+
+HALF = torch.full((8, 3, 8, 8), 0.5)
+
+
+def judge_half(predict: Predict, *, plan: Plan, images: Tensor = HALF) -> Evaluation:
+    """Evaluate a function on eight images of the first of two classes."""
+    return evaluate(
+        Predictor(predict, predict, (nn.Identity(),)),
+        images,
+        torch.zeros(8, dtype=torch.int64),
+        plan=plan,
+        seed=0,
+        block_size=8,
+        device=CPU,
+        finished=(),
+        commit=Ledger().commit,
+        audit=None,
+        label="attack",
+        talk=NullTalk(),
+    )
+
+
+def two_classes(margin: Tensor) -> Tensor:
+    return torch.stack((margin, torch.zeros_like(margin)), 1)
+
+
+def test_who_is_right_in_one_batch_only_does_not_stand() -> None:
+    marked = torch.tensor([True, False] * 4)
+    images = torch.where(marked[:, None, None, None], 0.75, HALF)
+
+    def predict(x: Tensor) -> Tensor:
+        flipped = (x.flatten(1).mean(1) > 0.7) & (len(x) == 1)
+        return two_classes(torch.where(flipped, -1.0, 1.0) + 0 * x.flatten(1).sum(1))
+
+    evaluation = judge_half(predict, plan=Plan((pgd(EPS, steps=1),)), images=images)
+    first = evaluation.outcomes[0]
+    assert first.standing == tuple((~marked).tolist())
+    assert first.unsteady == tuple(marked.tolist())
+    assert evaluation.clean == (True,) * 8
+
+
+def test_who_is_not_finite_under_attack_is_lost_but_not_broken() -> None:
+    def predict(x: Tensor) -> Tensor:
+        moved = x[:, 0, 0, 0] != 0.5
+        return two_classes(torch.where(moved, torch.nan, 1.0) - 1e-4 * x.flatten(1).sum(1))
+
+    evaluation = judge_half(predict, plan=Plan((pgd(EPS, steps=1),)))
+    assert evaluation.robust == (False,) * 8
+    last = evaluation.outcomes[-1]
+    assert (last.not_finite, last.broken) == ((True,) * 8, (False,) * 8)
+
+
+def test_a_plan_says_how_many_passes_are_averaged() -> None:
+    def predict(x: Tensor) -> Tensor:
+        return two_classes(1 - 1e-6 * x.flatten(1).sum(1))
+
+    for eot in (1, 5):
+        total = judge_half(predict, plan=Plan((apgd(EPS, steps=3),), eot=eot)).totals()[1]
+        assert total.forward == 8 * (1 + 4 * eot + 4)  # the clean logits, four gradients, and the look at the end
+        assert total.backward == 8 * 4 * eot
