@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import assert_never
 
 from cfamc_cli import recipe_file, render
 from cfamc_cli.recipe import DEPTHS, Model, Recipe, number
-from cfamc_cli.records import AttackRecord, ExportRecord, RunRecord
+from cfamc_cli.records import AttackRecord, ExportRecord, ProbeRecord, RunRecord
+from cfamc_cli.sheets import markdown_table, markdown_text
 
+_ATTACK_COLUMNS = ("head", "threat model", "attack", "data", "n", "clean", "robust", "checks")
 _LIBRARY_WIDTH = 64  # the one width of torchvision's and timm's ResNets
 
 
@@ -18,30 +20,30 @@ def card(made: ExportRecord, recipe: Recipe, run: RunRecord) -> str:
 
     Text of recipes and data sets is escaped, so that no reader takes it for markup.
     """
-    sections = [
-        f"# {_plain(made.source.name)}: {made.part}\n\n{_what(made, recipe)}",
-        f"## Loading\n\n{loading(made, recipe)}",
-        f"## Input and output\n\n{_input_output(made)}",
-        f"## Measured\n\n{_measured_section(made)}",
-        f"## Not measured\n\n{_bullets(not_measured(made))}",
-        f"## Check of this file\n\n{_check_section(made)}",
-        f"## Training\n\n{_training(made, recipe, run)}",
-    ]
-    return "\n\n".join(sections) + "\n"
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-
-def _what(made: ExportRecord, recipe: Recipe) -> str:
-    model, adversary = recipe.model, recipe.adversary
-    attack = "" if adversary.name == "none" else f" and {adversary.name} adversarial training at eps {adversary.eps}"
-    stacked = {
-        "backbone": "without a classifier",
-        "encoder": "with the `pre_feature` layer that linear heads read",
-        "classifier": f"with the head {_plain(made.source.head or '')}",
-    }[made.part]
-    labels = "with labels" if recipe.objective.name == "supcon" else "without labels"
-    return (
-        f"A {model.backbone} of width {model.width} with the {model.stem} stem, {stacked}. Pretrained {labels} on "
-        f"{_plain(recipe.data.dataset)} with the {recipe.objective.name} objective{attack}, by cfamc {made.cfamc}."
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=False,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    templates.filters |= {"plain": markdown_text, "duration": render.duration}
+    written = [(file.name, f"{file.size:,}", file.sha256) for file in made.files]
+    toml = "\n".join(render.clean(line) for line in recipe_file.to_toml(recipe).splitlines())
+    return templates.get_template("card.md").render(
+        made=made,
+        recipe=recipe,
+        run=run,
+        loading=loading(made, recipe),
+        probes=markdown_table(("probe", "head", "features", "data", "n", "accuracy"), map(_probe_row, made.probes)),
+        attacks=markdown_table(_ATTACK_COLUMNS, map(_attack_row, made.attacks)),
+        notes=list(dict.fromkeys(note for attack in made.attacks for note in attack.notes)),
+        gaps=not_measured(made),
+        files=markdown_table(("file", "bytes", "SHA-256"), written),
+        toml=_fence(toml, "toml"),
     )
 
 
@@ -124,54 +126,9 @@ def _reads_pre_feature(made: ExportRecord) -> bool:
     return any(probe.id == made.source.head and probe.features == "pre_feature" for probe in made.probes)
 
 
-def _input_output(made: ExportRecord) -> str:
-    size = f"{made.input.height} x {made.input.width}"
-    fixed = (
-        "the size that heads were fitted to; the network takes others as well"
-        if made.format == "safetensors"
-        else "the only size that this file takes"
-    )
-    lines = [
-        f"`{made.input.name}`: float32, (batch, 3, {made.input.height}, {made.input.width}), RGB, values in [0, 1], "
-        "any batch size. No mean is subtracted and no deviation divided by.",
-        f"{size} pixels is {fixed}.",
-        f"`{made.output.name}`: float32, (batch, {made.output.dim}).",
-    ]
-    if made.classes is not None:
-        names = ", ".join(f"{index} {_plain(name)}" for index, name in enumerate(made.classes))
-        lines.append(f"Classes: {names}.")
-    return _bullets(lines)
-
-
-def _measured_section(made: ExportRecord) -> str:
-    if not made.probes and not made.attacks:
-        return "Nothing was measured on these weights."
-    lines = ["Accuracies are percent with Wilson 95 % intervals, of the model in PyTorch that this file was made from."]
-    if made.part == "backbone" and any(probe.features == "pre_feature" for probe in made.probes):
-        lines.append("Heads on `pre_feature` read a layer above the backbone that is not part of this file.")
-    if made.part == "classifier" and any(probe.head == "finetune" for probe in made.probes):
-        lines.append("The whole network was trained with labels after the pretraining.")
-    if made.probes:
-        rows: list[tuple[str, ...]] = [
-            (
-                probe.id,
-                probe.head,
-                probe.features,
-                f"{probe.test.dataset} {probe.test.split}",
-                f"{probe.test_accuracy.n:,}",
-                render.interval(probe.test_accuracy),
-            )
-            for probe in made.probes
-        ]
-        lines.append("Clean images:\n\n" + _table(("probe", "head", "features", "data", "n", "accuracy"), rows))
-    if made.attacks:
-        rows = [_attack_row(attack) for attack in made.attacks]
-        columns = ("head", "threat model", "attack", "data", "n", "clean", "robust", "checks")
-        lines.append("Under attack, every example found against these very weights:\n\n" + _table(columns, rows))
-    notes = dict.fromkeys(note for attack in made.attacks for note in attack.notes)
-    if notes:
-        lines.append(_bullets(map(_plain, notes)))
-    return "\n\n".join(lines)
+def _probe_row(probe: ProbeRecord) -> tuple[str, ...]:
+    data, accuracy = f"{probe.test.dataset} {probe.test.split}", probe.test_accuracy
+    return (probe.id, probe.head, probe.features, data, f"{accuracy.n:,}", render.interval(accuracy))
 
 
 def _attack_row(attack: AttackRecord) -> tuple[str, ...]:
@@ -213,61 +170,18 @@ def not_measured(made: ExportRecord) -> list[str]:
         others = [norm for norm in ("linf", "l2") if norm not in norms]
         if others:
             gaps.append(f"Perturbations in {' and '.join(others)}.")
-        gaps.append(f"Perturbations larger than {' and '.join(map(_plain, sizes))}, unrestricted ones and patches.")
+        gaps.append(
+            f"Perturbations larger than {' and '.join(map(markdown_text, sizes))}, unrestricted ones and patches."
+        )
         behind = [attack.id for attack in made.attacks if any(flag.verdict == "skipped" for flag in attack.flags)]
         if behind:
-            gaps.append(f"Some of the checks of {', '.join(map(_plain, behind))}.")
+            gaps.append(f"Some of the checks of {', '.join(map(markdown_text, behind))}.")
     gaps += [
         "Natural shifts: noise, blur, weather, compression, other cameras, other data sets.",
         "Calibration, fairness between groups of people or things, and images of no known class.",
         "Other precisions than float32, and quantised or pruned copies.",
     ]
     return gaps
-
-
-def _check_section(made: ExportRecord) -> str:
-    check = made.check
-    sizes = ", ".join(map(str, check.batches[:-1])) + f" and {check.batches[-1]}"
-    classes = ", and each predicted class is the same" if made.output.name == "logits" else ""
-    rows = [(written.name, f"{written.size:,}", written.sha256) for written in made.files]
-    return (
-        f"Before it was handed over, the file was read back by {_plain(check.reader)} and compared with the live model "
-        f"at batch {sizes} on {check.data.n} images of {_plain(check.data.dataset)} {check.data.split}: the largest "
-        f"difference was {check.largest_difference:.2g}{classes} (allowed: {check.rtol:g} relative and {check.atol:g} "
-        f"absolute).\n\n" + _table(("file", "bytes", "SHA-256"), rows)
-    )
-
-
-def _training(made: ExportRecord, recipe: Recipe, run: RunRecord) -> str:
-    data, where = made.data, run.environment
-    used = "unknown" if data is None else f"{data.n:,} images of {_plain(data.dataset)} {data.split}"
-    lines = [
-        f"Run {_plain(made.source.id)}, {made.source.status}, {made.source.checkpoint}, seed {made.source.seed}; "
-        f"{run.progress.step:,} of {run.progress.total:,} weight updates, {run.totals.view_passes:,} view passes.",
-        f"Data: {used}; fingerprint {'unknown' if data is None else _plain(data.fingerprint)}.",
-        f"Licence of the data: {_plain(made.licence) or 'not known to cfamc; ask who published it'}.",
-        f"Time: {render.duration(run.wall_seconds)} on {_plain(where.device)} with torch {_plain(where.torch)}.",
-        f"Recipe digest {made.source.recipe_digest}, encoder digest {made.source.encoder_digest}"
-        + (f", head digest {made.source.head_digest}." if made.source.head_digest else "."),
-    ]
-    if run.imported is not None:
-        lines.append("The weights were imported; the recipe describes their shape, not their training.")
-    text = "\n".join(render.clean(line) for line in recipe_file.to_toml(recipe).splitlines())
-    return f"{_bullets(lines)}\n\n{_fence(text, 'toml')}"
-
-
-def _plain(text: object) -> str:
-    """Text that Markdown and HTML leave alone."""
-    return re.sub(r"([\\`*_|\[\]<>&#~$!])", r"\\\1", render.clean(text))
-
-
-def _bullets(lines: Iterable[str]) -> str:
-    return "\n".join(f"- {line}" for line in lines)
-
-
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *([_plain(cell) for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _fence(text: str, language: str) -> str:

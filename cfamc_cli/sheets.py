@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
@@ -92,14 +92,22 @@ def _as_published(condition: Condition) -> Condition:
 
 
 def markdown(sheet: Sheet) -> str:
-    """A sheet as a Markdown table."""
-    escape = _markdown_text
-    rules = ["---:" if index in sheet.right else "---" for index in range(len(sheet.columns))]
-    lines = [sheet.columns, rules, *sheet.rows]
-    cells = [[rule if line is rules else escape(rule) for rule in line] for line in lines]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in cells)
-    notes = "".join(f"\n{escape(note)}\n" for note in sheet.notes)
-    return f"### {escape(sheet.title)}\n\n{table}\n{notes}\n"
+    """A sheet as a Markdown table with its title and notes."""
+    notes = "".join(f"\n{markdown_text(note)}\n" for note in sheet.notes)
+    table = markdown_table(sheet.columns, sheet.rows, right=sheet.right)
+    return f"### {markdown_text(sheet.title)}\n\n{table}\n{notes}\n"
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Collection[int] = ()) -> str:
+    """Rows as a Markdown table; `right` says which columns are aligned to the right."""
+    rules = ["---:" if index in right else "---" for index in range(len(columns))]
+    head, *body = (list(map(markdown_text, line)) for line in (columns, *rows))
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rules, *body))
+
+
+def markdown_text(text: object) -> str:
+    """Text that Markdown and HTML leave alone; without its bracket an exclamation mark makes no image."""
+    return re.sub(r"([\\`*_|\[\]<>&#~$])", r"\\\1", clean(text))
 
 
 def latex(sheet: Sheet) -> str:
@@ -121,11 +129,13 @@ def comma_separated(tables: Sequence[ComparedTable], *, with_published: bool) ->
     if with_published:
         records += [_flat_published(condition, row) for condition, rows in published().items() for row in rows]
     columns = [*_flat_names(), *keys]
+    return csv_text(columns, ([record.get(column) for column in columns] for record in records))
+
+
+def csv_text(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Rows as CSV; text that a spreadsheet would take for a formula is marked as text."""
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(map(_csv_cell, columns))
-    for record in records:
-        writer.writerow(_csv_cell(record.get(column)) for column in columns)
+    csv.writer(out, lineterminator="\n").writerows([_csv_cell(cell) for cell in row] for row in (columns, *rows))
     return out.getvalue()
 
 
@@ -362,10 +372,6 @@ def _csv_cell(value: object) -> object:
         return value
     text = clean(value)
     return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
-
-
-def _markdown_text(text: str) -> str:
-    return re.sub(r"([\\`*_|\[\]<>&#~$])", r"\\\1", clean(text))
 
 
 _LATEX = {

@@ -650,7 +650,8 @@ def points(axes: Any) -> list[dict[str, Any]]:
     found = []
     for bars in axes.containers:
         assert isinstance(bars, ErrorbarContainer)
-        line, _, collections = bars.lines
+        parts: Any = bars.lines
+        line, _, collections = parts
         reach = [segment for collection in collections for segment in collection.get_segments()]
         found.append(
             {

@@ -7,6 +7,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -31,10 +32,14 @@ from cfamc_cli.records import (
     Accuracy,
     ClassAccuracy,
     DataUsed,
+    EvaluationLine,
     ExportRecord,
     Flag,
+    GripLine,
+    Line,
     OutputSpec,
     ThreatModel,
+    TrainLine,
     load_record,
 )
 
@@ -508,7 +513,7 @@ def test_a_missing_extra_is_named_before_any_work(
 def test_a_missing_tensorboard_is_named(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (made.path / "metrics.jsonl").write_text('{"kind":"train","step":1,"loss":1.0}\n')
+    put_metrics(made)
     monkeypatch.setitem(sys.modules, "tensorboard.compat.proto.event_pb2", None)
     assert made.export(tmp_path / "out", "--metrics", "tensorboard") == ExitCode.INVALID
     assert capsys.readouterr().err.splitlines() == [
@@ -547,29 +552,38 @@ def test_no_run_is_the_newest_with_weights_and_the_folder_is_named_after_it(
 
 # Metrics
 
-LINES = [
-    {"kind": "train", "step": 3, "epoch": 0.5, "loss": -1.5},
-    {"kind": "train", "step": 6, "epoch": 1.0, "loss": None, "lost": True, "nonfinite": {"loss": "nan"}},
-    {"kind": "evaluation", "step": 6, "clean": 700, "attack": "=HYPERLINK(1)", "eps": "8/255"},
-    {"kind": "../../x", "step": 7, "y": 1},
+WHERE: dict[str, Any] = {"step": 6, "batch": 2, "epoch": 1.0}
+TRAIN: dict[str, Any] = {"lr": 0.3, "gradient_norm": 1.0, "effective_rank": 2.0, "feature_std": 0.1}
+LINES: list[Line] = [
+    TrainLine(step=3, batch=1, epoch=0.5, loss=-1.5, **TRAIN),
+    TrainLine(**WHERE, loss=math.nan, delta_mean=-math.inf, **TRAIN),
+    EvaluationLine(**WHERE, n=1000, knn=300, clean=700, robust=100, eps="8/255", attack="=HYPERLINK(1)"),
+    GripLine(**WHERE, clean=1.0, trained=1.0, strongest=2.0, strength=0.0, lost=True),
 ]
 
 
 def put_metrics(made: Made) -> None:
-    (made.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    text = "".join(json.dumps(line.written()) + "\n" for line in LINES)
+    (made.path / "metrics.jsonl").write_text(text)
 
 
 def test_metrics_as_csv(made: Made, tmp_path: Path) -> None:
     put_metrics(made)
     assert made.export(tmp_path / "out", "--metrics", "csv") == 0
-    assert left(tmp_path / "out") == ["evaluation.csv", "export.json", "train.csv", "x.csv"]
-    rows = list(csv.DictReader(io.StringIO((tmp_path / "out/train.csv").read_text())))
-    assert rows == [
-        {"step": "3", "epoch": "0.5", "loss": "-1.5", "lost": ""},
-        {"step": "6", "epoch": "1.0", "loss": "nan", "lost": "true"},
+    assert left(tmp_path / "out") == ["evaluation.csv", "export.json", "grip.csv", "train.csv"]
+    train, evaluation, grip = (
+        (tmp_path / f"out/{kind}.csv").read_text().splitlines() for kind in ("train", "evaluation", "grip")
+    )
+    assert train == [
+        "step,batch,epoch,lr,loss,gradient_norm,effective_rank,feature_std,delta_mean",
+        "3,1,0.5,0.3,-1.5,1.0,2.0,0.1,",
+        "6,2,1.0,0.3,nan,1.0,2.0,0.1,-inf",
     ]
-    rows = list(csv.DictReader(io.StringIO((tmp_path / "out/evaluation.csv").read_text())))
-    assert rows == [{"step": "6", "clean": "700", "attack": "'=HYPERLINK(1)", "eps": "8/255"}]
+    assert evaluation == [
+        "step,batch,epoch,n,knn,clean,robust,eps,attack",
+        "6,2,1.0,1000,300,700,100,8/255,'=HYPERLINK(1)",
+    ]
+    assert grip == ["step,batch,epoch,clean,trained,strongest,strength,lost", "6,2,1.0,1.0,1.0,2.0,0.0,true"]
 
 
 def test_every_float_survives_the_csv() -> None:
@@ -591,7 +605,8 @@ def test_metrics_as_tensorboard_events(made: Made, tmp_path: Path) -> None:
     ]
     assert (3, "train/loss", -1.5) in found
     assert (6, "evaluation/clean", 700.0) in found
-    assert (7, "x/y", 1.0) in found
+    assert (6, "grip/lost", 1.0) in found
+    assert not [tag for _, tag, _ in found if tag.endswith(("/step", "/attack", "/kind"))]
     assert [value != value for step, tag, value in found if (step, tag) == (6, "train/loss")] == [True]
 
 

@@ -75,7 +75,10 @@ for arguments in commands:
         codes.append(cli.run(arguments))
 print(json.dumps([codes, sorted(sys.modules)]))
 """
-HEAVY = {"torch", "torchvision", "numpy", "scipy", "safetensors", "matplotlib", "PIL", "onnx", "tensorboard"}
+HEAVY = {
+    *("torch", "torchvision", "numpy", "scipy", "safetensors"),
+    *("matplotlib", "PIL", "onnx", "tensorboard", "jinja2"),
+}
 
 
 def light_modules() -> list[str]:
@@ -102,7 +105,9 @@ def test_what_is_light_comes_without_torch(tmp_path: Path) -> None:
     write_record(run / "attacks/pgd-001/record.json", attack_record())
     (run / "resolved.json").write_text(json.dumps(tiny_recipe().resolved()))
     (run / "recipe.toml").write_text(to_toml(tiny_recipe()))
-    (run / "metrics.jsonl").write_text('{"kind":"train","step":1,"loss":1.0}\n')
+    line = {"kind": "train", "step": 1, "batch": 1, "epoch": 1.0, "loss": 1.0, "lr": 0.3}
+    line |= {"gradient_norm": 1.0, "effective_rank": 1.0, "feature_std": 1.0}
+    (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     commands = {
         "--help": 0,
         "--version": 0,

@@ -19,7 +19,7 @@ from cfamc_cli import __version__, render
 from cfamc_cli.commands.common import Options, Session, interruption, session
 from cfamc_cli.dashboards import by_kind, comma_separated, events
 from cfamc_cli.errors import CfamcError, ExitCode
-from cfamc_cli.files import explained, read_jsonl, staged_folder, write_bytes, write_text
+from cfamc_cli.files import explained, staged_folder, write_bytes, write_text
 from cfamc_cli.model_card import card
 from cfamc_cli.recipe import Recipe
 from cfamc_cli.records import (
@@ -39,6 +39,7 @@ from cfamc_cli.records import (
     Written,
     load_record,
     now,
+    read_metrics,
     save_record,
 )
 from cfamc_cli.store import LATEST, RunFolder, cache_folder, find_run
@@ -373,7 +374,7 @@ def _read_all(folder: Path, model: type[R], warn: Callable[[str], None]) -> Iter
 
 def _export_metrics(run: RunFolder, wanted: Dashboard, target: Path, *, force: bool) -> MetricsRecord:
     record = load_record(run.run_json, RunRecord)
-    lines = read_jsonl(run.metrics)
+    lines = read_metrics(run.metrics)
     if not lines:
         raise CfamcError(f"run {run.id} has no metrics yet", exit_code=ExitCode.BAD_DATA)
     match wanted:
