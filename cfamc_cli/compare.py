@@ -23,6 +23,107 @@ USUAL_EPS = "8/255"
 CHANCE = 0.05  # a p-value above it is called chance
 
 
+# Statistics: of counts, bit masks and points; nothing here knows of runs
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A fraction of one run with its Wilson 95 % interval, or the mean of several seeds with their spread.
+
+    Attributes:
+        n: Samples of each run.
+        runs: How many runs the value is the mean of.
+        std: Sample standard deviation over runs; None for one run.
+        low: Lower end of the interval; None for several runs, as is `high`.
+    """
+
+    value: float
+    n: int
+    runs: int
+    std: float | None
+    low: float | None
+    high: float | None
+
+    @classmethod
+    def of(cls, accuracies: Sequence[Accuracy]) -> Figure:
+        """The figure of one run, or of several."""
+        values, n = [accuracy.value for accuracy in accuracies], accuracies[0].n
+        if len(values) == 1:
+            return cls(values[0], n, 1, None, accuracies[0].low, accuracies[0].high)
+        mean = sum(values) / len(values)
+        std = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+        return cls(mean, n, len(values), std, None, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How far a result lies from another, as a fraction.
+
+    Attributes:
+        value: Positive where the first is better.
+        shared: Samples that both were measured on; None where they could not be paired.
+        gained: Samples that only the first got right; `lost` those that only the other did.
+        p: Two-sided p-value of McNemar's exact test.
+    """
+
+    value: float
+    shared: int | None = None
+    gained: int | None = None
+    lost: int | None = None
+    p: float | None = None
+
+
+def paired(first: int, second: int, *, n: int) -> Difference:
+    """Compare two bit masks of right answers on their first `n` samples."""
+    mask = (1 << n) - 1
+    gained, lost = (first & ~second & mask).bit_count(), (second & ~first & mask).bit_count()
+    return Difference((gained - lost) / n, n, gained, lost, mcnemar(gained, lost))
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """Return the two-sided p-value of the exact test that both predictors are equally often right.
+
+    Args:
+        gained: Samples that only the first got right.
+        lost: Samples that only the second got right.
+
+    Source:
+        McNemar 1947, Note on the sampling error of the difference between correlated proportions; in its exact form
+        the smaller count is Binomial(gained + lost, 1/2), and both tails are added.
+    """
+    total, least = gained + lost, min(gained, lost)
+    if 2 * least >= total:
+        return 1.0
+    log_term = math.lgamma(total + 1) - math.lgamma(least + 1) - math.lgamma(total - least + 1) - total * math.log(2)
+    tail, ratio = 0.0, 1.0  # terms fall from the largest, so the sum ends when they no longer count
+    for k in range(least, -1, -1):
+        tail += ratio
+        ratio *= k / (total - k + 1)
+        if ratio < 1e-17 * tail:
+            break
+    return min(1.0, 2 * math.exp(log_term) * tail)
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
+    """Tell for each point whether no other is at least as large in both and larger in one."""
+    on_front = [False] * len(points)
+    highest, at = -math.inf, math.inf
+    for index in sorted(range(len(points)), key=lambda i: points[i], reverse=True):
+        x, y = points[index]
+        on_front[index] = y > highest or (y == highest and x == at)
+        if y > highest:
+            highest, at = y, x
+    return on_front
+
+
+def probability(p: float) -> str:
+    """Such as "= 0.031" or "< 0.0001"."""
+    return f"= {p:.2g}" if p >= 1e-4 else "< 0.0001"
+
+
+# Results, and what they must share
+
+
 @dataclass(frozen=True, slots=True)
 class Condition:
     """What two results must share to be compared.
@@ -130,53 +231,6 @@ OutcomesOf: TypeAlias = Callable[[Entry], Outcomes | None]
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
-    """A fraction of one run with its Wilson 95 % interval, or the mean of several seeds with their spread.
-
-    Attributes:
-        n: Samples of each run.
-        runs: How many runs the value is the mean of.
-        std: Sample standard deviation over runs; None for one run.
-        low: Lower end of the interval; None for several runs, as is `high`.
-    """
-
-    value: float
-    n: int
-    runs: int
-    std: float | None
-    low: float | None
-    high: float | None
-
-    @classmethod
-    def of(cls, accuracies: Sequence[Accuracy]) -> Figure:
-        """The figure of one run, or of several."""
-        values, n = [accuracy.value for accuracy in accuracies], accuracies[0].n
-        if len(values) == 1:
-            return cls(values[0], n, 1, None, accuracies[0].low, accuracies[0].high)
-        mean = sum(values) / len(values)
-        std = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
-        return cls(mean, n, len(values), std, None, None)
-
-
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """How far a result lies from another, as a fraction.
-
-    Attributes:
-        value: Positive where the first is better.
-        shared: Samples that both were measured on; None where they could not be paired.
-        gained: Samples that only the first got right; `lost` those that only the other did.
-        p: Two-sided p-value of McNemar's exact test.
-    """
-
-    value: float
-    shared: int | None = None
-    gained: int | None = None
-    lost: int | None = None
-    p: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Row:
     """One line of a table: a run, or the seeds of one recipe.
 
@@ -209,8 +263,11 @@ class Row:
     def failed(self) -> tuple[str, ...]:
         return tuple(sorted({name for entry in self.entries for name in entry.failed}))
 
-    def figure(self, which: Which) -> Figure | None:
-        return self.clean if which == "clean" else self.robust
+    def figure(self, which: Which) -> Figure:
+        """The figure that is asked for; rows of a table are all attacked, or none is."""
+        found = self.clean if which == "clean" else self.robust
+        assert found is not None, "asked of attacked rows only"
+        return found
 
 
 SortKey: TypeAlias = Callable[[Row], tuple[bool, float, str]]
@@ -260,21 +317,25 @@ def tabulate(
     conditions: dict[Condition, list[Entry]] = defaultdict(list)
     for entry in entries:
         conditions[entry.condition].append(entry)
-    groups = []
+    groups: list[tuple[str, list[Row], list[str]]] = []
     for members in conditions.values():
-        for group in _on_shared_samples(members, outcomes_of):
-            rows = _rows(group.entries, fold=fold)
-            if baseline is not None:
-                rows = _held_against(rows, baseline, outcomes_of)
+        for apart, group in _on_shared_samples(members, outcomes_of).items():
+            rows = _rows(group, fold=fold)
+            if held := [row for row in rows if any(entry.run.id == baseline for entry in row.entries)]:
+                rows = [_against(row, held[0], outcomes_of) for row in rows]
             if keep is not None:
                 rows = [row for row in rows if row.baseline or keep(row)]
+            n, cut = group[0].n, any(entry.whole for entry in group)
+            shared = f"All rows on the first {n:,} samples, which they share: --where 'n>{n}' compares those with more."
             if rows:
-                groups.append((group, rows))
-    groups.sort(key=lambda item: (bool(item[0].apart), -len(item[1]), *item[0].condition.rank()))
-    return [
-        _table(group, rows, groups[0][0], baseline=baseline, outcomes_of=outcomes_of, order=order)
-        for group, rows in groups
-    ]
+                groups.append((apart, rows, [shared] if cut else []))
+    groups.sort(key=lambda group: (bool(group[0]), -len(group[1]), *_condition(group[1]).rank()))
+    tables: list[ComparedTable] = []
+    for apart, rows, notes in groups:
+        differences = _condition(rows).differences(_condition(groups[0][1]))
+        why = "; ".join([*differences, *filter(None, [apart])]) if tables else ""
+        tables.append(_table(rows, why, notes, baseline=baseline, outcomes_of=outcomes_of, order=order))
+    return tables
 
 
 def find_superseded(entries: Sequence[Entry], *, fold: bool) -> dict[int, str]:
@@ -296,22 +357,10 @@ def find_superseded(entries: Sequence[Entry], *, fold: bool) -> dict[int, str]:
     return replaced
 
 
-@dataclass(frozen=True, slots=True)
-class _Group:
-    """Results that may be ranked; `apart` says why they are not with the others of their condition."""
-
-    entries: list[Entry]
-    apart: str
-
-    @property
-    def condition(self) -> Condition:
-        return self.entries[0].condition
-
-
-def _on_shared_samples(entries: list[Entry], outcomes_of: OutcomesOf) -> list[_Group]:
-    """Cut results of one condition to the samples that all share; those that cannot be cut are apart."""
+def _on_shared_samples(entries: list[Entry], outcomes_of: OutcomesOf) -> dict[str, list[Entry]]:
+    """Cut results of one condition to the samples that all share; the others by why they are apart."""
     if len({entry.n for entry in entries}) == 1:
-        return [_Group(entries, "")]
+        return {"": entries}
     ((order, _),) = Counter(entry.order for entry in entries).most_common(1)
     n = min(entry.n for entry in entries if entry.order == order)
     groups: dict[str, list[Entry]] = defaultdict(list)
@@ -319,7 +368,7 @@ def _on_shared_samples(entries: list[Entry], outcomes_of: OutcomesOf) -> list[_G
         cut = _cut(entry, n, outcomes_of) if entry.order == order else None
         why = "" if cut else f"n {entry.n:,}, and no outcomes on the {n:,} samples that others share"
         groups[why].append(cut or entry)
-    return [_Group(members, why) for why, members in groups.items()]
+    return groups
 
 
 def _cut(entry: Entry, n: int, outcomes_of: OutcomesOf) -> Entry | None:
@@ -351,10 +400,14 @@ def _rows(entries: Sequence[Entry], *, fold: bool) -> list[Row]:
     return [replace(row, label=f"{row.label} {row.entries[0].result}") if taken[row.label] > 1 else row for row in rows]
 
 
+def _condition(rows: Sequence[Row]) -> Condition:
+    return rows[0].entries[0].condition
+
+
 def _table(
-    group: _Group,
     rows: list[Row],
-    first: _Group,
+    apart: str,
+    notes: list[str],
     *,
     baseline: str | None,
     outcomes_of: OutcomesOf,
@@ -362,34 +415,16 @@ def _table(
 ) -> ComparedTable:
     trusted = [row for row in rows if not row.failed]
     verdict = _verdict(trusted, outcomes_of) if len(trusted) > 1 else ""
-    if len(trusted) > 1 and group.condition.attack:
-        points = [(row.clean.value, row.robust.value if row.robust else 0.0) for row in trusted]
+    if len(trusted) > 1 and trusted[0].robust is not None:
+        points = [(row.clean.value, row.figure("robust").value) for row in trusted]
         front = {row.label for row, on_front in zip(trusted, pareto_front(points), strict=True) if on_front}
         rows = [replace(row, front=row.label in front) for row in rows]
     if order is not None:
         rows = sorted(rows, key=order)
-    apart = [] if group is first else [*group.condition.differences(first.condition), *filter(None, [group.apart])]
-    notes = []
-    if any(entry.whole for entry in group.entries):
-        n = group.entries[0].n
-        notes.append(
-            f"All rows on the first {n:,} samples, which they share: --where 'n>{n}' compares those with more."
-        )
     if baseline is not None and not any(row.baseline for row in rows):
-        notes.append(f"No differences: there is no result of the baseline {baseline} among these.")
-    return ComparedTable(
-        group.condition,
-        tuple(rows),
-        differing_keys([entry for row in rows for entry in row.entries[:1]]),
-        verdict,
-        "; ".join(apart),
-        tuple(notes),
-    )
-
-
-def _held_against(rows: list[Row], baseline: str, outcomes_of: OutcomesOf) -> list[Row]:
-    held = [row for row in rows if any(entry.run.id == baseline for entry in row.entries)]
-    return [_against(row, held[0], outcomes_of) for row in rows] if held else rows
+        notes = [*notes, f"No differences: there is no result of the baseline {baseline} among these."]
+    keys = differing_keys([row.entries[0] for row in rows])
+    return ComparedTable(_condition(rows), tuple(rows), keys, verdict, apart, tuple(notes))
 
 
 def _best_first(row: Row) -> tuple[float, float, str]:
@@ -408,8 +443,6 @@ def _against(row: Row, baseline: Row, outcomes_of: OutcomesOf) -> Row:
 def difference(row: Row, other: Row, *, which: Which, outcomes_of: OutcomesOf) -> Difference:
     """Hold one row against another, sample by sample where each is one run whose outcomes were kept."""
     mine, theirs = row.figure(which), other.figure(which)
-    assert mine is not None, "rows of a table are all attacked, or none is"
-    assert theirs is not None, "rows of a table are all attacked, or none is"
     plain = Difference(mine.value - theirs.value)
     first, second = row.entries[0], other.entries[0]
     if len(row.entries) > 1 or len(other.entries) > 1 or not first.order or first.order != second.order:
@@ -418,49 +451,6 @@ def difference(row: Row, other: Row, *, which: Which, outcomes_of: OutcomesOf) -
     if outcomes[0] is None or outcomes[1] is None:
         return plain
     return paired(_right(outcomes[0], which), _right(outcomes[1], which), n=min(mine.n, theirs.n))
-
-
-def paired(first: int, second: int, *, n: int) -> Difference:
-    """Compare two bit masks of right answers on their first `n` samples."""
-    mask = (1 << n) - 1
-    gained, lost = (first & ~second & mask).bit_count(), (second & ~first & mask).bit_count()
-    return Difference((gained - lost) / n, n, gained, lost, mcnemar(gained, lost))
-
-
-def mcnemar(gained: int, lost: int) -> float:
-    """Return the two-sided p-value of the exact test that both predictors are equally often right.
-
-    Args:
-        gained: Samples that only the first got right.
-        lost: Samples that only the second got right.
-
-    Source:
-        McNemar 1947, Note on the sampling error of the difference between correlated proportions; in its exact form
-        the smaller count is Binomial(gained + lost, 1/2), and both tails are added.
-    """
-    total, least = gained + lost, min(gained, lost)
-    if 2 * least >= total:
-        return 1.0
-    log_term = math.lgamma(total + 1) - math.lgamma(least + 1) - math.lgamma(total - least + 1) - total * math.log(2)
-    tail, ratio = 0.0, 1.0  # terms fall from the largest, so the sum ends when they no longer count
-    for k in range(least, -1, -1):
-        tail += ratio
-        ratio *= k / (total - k + 1)
-        if ratio < 1e-17 * tail:
-            break
-    return min(1.0, 2 * math.exp(log_term) * tail)
-
-
-def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
-    """Tell for each point whether no other is at least as large in both and larger in one."""
-    on_front = [False] * len(points)
-    highest, at = -math.inf, math.inf
-    for index in sorted(range(len(points)), key=lambda i: points[i], reverse=True):
-        x, y = points[index]
-        on_front[index] = y > highest or (y == highest and x == at)
-        if y > highest:
-            highest, at = y, x
-    return on_front
 
 
 def differing_keys(entries: Sequence[Entry]) -> tuple[str, ...]:
@@ -497,8 +487,6 @@ def _verdict(ranked: Sequence[Row], outcomes_of: OutcomesOf) -> str:
         chance = "chance alone explains that" if found.p > CHANCE else "more than chance"
         return f"{lead} on {found.shared:,} shared samples: {chance} (McNemar p {probability(found.p)})"
     mine, theirs = best.figure(which), second.figure(which)
-    assert mine is not None, "ranked by it"
-    assert theirs is not None, "ranked by it"
     if mine.low is not None and theirs.high is not None:
         overlap = "their intervals are apart" if mine.low > theirs.high else "their intervals overlap"
         return f"{lead}: {overlap}; samples could not be paired"
@@ -506,11 +494,6 @@ def _verdict(ranked: Sequence[Row], outcomes_of: OutcomesOf) -> str:
         f"{100 * figure.std:.1f}" if figure.std is not None else "one run" for figure in (mine, theirs)
     )
     return f"{lead} (means over seeds; std {spread})"
-
-
-def probability(p: float) -> str:
-    """Such as "= 0.031" or "< 0.0001"."""
-    return f"= {p:.2g}" if p >= 1e-4 else "< 0.0001"
 
 
 @dataclass(frozen=True, slots=True)

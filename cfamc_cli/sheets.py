@@ -345,7 +345,7 @@ def _flat(table: ComparedTable, row: Row) -> dict[str, object]:
         **differing(row, table.keys),
     }
     for which in _WHICH:
-        figure, against = row.figure(which), (row.against or {}).get(which)
+        figure, against = row.clean if which == "clean" else row.robust, (row.against or {}).get(which)
         if figure is not None:
             record |= {which: figure.value, f"{which}_low": figure.low, f"{which}_high": figure.high}
             record[f"{which}_std"] = figure.std
