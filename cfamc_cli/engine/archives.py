@@ -37,15 +37,10 @@ _CHUNK = 1024  # images per piece of a large archive
 
 @dataclass(frozen=True)
 class Remote:
-    """A file that its publisher offers.
-
-    Attributes:
-        url: Where it is.
-        md5: What the publisher says that it hashes to.
-    """
+    """A file that its publisher offers."""
 
     url: str
-    md5: str
+    md5: str  # as its publisher states it
 
     @property
     def name(self) -> str:

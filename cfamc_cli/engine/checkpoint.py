@@ -30,17 +30,11 @@ _MAX_HEADER = 100_000_000  # bytes, safetensors' own bound
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds, on the CPU.
+    """What a checkpoint holds, on the CPU."""
 
-    Attributes:
-        model: The encoder's state dict.
-        state: Optimizer and adversary.
-        progress: JSON values: step, batch and whatever the loop needs to go on.
-    """
-
-    model: dict[str, Tensor]
-    state: dict[str, Tensor]
-    progress: dict[str, object]
+    model: dict[str, Tensor]  # the encoder's state dict
+    state: dict[str, Tensor]  # optimizer and adversary
+    progress: dict[str, object]  # JSON values: step, batch and whatever the loop needs to go on
 
 
 def save(folder: Path, step: int, checkpoint: Checkpoint) -> Path:

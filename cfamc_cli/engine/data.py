@@ -39,25 +39,15 @@ _LICENCES = {
 
 @dataclass(frozen=True)
 class ImageSet:
-    """The images of one split.
+    """The images of one split."""
 
-    Attributes:
-        images: uint8, (N, 3, H, W), in host memory or mapped from a file.
-        labels: int64, (N,), -1 for an image without a label; None where no image has one.
-        classes: Class names by label.
-        dataset: Name of the data set, as in the recipe.
-        split: Which part of it.
-        fingerprint: SHA-256 over pixels, labels and class names, hexadecimal; the same wherever the data lies.
-        licence: What is known of the terms of use; empty where nothing is.
-    """
-
-    images: Tensor
-    labels: Tensor | None
-    classes: tuple[str, ...]
-    dataset: str
+    images: Tensor  # uint8, (N, 3, H, W), in host memory or mapped from a file
+    labels: Tensor | None  # int64, (N,), -1 for an image without a label; None where no image has one
+    classes: tuple[str, ...]  # by label
+    dataset: str  # as in the recipe
     split: Literal["train", "test"]
-    fingerprint: str
-    licence: str
+    fingerprint: str  # SHA-256 over pixels, labels and class names, hexadecimal; the same wherever the data lies
+    licence: str  # what is known of the terms of use; empty where nothing is
 
     def __len__(self) -> int:
         return len(self.images)

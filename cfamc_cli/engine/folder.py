@@ -42,21 +42,13 @@ _EXIF_ORIENTATION = 0x0112
 
 @dataclass(frozen=True)
 class Listing:
-    """The image files of one split.
+    """The image files of one split."""
 
-    Attributes:
-        folder: The folder that `names` are relative to.
-        names: Paths of the images, by class and then by name.
-        labels: Class of each image; None where the folder has no class folders.
-        classes: Class names by label, sorted; also those without images.
-        key: SHA-256 over path, size and modification time of every file: another one after any change.
-    """
-
-    folder: Path
-    names: tuple[str, ...]
-    labels: tuple[int, ...] | None
-    classes: tuple[str, ...]
-    key: str
+    folder: Path  # the folder that `names` are relative to
+    names: tuple[str, ...]  # paths of the images, by class and then by name
+    labels: tuple[int, ...] | None  # class of each image; None where the folder has no class folders
+    classes: tuple[str, ...]  # class names by label, sorted; also those without images
+    key: str  # SHA-256 over path, size and modification time of every file: another one after any change
 
 
 def list_images(root: Path, split: Literal["train", "test"]) -> Listing:

@@ -119,15 +119,10 @@ def _strongest(loss_of: LossOf, clean: Groups, *, eps: float) -> Groups:
 
 @dataclass(frozen=True)
 class Schedule:
-    """When grips are measured and on how many images of the batch: at most 2 % of the run's view passes.
+    """When grips are measured and on how many images of the batch: at most 2 % of the run's view passes."""
 
-    Attributes:
-        every: Weight updates between two measurements; 0 where even one would cost too much.
-        images: Images of the batch.
-    """
-
-    every: int
-    images: int
+    every: int  # weight updates between two measurements; 0 where even one would cost too much
+    images: int  # images of the batch
 
 
 def schedule(*, updates: int, batch_size: int, passes_per_update: int) -> Schedule:

@@ -28,36 +28,22 @@ Labels = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Raw:
-    """A split as it is read from its files.
+    """A split as it is read from its files."""
 
-    Attributes:
-        shape: (N, 3, H, W).
-        chunks: uint8 (n, 3, H, W) each, N images in all; what cannot be read raises here.
-        labels: int64, (N,), -1 where an image has none; None where no image has one.
-        classes: Class names by label.
-    """
-
-    shape: tuple[int, ...]
-    chunks: Iterator[Pixels]
-    labels: Labels | None
-    classes: tuple[str, ...]
+    shape: tuple[int, ...]  # (N, 3, H, W)
+    chunks: Iterator[Pixels]  # uint8 (n, 3, H, W) each, N images in all; what cannot be read raises here
+    labels: Labels | None  # int64, (N,), -1 where an image has none; None where no image has one
+    classes: tuple[str, ...]  # by label
 
 
 @dataclass(frozen=True)
 class Pack:
-    """A split, ready to be trained on.
+    """A split, ready to be trained on."""
 
-    Attributes:
-        images: uint8, (N, 3, H, W), mapped from the file: pages are read when they are touched.
-        labels: int64, (N,), -1 where an image has none; None where no image has one.
-        classes: Class names by label.
-        fingerprint: SHA-256, hexadecimal, as `fingerprint` computes it.
-    """
-
-    images: Tensor
-    labels: Tensor | None
-    classes: tuple[str, ...]
-    fingerprint: str
+    images: Tensor  # uint8, (N, 3, H, W), mapped from the file: pages are read when they are touched
+    labels: Tensor | None  # int64, (N,), -1 where an image has none; None where no image has one
+    classes: tuple[str, ...]  # by label
+    fingerprint: str  # SHA-256, hexadecimal, as `fingerprint` computes it
 
 
 def fingerprint(images: Tensor, labels: Tensor | None, classes: tuple[str, ...]) -> str:

@@ -25,21 +25,13 @@ _INK, _PAPER, _WRONG = (20, 20, 20), (255, 255, 255), (170, 20, 20)
 
 @dataclass(frozen=True)
 class Shown:
-    """One sample of a sheet.
+    """One sample of a sheet."""
 
-    Attributes:
-        clean: (3, H, W) in [0, 1].
-        adversarial: (3, H, W) in [0, 1].
-        title: Which sample it is.
-        label: Name of its class, which is also what the clean image is predicted as.
-        predicted: Name of the class that the adversarial image is predicted as.
-    """
-
-    clean: Tensor
-    adversarial: Tensor
-    title: str
-    label: str
-    predicted: str
+    clean: Tensor  # (3, H, W) in [0, 1]
+    adversarial: Tensor  # (3, H, W) in [0, 1]
+    title: str  # which sample it is
+    label: str  # name of its class, which is also what the clean image is predicted as
+    predicted: str  # name of the class that the adversarial image is predicted as
 
 
 def sheet(samples: Sequence[Shown], *, heading: Sequence[str], gain: float) -> bytes:

@@ -32,50 +32,28 @@ Mask = tuple[bool, ...]
 
 @dataclass(frozen=True)
 class Outcome:
-    """One finished stage of one block: what is committed, and enough to go on from.
+    """One finished stage of one block: what is committed, and enough to go on from. A mask has a bit per sample."""
 
-    Attributes:
-        block: Number of the block; it begins at sample block * block_size of the order.
-        stage: 0 for the clean predictions, then the stages of the plan from 1.
-        name: Name of the stage, "clean" for stage 0.
-        standing: For each sample of the block, whether it is classified right, steadily and finitely under this stage
-            and all before it.
-        broken: Newly lost to a verified example, wrong at whatever batch size (for stage 0: misclassified).
-        not_finite: Newly lost to a prediction that is not finite.
-        unsteady: Whose logits, on the clean image or where the attack ended, changed with the batch they are in by
-            more than rounding.
-        invalid: Whose example left the ball or the box, or was no image; it is no success.
-        forward: Forward passes of single samples.
-        backward: Backward passes of single samples.
-        seconds: Wall time.
-    """
-
-    block: int
-    stage: int
-    name: str
-    standing: Mask
-    broken: Mask
-    not_finite: Mask
-    unsteady: Mask
-    invalid: Mask
-    forward: int
+    block: int  # number of the block; it begins at sample block * block_size of the order
+    stage: int  # 0 for the clean predictions, then the stages of the plan from 1
+    name: str  # "clean" for stage 0
+    standing: Mask  # classified right, steadily and finitely under this stage and all before it
+    broken: Mask  # newly lost to a verified example, wrong at whatever batch size (for stage 0: misclassified)
+    not_finite: Mask  # newly lost to a prediction that is not finite
+    unsteady: Mask  # whose logits, clean or attacked, changed with their batch by more than rounding
+    invalid: Mask  # whose example left the ball or the box, or was no image; it is no success
+    forward: int  # passes of single samples
     backward: int
-    seconds: float
+    seconds: float  # wall time
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Verified examples of one committed stage.
+    """Verified examples of one committed stage."""
 
-    Attributes:
-        positions: Their places in the order.
-        images: In [0, 1], (k, C, H, W), on the CPU.
-        labels: What they are predicted as.
-    """
-
-    positions: tuple[int, ...]
-    images: Tensor
-    labels: tuple[int, ...]
+    positions: tuple[int, ...]  # their places in the order
+    images: Tensor  # in [0, 1], (k, C, H, W), on the CPU
+    labels: tuple[int, ...]  # what they are predicted as
 
 
 Commit = Callable[[Outcome, Examples], None]
@@ -83,15 +61,10 @@ Commit = Callable[[Outcome, Examples], None]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A finished evaluation of n samples in the given order.
+    """A finished evaluation of n samples in the given order."""
 
-    Attributes:
-        outcomes: Every committed stage, by block and stage.
-        checks: What says whether the numbers can be trusted.
-    """
-
-    outcomes: tuple[Outcome, ...]
-    checks: tuple[Flag, ...]
+    outcomes: tuple[Outcome, ...]  # every committed stage, by block and stage
+    checks: tuple[Flag, ...]  # what says whether the numbers can be trusted
 
     @property
     def clean(self) -> Mask:

@@ -101,17 +101,11 @@ def cheap_checks(predict: Predict, x: Tensor, y: Tensor) -> list[Flag]:
 
 @dataclass(frozen=True)
 class AuditSettings:
-    """How much the full audit spends.
+    """How much the full audit spends."""
 
-    Attributes:
-        samples: The first samples of the order that are classified right; at most so many are attacked again.
-        steps: Steps of its PGD; each step is 2.5 eps / steps long.
-        queries: Queries of its black-box attack.
-    """
-
-    samples: int = 100
-    steps: int = 20
-    queries: int = 500
+    samples: int = 100  # the first samples of the order that are classified right; at most so many are attacked again
+    steps: int = 20  # steps of its PGD; each step is 2.5 eps / steps long
+    queries: int = 500  # queries of its black-box attack
 
 
 def full_checks(

@@ -39,17 +39,11 @@ _EOT = 20  # passes for each gradient of the version "rand"
 
 @dataclass(frozen=True)
 class Plan:
-    """What an attack comes to against a number of classes.
+    """What an attack comes to against a number of classes."""
 
-    Attributes:
-        stages: The stages in the order in which they run, all of one eps and norm.
-        eot: Passes that APGD averages for each gradient, for randomised predictors.
-        notes: What a person must be told because it differs from the attack as published.
-    """
-
-    stages: tuple[Stage, ...]
-    eot: int = 1
-    notes: tuple[str, ...] = ()
+    stages: tuple[Stage, ...]  # in the order in which they run, all of one eps and norm
+    eot: int = 1  # passes that APGD averages for each gradient, for randomised predictors
+    notes: tuple[str, ...] = ()  # what a person must be told because it differs from the attack as published
 
     @property
     def eps(self) -> float:

@@ -26,17 +26,11 @@ _WORTH_MOVING = 16  # the state is compacted once one sample in this many is don
 
 @dataclass(frozen=True)
 class Region:
-    """The points within `eps` of x that are images; every attack stays in it.
+    """The points within `eps` of x that are images; every attack stays in it."""
 
-    Attributes:
-        x: Clean images in [0, 1], (N, C, H, W).
-        low: Lowest allowed value of each pixel (the box alone for L2), as x.
-        high: Highest allowed value of each pixel, as x.
-    """
-
-    x: Tensor
-    low: Tensor
-    high: Tensor
+    x: Tensor  # clean images in [0, 1], (N, C, H, W)
+    low: Tensor  # lowest allowed value of each pixel (the box alone for L2), as x
+    high: Tensor  # highest allowed value of each pixel, as x
     eps: float
     norm: Norm
 

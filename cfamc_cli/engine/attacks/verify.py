@@ -26,19 +26,12 @@ _SAME_LOGITS = 1e-4  # of the largest logit: differences up to this are float32 
 
 @dataclass(frozen=True)
 class Predictor:
-    """What is attacked.
+    """What is attacked."""
 
-    Attributes:
-        logits: Logits (N, classes) from images in [0, 1], (N, C, H, W).
-        search: The same function up to rounding, that attacks look through: `logits` itself, or something cheaper.
-        modules: Every module whose parameters, buffers and mode the predictor uses, such as encoder and head.
-        embed: Embeddings (N, D) from images; None where there is no representation to attack.
-    """
-
-    logits: Predict
-    search: Predict
-    modules: tuple[nn.Module, ...]
-    embed: Predict | None = None
+    logits: Predict  # logits (N, classes) from images in [0, 1], (N, C, H, W)
+    search: Predict  # what attacks look through: the same function up to rounding, cheaper where that can be
+    modules: tuple[nn.Module, ...]  # whose parameters, buffers and mode it uses, such as encoder and head
+    embed: Predict | None = None  # embeddings (N, D) from images; None where there is no representation to attack
 
 
 class Meter:
@@ -79,17 +72,11 @@ class Meter:
 
 @dataclass(frozen=True)
 class Traces:
-    """What an evaluation found and left in the modules of a predictor.
+    """What an evaluation found and left in the modules of a predictor."""
 
-    Attributes:
-        training: Modules that were in training mode at the start; they were evaluated in eval mode.
-        not_float32: Parameters and buffers of another floating type.
-        changed: Parameters and buffers whose bytes, and parameters whose `.grad`, are not what they were.
-    """
-
-    training: int
-    not_float32: int
-    changed: int
+    training: int  # modules that were in training mode at the start; they were evaluated in eval mode
+    not_float32: int  # parameters and buffers of another floating type
+    changed: int  # parameters and buffers whose bytes, and parameters whose `.grad`, are not what they were
 
 
 @contextmanager
@@ -164,22 +151,13 @@ def in_region(x: Tensor, points: Tensor, *, eps: float, norm: Norm) -> Tensor:
 
 @dataclass(frozen=True)
 class Seen:
-    """Predictions as the evaluator made them, for N samples.
+    """Predictions as the evaluator made them, for N samples."""
 
-    Attributes:
-        label: Predicted class at full batch, (N,).
-        other: A class that it is predicted as at another batch size, `label` where there is none, (N,).
-        finite: Whether all logits are finite at every batch size, (N,).
-        steady: Whether the predicted class is the same at every batch size, (N,).
-        moved: Largest difference of a sample's logits between batch sizes beyond rounding, relative to its largest
-            logit, (N,); 0 within rounding.
-    """
-
-    label: Tensor
-    other: Tensor
-    finite: Tensor
-    steady: Tensor
-    moved: Tensor
+    label: Tensor  # predicted class at full batch, (N,)
+    other: Tensor  # a class that it is predicted as at another batch size, `label` where there is none, (N,)
+    finite: Tensor  # whether all logits are finite at every batch size, (N,)
+    steady: Tensor  # whether the predicted class is the same at every batch size, (N,)
+    moved: Tensor  # largest change of a sample's logits relative to the largest, (N,); 0 within rounding
 
 
 def look(predict: Predict, images: Tensor) -> Seen:
