@@ -19,7 +19,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from hashlib import blake2s
 from pathlib import Path
-from types import TracebackType
 
 from cfamc_cli.errors import CfamcError, ExitCode
 
@@ -82,7 +81,8 @@ def read_bytes(path: Path | str, *, limit: int = MAX_READ) -> bytes:
                 raise CfamcError(f"cannot use {path}: not a regular file", exit_code=ExitCode.BAD_DATA)
             if status.st_size > limit:
                 raise CfamcError(f"cannot use {path}: larger than {limit:,} bytes", exit_code=ExitCode.BAD_DATA)
-            return _read_all(descriptor, status.st_size)
+            with open(descriptor, "rb", closefd=False) as file:
+                return file.read(status.st_size)  # what a writer adds meanwhile is for the next reader
         finally:
             os.close(descriptor)
 
@@ -234,9 +234,7 @@ class JsonLines:
     def __enter__(self) -> JsonLines:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -292,14 +290,6 @@ def _write_all(descriptor: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]
-
-
-def _read_all(descriptor: int, size: int) -> bytes:
-    """Read at most `size` bytes: what a writer adds meanwhile is for the next reader."""
-    data = os.read(descriptor, size)
-    while len(data) < size and (more := os.read(descriptor, size - len(data))):
-        data += more
-    return data
 
 
 def _whole_lines(descriptor: int) -> int:

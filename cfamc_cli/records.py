@@ -217,26 +217,18 @@ class ProbeResult(Record):
 
 
 class ProbeRecord(ProbeResult):
-    """probes/<id>/record.json: one head on one encoder.
-
-    Attributes:
-        head_digest: Of the head's weights; None for knn, which has none.
-        train_accuracy: On the samples the head was fitted to; None where that was not measured.
-        classes: Per class of the test split, in label order; `confusion` has a row per true class.
-        data: The [data] table that was read, the run's own or that of a transfer.
-        converged: Whether the protocol "converged" came to the optimum; None for the others.
-    """
+    """probes/<id>/record.json: one head on one encoder."""
 
     model_config = ConfigDict(extra="forbid")
 
     recipe_digest: Hex
     seed: int
-    head_digest: Hex | None
-    data: dict[str, JsonValue] = Field(default_factory=dict)
-    train_accuracy: Accuracy | None
-    converged: bool | None = None
-    classes: tuple[ClassAccuracy, ...]
-    confusion: tuple[tuple[Count, ...], ...]
+    head_digest: Hex | None  # of the head's weights; None for knn, which has none
+    data: dict[str, JsonValue] = Field(default_factory=dict)  # the [data] table read, the run's or that of a transfer
+    train_accuracy: Accuracy | None  # on the samples the head was fitted to; None where that was not measured
+    converged: bool | None = None  # whether the protocol "converged" came to the optimum; None for the others
+    classes: tuple[ClassAccuracy, ...]  # of the test split, in label order
+    confusion: tuple[tuple[Count, ...], ...]  # of the test split, a row per true class
     environment: Environment
 
 
@@ -289,32 +281,22 @@ class Flag(Part):
 
 
 class AttackResult(Record):
-    """What a comparison reads of an attack's record, and nothing else of it.
-
-    Attributes:
-        probe: Head that was attacked; its kind is `head`.
-        attack: Name of the attack; only equal names with equal settings are compared.
-        settings: Its resolved settings.
-        data: The samples attacked: the first `data.n` of an order that the data fixes; the fingerprint is that of the
-            whole split.
-        order_digest: Of that whole order.
-        encoder_digest: Of the encoder that was attacked.
-    """
+    """What a comparison reads of an attack's record, and nothing else of it."""
 
     model_config = ConfigDict(extra="ignore")
 
     id: str
     run: str
-    probe: str
+    probe: str  # head that was attacked
     created: AwareDatetime
-    head: HeadKind
+    head: HeadKind  # its kind
     features: Features
     threat: ThreatModel
-    attack: str
-    settings: dict[str, JsonValue]
-    data: DataUsed
-    order_digest: Hex
-    encoder_digest: Hex
+    attack: str  # its name; only equal names with equal settings are compared
+    settings: dict[str, JsonValue]  # its resolved settings
+    data: DataUsed  # the first n of an order that the data fixes; the fingerprint is that of the whole split
+    order_digest: Hex  # of that whole order
+    encoder_digest: Hex  # of the encoder that was attacked
     clean: Accuracy
     robust: Accuracy
     flags: tuple[Flag, ...]
@@ -361,27 +343,17 @@ class StageTime(Part):
 
 
 class Outcomes(Record):
-    """attacks/<id>/outcomes.json: per-sample outcomes, complete or under way.
+    """attacks/<id>/outcomes.json: per-sample outcomes, complete or under way."""
 
-    Attributes:
-        n: Samples to evaluate.
-        block: Samples of one block; blocks are committed whole.
-        done: Samples whose clean prediction is known.
-        clean: Bit mask of those classified right without an attack.
-        key: Digest of what the outcomes depend on, the number of samples left out: what has the same key can be
-            taken up again.
-        predictions: The clean predictions in the form of a stage: those right, finite and steady stand.
-    """
-
-    n: Count
-    block: Annotated[int, Field(ge=1)]
+    n: Count  # samples to evaluate
+    block: Annotated[int, Field(ge=1)]  # samples of one block; blocks are committed whole
     order_digest: Hex
     data_fingerprint: str
-    done: Count
-    clean: Hex
+    done: Count  # samples whose clean prediction is known
+    clean: Hex  # bit mask of those classified right without an attack
     stages: tuple[StageOutcome, ...]
-    key: Hex = ""
-    predictions: StageOutcome | None = None
+    key: Hex = ""  # digest of what the outcomes depend on but `n`: what has the same key can be taken up again
+    predictions: StageOutcome | None = None  # clean ones in the form of a stage: those right, finite and steady stand
 
 
 class Written(Part):
@@ -492,47 +464,29 @@ def _is_lost(value: object) -> bool:
 
 
 class TrainLine(Line):
-    """An interval of training: means over its weight updates, and the last of lr, delta and embeddings.
-
-    Attributes:
-        lr: Learning rate of the last update.
-        gradient_norm: L2, over all weights.
-        invariance: The term of emp-ssl, before its weight; `coding_rate` likewise.
-        delta_mean: Mean size of an entry of the perturbation, in units of the image range; None without an adversary.
-        delta_at_bound: Share of its entries at eps or 0.1 % below.
-        effective_rank: Of the last update's embeddings of one view; `feature_std` likewise.
-    """
+    """An interval of training: means over its weight updates, and the last of lr, delta and embeddings."""
 
     kind: Literal["train"] = "train"
-    lr: float
+    lr: float  # of the last update
     loss: float
-    gradient_norm: float
-    invariance: float | None = None
+    gradient_norm: float  # L2, over all weights
+    invariance: float | None = None  # the term of emp-ssl, before its weight; `coding_rate` likewise
     coding_rate: float | None = None
-    delta_mean: float | None = None
-    delta_at_bound: float | None = None
-    effective_rank: float
+    delta_mean: float | None = None  # mean size of an entry, in units of the image range; None without an adversary
+    delta_at_bound: float | None = None  # share of its entries at eps or 0.1 % below
+    effective_rank: float  # of the last update's embeddings of one view; `feature_std` likewise
     feature_std: float
 
 
 class GripLine(Line):
-    """How strong the training adversary was beside PGD-10 on the same crops.
-
-    Attributes:
-        clean: Loss without a perturbation.
-        trained: Loss under the perturbation that training uses.
-        strongest: Loss under PGD-10.
-        strength: (trained - clean) / (strongest - clean): 1 where training meets the strongest attack, about 0 where
-            it meets none.
-        lost: Whether that is too little, and catastrophic overfitting likely.
-    """
+    """How strong the training adversary was beside PGD-10 on the same crops."""
 
     kind: Literal["grip"] = "grip"
-    clean: float
-    trained: float
-    strongest: float
-    strength: float
-    lost: bool
+    clean: float  # loss without a perturbation
+    trained: float  # loss under the perturbation that training uses
+    strongest: float  # loss under PGD-10
+    strength: float  # (trained - clean) / (strongest - clean): 1 where it meets the strongest attack, about 0 for none
+    lost: bool  # whether that is too little, and catastrophic overfitting likely
 
 
 class EvaluationLine(Line):
@@ -679,8 +633,8 @@ def capture_environment(device: str) -> Environment:
     return Environment(
         cfamc=__version__,
         python=platform.python_version(),
-        torch=_version("torch"),
-        torchvision=_version("torchvision"),
+        torch=importlib.metadata.version("torch"),
+        torchvision=importlib.metadata.version("torchvision"),
         platform=platform.platform(),
         cpu=_cpu_model(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
@@ -690,18 +644,9 @@ def capture_environment(device: str) -> Environment:
     )
 
 
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "missing"
-
-
 def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
+    facts = Path("/proc/cpuinfo")  # Linux
+    lines = facts.read_text(encoding="utf-8", errors="replace").splitlines() if facts.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())
 
@@ -711,9 +656,8 @@ def _git_state(folder: Path) -> tuple[str | None, bool]:
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(folder), *arguments]
-        return subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True, timeout=5
-        ).stdout.strip()
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True, timeout=5)
+        return done.stdout.strip()
 
     try:
         git("ls-files", "--error-unmatch", "__init__.py")

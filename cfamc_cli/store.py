@@ -26,47 +26,23 @@ _LISTED = 8  # candidates that an error names
 _held: set[Path] = set()  # locks of this process: the system would grant them to it a second time
 
 
-@dataclass(frozen=True)
+@dataclass
 class RunFolder:
     """Where the parts of a run lie; none of them needs to exist yet."""
 
     path: Path
 
-    @property
-    def id(self) -> str:
-        return self.path.name
-
-    @property
-    def recipe_toml(self) -> Path:
-        return self.path / "recipe.toml"
-
-    @property
-    def resolved_json(self) -> Path:
-        return self.path / "resolved.json"
-
-    @property
-    def run_json(self) -> Path:
-        return self.path / "run.json"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def timing(self) -> Path:
-        return self.path / "timing.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def probes(self) -> Path:
-        return self.path / "probes"
-
-    @property
-    def attacks(self) -> Path:
-        return self.path / "attacks"
+    def __post_init__(self) -> None:
+        path = self.path
+        self.id = path.name
+        self.recipe_toml = path / "recipe.toml"
+        self.resolved_json = path / "resolved.json"
+        self.run_json = path / "run.json"
+        self.metrics = path / "metrics.jsonl"
+        self.timing = path / "timing.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.probes = path / "probes"
+        self.attacks = path / "attacks"
 
 
 def default_store(runs: Path | None) -> Path:
