@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 import typer
+from typer import Argument, Option
 
 from cfamc_cli.errors import CfamcError, ExitCode
 
@@ -22,12 +23,17 @@ app = typer.Typer(
 recipes_app = typer.Typer(invoke_without_command=True, rich_markup_mode=None, help="The recipes that ship with cfamc.")
 app.add_typer(recipes_app, name="recipes")
 
-RunsOption = Annotated[
-    Path | None, typer.Option("--runs", metavar="FOLDER", help="The run store; else CFAMC_RUNS, else ./runs.")
-]
-DeviceOption = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:0 or mps.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout, errors included.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Say only warnings and errors.")]
+Text: TypeAlias = str | None
+Texts: TypeAlias = list[str] | None
+Number: TypeAlias = int | None
+File: TypeAlias = Path | None
+
+RunArgument = Annotated[Text, Argument(metavar="RUN", help="A run: its id, path or latest; else the newest one.")]
+RunsOption = Annotated[File, Option("--runs", metavar="FOLDER", help="The run store; else CFAMC_RUNS, else ./runs.")]
+DeviceOption = Annotated[str, Option(metavar="NAME", help="auto, cpu, cuda, cuda:0 or mps.")]
+JsonOption = Annotated[bool, Option("--json", help="Print one JSON object to stdout, errors included.")]
+QuietOption = Annotated[bool, Option("--quiet", "-q", help="Say only warnings and errors.")]
+RecipeArgument = Annotated[str, Argument(metavar="NAME", help="A recipe's name, or a file.")]
 
 
 def _version(wanted: bool) -> None:
@@ -42,17 +48,13 @@ def _version(wanted: bool) -> None:
 def _root(
     context: typer.Context,
     version: Annotated[  # noqa: ARG001  its callback acts
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+        bool, Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     _need_command(context)
 
 
 @recipes_app.callback()
-def _recipes(context: typer.Context) -> None:
-    _need_command(context)
-
-
 def _need_command(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
         typer.echo(context.get_help(), err=True)
@@ -61,20 +63,16 @@ def _need_command(context: typer.Context) -> None:
 
 @app.command()
 def pretrain(
-    recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="A TOML file, or a shipped recipe's name.")] = (
-        None
-    ),
+    recipe: Annotated[Text, Argument(metavar="RECIPE", help="A TOML file, or a shipped recipe's name.")] = None,
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Such as crops.0.count=8; repeatable.")
+        Texts, Option("--set", metavar="KEY=VALUE", help="Such as crops.0.count=8; repeatable.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="In place of the recipe's seed.")] = None,
-    seeds: Annotated[str | None, typer.Option(metavar="0,1,2", help="One run per seed.")] = None,
+    seed: Annotated[Number, Option(help="In place of the recipe's seed.")] = None,
+    seeds: Annotated[Text, Option(metavar="0,1,2", help="One run per seed.")] = None,
     device: DeviceOption = "auto",
     runs: RunsOption = None,
-    resume: Annotated[
-        str | None, typer.Option(metavar="RUN", help="Go on with a run: its id, path, or latest.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and its cost.")] = False,
+    resume: Annotated[Text, Option(metavar="RUN", help="Go on with a run: its id, path, or latest.")] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="Print the resolved recipe and its cost.")] = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -82,43 +80,29 @@ def pretrain(
     from cfamc_cli.commands.common import Options
     from cfamc_cli.commands.pretrain import pretrain as train
 
-    train(
-        recipe,
-        overrides=overrides or [],
-        seeds=_seeds(seed, seeds),
-        resume=resume,
-        dry_run=dry_run,
-        options=Options(device=device, runs=runs, quiet=quiet, as_json=json),
-    )
+    seeds_to_train, options = _seeds(seed, seeds), Options(device=device, runs=runs, quiet=quiet, as_json=json)
+    train(recipe, overrides=overrides or [], seeds=seeds_to_train, resume=resume, dry_run=dry_run, options=options)
 
 
 @app.command()
 def probe(
     run: Annotated[
-        str | None, typer.Argument(metavar="RUN", help="A run: its id, path or latest; else the newest finished one.")
+        Text, Argument(metavar="RUN", help="A run: its id, path or latest; else the newest finished one.")
     ] = None,
-    head: Annotated[
-        str | None, typer.Option(metavar="KIND", help="linear, robust-linear, crops, knn or finetune.")
-    ] = None,
-    features: Annotated[str | None, typer.Option(metavar="LAYER", help="pre_feature or backbone.")] = None,
-    crops: Annotated[int | None, typer.Option(metavar="N", help="Crops of an image, for --head crops.")] = None,
-    epochs: Annotated[int | None, typer.Option(metavar="N", help="How long the head is trained.")] = None,
-    protocol: Annotated[
-        str | None, typer.Option(metavar="NAME", help="official or converged, for --head linear.")
-    ] = None,
+    head: Annotated[Text, Option(metavar="KIND", help="linear, robust-linear, crops, knn or finetune.")] = None,
+    features: Annotated[Text, Option(metavar="LAYER", help="pre_feature or backbone.")] = None,
+    crops: Annotated[Number, Option(metavar="N", help="Crops of an image, for --head crops.")] = None,
+    epochs: Annotated[Number, Option(metavar="N", help="How long the head is trained.")] = None,
+    protocol: Annotated[Text, Option(metavar="NAME", help="official or converged, for --head linear.")] = None,
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Such as probe.lr=0.001; repeatable.")
+        Texts, Option("--set", metavar="KEY=VALUE", help="Such as probe.lr=0.001; repeatable.")
     ] = None,
-    data: Annotated[
-        str | None, typer.Option(metavar="NAME|FOLDER", help="Another data set than the one trained on.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Fit to N images, evenly of all classes.")] = (
-        None
-    ),
+    data: Annotated[Text, Option(metavar="NAME|FOLDER", help="Another data set than the one trained on.")] = None,
+    limit: Annotated[Number, Option(min=1, metavar="N", help="Fit to N images, evenly of all classes.")] = None,
     foreign: Annotated[
-        Path | None, typer.Option("--import", metavar="FILE", help="Make a run of foreign weights: safetensors or .pt.")
+        File, Option("--import", metavar="FILE", help="Make a run of foreign weights: safetensors or .pt.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run's newest unfinished head.")] = False,
+    resume: Annotated[bool, Option("--resume", help="Go on with the run's newest unfinished head.")] = False,
     device: DeviceOption = "auto",
     runs: RunsOption = None,
     json: JsonOption = False,
@@ -145,39 +129,33 @@ def probe(
 
 @app.command()
 def attack(
-    run: Annotated[
-        str | None, typer.Argument(metavar="RUN", help="A run: its id, path or latest; else the newest one.")
-    ] = None,
-    eps: Annotated[
-        list[str] | None, typer.Option(metavar="LENGTH", help="Such as 8/255; repeat it for a curve.")
-    ] = None,
+    run: RunArgument = None,
+    eps: Annotated[Texts, Option(metavar="LENGTH", help="Such as 8/255; repeat it for a curve.")] = None,
     name: Annotated[
-        str | None,
-        typer.Option(
+        Text,
+        Option(
             "--attack",
             metavar="NAME",
             help="pgd, fgsm, apgd-ce, apgd-dlr, apgd-t, fab, square, autoattack, autoattack-rand or embedding.",
         ),
     ] = None,
-    steps: Annotated[int | None, typer.Option(metavar="N", help="Steps of the attack.")] = None,
-    step_size: Annotated[str | None, typer.Option(metavar="LENGTH", help="Length of a step, such as 0.01.")] = None,
-    restarts: Annotated[int | None, typer.Option(metavar="N", help="Restarts of the attack.")] = None,
-    norm: Annotated[str | None, typer.Option(metavar="NAME", help="linf or l2, which has defaults of its own.")] = None,
+    steps: Annotated[Number, Option(metavar="N", help="Steps of the attack.")] = None,
+    step_size: Annotated[Text, Option(metavar="LENGTH", help="Length of a step, such as 0.01.")] = None,
+    restarts: Annotated[Number, Option(metavar="N", help="Restarts of the attack.")] = None,
+    norm: Annotated[Text, Option(metavar="NAME", help="linf or l2, which has defaults of its own.")] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Attack the first N test images of a balanced order.")
+        Number, Option(min=1, metavar="N", help="Attack the first N test images of a balanced order.")
     ] = None,
-    head: Annotated[
-        str | None, typer.Option(metavar="PROBE", help="Head to attack: a probe's id, or a kind of head.")
-    ] = None,
+    head: Annotated[Text, Option(metavar="PROBE", help="Head to attack: a probe's id, or a kind of head.")] = None,
     space: Annotated[
-        str, typer.Option(metavar="NAME", help="image, or crops: each crop of the aggregated head by itself.")
+        str, Option(metavar="NAME", help="image, or crops: each crop of the aggregated head by itself.")
     ] = "image",
-    strict: Annotated[bool, typer.Option("--strict", help="Exit with 5 if a check says not to trust it.")] = False,
-    audit: Annotated[bool, typer.Option("--audit", help="Make the full audit, which attacks again.")] = False,
+    strict: Annotated[bool, Option("--strict", help="Exit with 5 if a check says not to trust it.")] = False,
+    audit: Annotated[bool, Option("--audit", help="Make the full audit, which attacks again.")] = False,
     save_examples: Annotated[
-        int | None, typer.Option(min=1, max=300, metavar="N", help="Draw N adversarial examples as a PNG.")
+        Number, Option(min=1, max=300, metavar="N", help="Draw N adversarial examples as a PNG.")
     ] = None,
-    plot: Annotated[bool, typer.Option("--plot", help="Draw loss against steps and accuracy against eps.")] = False,
+    plot: Annotated[bool, Option("--plot", help="Draw loss against steps and accuracy against eps.")] = False,
     device: DeviceOption = "auto",
     runs: RunsOption = None,
     json: JsonOption = False,
@@ -209,22 +187,22 @@ def attack(
 @app.command()
 def compare(
     references: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[STORE|RUN]...", help="Stores, runs or beginnings of ids; else the store."),
+        Texts,
+        Argument(metavar="[STORE|RUN]...", help="Stores, runs or beginnings of ids; else the store."),
     ] = None,
     where: Annotated[
-        list[str] | None, typer.Option(metavar="FILTER", help="Such as adversary.name=free or robust>=30; repeatable.")
+        Texts, Option(metavar="FILTER", help="Such as adversary.name=free or robust>=30; repeatable.")
     ] = None,
-    sort: Annotated[str, typer.Option(metavar="KEY", help="A metric or recipe key, with :asc or :desc.")] = "",
-    baseline: Annotated[str | None, typer.Option(metavar="RUN", help="Hold the others against this run.")] = None,
-    published: Annotated[bool, typer.Option("--published", help="Add the published table, marked as such.")] = False,
-    fold: Annotated[bool, typer.Option("--fold/--no-fold", help="One row for the seeds of a recipe.")] = True,
-    limit: Annotated[int, typer.Option(min=0, metavar="N", help="Rows of a table on a terminal; 0 for all.")] = 50,
+    sort: Annotated[str, Option(metavar="KEY", help="A metric or recipe key, with :asc or :desc.")] = "",
+    baseline: Annotated[Text, Option(metavar="RUN", help="Hold the others against this run.")] = None,
+    published: Annotated[bool, Option("--published", help="Add the published table, marked as such.")] = False,
+    fold: Annotated[bool, Option("--fold/--no-fold", help="One row for the seeds of a recipe.")] = True,
+    limit: Annotated[int, Option(min=0, metavar="N", help="Rows of a table on a terminal; 0 for all.")] = 50,
     output: Annotated[
-        Literal["rich", "json", "csv", "markdown", "latex"], typer.Option("--format", help="What stdout gets.")
+        Literal["rich", "json", "csv", "markdown", "latex"], Option("--format", help="What stdout gets.")
     ] = "rich",
-    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw a .png, .svg or .pdf.")] = None,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write one self-contained page.")] = None,
+    plot: Annotated[File, Option(metavar="FILE", help="Draw a .png, .svg or .pdf.")] = None,
+    html: Annotated[File, Option(metavar="FILE", help="Write one self-contained page.")] = None,
     runs: RunsOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -248,27 +226,23 @@ def compare(
 
 @app.command()
 def export(
-    run: Annotated[
-        str | None, typer.Argument(metavar="RUN", help="A run: its id, path or latest; else the newest one.")
-    ] = None,
+    run: RunArgument = None,
     part: Annotated[
         Literal["backbone", "encoder", "classifier"] | None,
-        typer.Option(help="How much of the network; backbone unless told."),
+        Option(help="How much of the network; backbone unless told."),
     ] = None,
     wanted: Annotated[
         Literal["safetensors", "pt2", "onnx"] | None,
-        typer.Option("--format", help="How it is written; safetensors unless told."),
+        Option("--format", help="How it is written; safetensors unless told."),
     ] = None,
     head: Annotated[
-        str | None, typer.Option(metavar="PROBE", help="Head of the classifier: a probe's id, or a kind of head.")
+        Text, Option(metavar="PROBE", help="Head of the classifier: a probe's id, or a kind of head.")
     ] = None,
     metrics: Annotated[
-        Literal["csv", "tensorboard"] | None, typer.Option(help="Hand over the run's metrics, in place of weights.")
+        Literal["csv", "tensorboard"] | None, Option(help="Hand over the run's metrics, in place of weights.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="The folder to make; else one named after it.")] = (
-        None
-    ),
-    force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
+    out: Annotated[File, Option(metavar="FOLDER", help="The folder to make; else one named after it.")] = None,
+    force: Annotated[bool, Option("--force", help="Replace an earlier export.")] = False,
     device: DeviceOption = "auto",
     runs: RunsOption = None,
     json: JsonOption = False,
@@ -278,16 +252,8 @@ def export(
     from cfamc_cli.commands.common import Options
     from cfamc_cli.commands.export import export as hand_over
 
-    hand_over(
-        run,
-        part=part,
-        wanted=wanted,
-        head=head,
-        metrics=metrics,
-        out=out,
-        force=force,
-        options=Options(device=device, runs=runs, quiet=quiet, as_json=json),
-    )
+    options = Options(device=device, runs=runs, quiet=quiet, as_json=json)
+    hand_over(run, part=part, wanted=wanted, head=head, metrics=metrics, out=out, force=force, options=options)
 
 
 @recipes_app.command("list")
@@ -296,16 +262,16 @@ def list_recipes(json: JsonOption = False) -> None:
     from cfamc_cli import render
     from cfamc_cli.commands import recipes
 
-    listed = recipes.list_recipes()
+    titles = recipes.titles()
     if json:
-        render.print_json({"recipes": [{"name": recipe.name, "title": recipe.title} for recipe in listed]})
+        render.print_json({"recipes": [{"name": name, "title": title} for name, title in titles.items()]})
     else:
-        width = max(len(recipe.name) for recipe in listed)
-        render.write_out("".join(f"{recipe.name:{width}}  {recipe.title}\n" for recipe in listed))
+        width = max(map(len, titles))
+        render.write_out("".join(f"{name:{width}}  {title}\n" for name, title in titles.items()))
 
 
 @recipes_app.command("show")
-def show_recipe(name: Annotated[str, typer.Argument(metavar="NAME", help="A recipe's name, or a file.")]) -> None:
+def show_recipe(name: RecipeArgument) -> None:
     """Print a recipe, comments included."""
     from cfamc_cli import render
     from cfamc_cli.commands import recipes
@@ -315,9 +281,9 @@ def show_recipe(name: Annotated[str, typer.Argument(metavar="NAME", help="A reci
 
 @recipes_app.command("copy")
 def copy_recipe(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A recipe's name, or a file.")],
-    target: Annotated[Path | None, typer.Argument(metavar="[TARGET]", help="A file or folder; else here.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    name: RecipeArgument,
+    target: Annotated[File, Argument(metavar="[TARGET]", help="A file or folder; else here.")] = None,
+    force: Annotated[bool, Option("--force", help="Replace a file that is there.")] = False,
 ) -> None:
     """Copy a recipe, to change it; prints where it lies."""
     from cfamc_cli import render

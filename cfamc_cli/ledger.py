@@ -52,6 +52,12 @@ def found(run: RunFolder, recipe: Recipe, *, device: str) -> RunRecord:
     )
 
 
+def found_again(run: RunFolder, *, device: str) -> RunRecord:
+    """The record of a run that goes on, here and now."""
+    changes = {"updated": now(), "environment": capture_environment(device), "failure": None}
+    return load_record(run.run_json, RunRecord).model_copy(update=changes)
+
+
 class RunLedger:
     """Keeps the records of one run, which the process has locked.
 
@@ -64,21 +70,6 @@ class RunLedger:
         self._before, self._started = record.wall_seconds, time.monotonic()  # seconds of earlier sittings, and of this
         self._save()
         self._metrics, self._timing = JsonLines(run.metrics), JsonLines(run.timing)
-
-    @classmethod
-    def start(cls, run: RunFolder, recipe: Recipe, *, device: str) -> RunLedger:
-        """Found a run."""
-        return cls(run, found(run, recipe, device=device))
-
-    @classmethod
-    def resume(cls, run: RunFolder, *, device: str) -> RunLedger:
-        """Open the ledger of a run that goes on.
-
-        Raises:
-            CfamcError: Its record cannot be read.
-        """
-        changes = {"updated": now(), "environment": capture_environment(device), "failure": None}
-        return cls(run, load_record(run.run_json, RunRecord).model_copy(update=changes))
 
     def metrics(self, line: MetricLine) -> None:
         """Append to metrics.jsonl, and tell run.json what others look for there."""
@@ -152,17 +143,10 @@ class RunLedger:
             self._change(evaluation=evaluation, untrained=evaluation if line.step == 0 else self.record.untrained)
 
     def _fail(self, status: str, error: CfamcError) -> None:
-        details = error.details
-        failure = Failure(
-            message=error.message,
-            exit_code=int(error.exit_code),
-            batch=_integer(details.get("batch")),
-            step=_integer(details.get("step")),
-            lr=_floating(details.get("lr")),
-            loss=_floating(details.get("loss")),
-            gradient_norm=_floating(details.get("gradient_norm")),
-        )
-        self._quietly(status=status, failure=failure)
+        where = {key: error.details.get(key) for key in ("batch", "step", "lr", "loss", "gradient_norm")}
+        numbers = {key: float(value) if isinstance(value, str) else value for key, value in where.items()}
+        failure = {"message": error.message, "exit_code": int(error.exit_code), **numbers}
+        self._quietly(status=status, failure=Failure.model_validate(failure))
 
     def _quietly(self, **changes: object) -> None:
         with suppress(CfamcError):  # the first failure is the one to report
@@ -176,11 +160,3 @@ class RunLedger:
     def _save(self) -> None:
         save_record(self.run.run_json, self.record)
         self._written = time.monotonic()
-
-
-def _integer(value: object) -> int | None:
-    return value if isinstance(value, int) else None
-
-
-def _floating(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float | str) else None

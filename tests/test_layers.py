@@ -140,7 +140,7 @@ def test_what_is_light_comes_without_torch(tmp_path: Path) -> None:
 def test_recipes_and_their_plans_come_without_terminal_libraries() -> None:
     code = (
         "import sys; from cfamc_cli import plan, recipe_file; from cfamc_cli.commands import recipes;"
-        "plan.plan(recipe_file.load('cifar10')); recipes.list_recipes();"
+        "plan.plan(recipe_file.load('cifar10')); recipes.titles();"
         "sys.exit(any(name in sys.modules for name in ('numpy', 'rich', 'typer')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

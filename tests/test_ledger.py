@@ -11,7 +11,7 @@ from tiny import tiny_recipe
 from cfamc_cli import files
 from cfamc_cli.engine.sink import NullLedger
 from cfamc_cli.errors import CfamcError, ExitCode, Interrupted
-from cfamc_cli.ledger import RunLedger
+from cfamc_cli.ledger import RunLedger, found, found_again
 from cfamc_cli.records import (
     DataUsed,
     EvaluationLine,
@@ -45,7 +45,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def begun(folder: Path) -> RunLedger:
-    kept = RunLedger.start(RunFolder(folder), tiny_recipe(), device="cpu")
+    kept = RunLedger(RunFolder(folder), found(RunFolder(folder), tiny_recipe(), device="cpu"))
     kept.begin(USED, TOTALS, Progress(total=12))
     return kept
 
@@ -91,7 +91,7 @@ def test_wall_time_is_that_of_all_sittings(tmp_path: Path, clock: Clock) -> None
     kept.end("interrupted", Progress(batch=3, step=6, epoch=1.5, total=12))
     kept.close()
     clock.now += 1000  # nobody works
-    again = RunLedger.resume(kept.run, device="cpu")
+    again = RunLedger(kept.run, found_again(kept.run, device="cpu"))
     clock.now += 2
     again.begin(USED, TOTALS, Progress(total=12))
     record = on_disk(again)
@@ -137,7 +137,7 @@ def test_what_ends_a_run_is_written_down(
     found = record.failure
     assert (None if found is None else (found.message, found.exit_code, found.step, found.lr)) == failure
     kept.close()
-    resumed = RunLedger.resume(kept.run, device="cpu")
+    resumed = RunLedger(kept.run, found_again(kept.run, device="cpu"))
     assert on_disk(resumed).failure is None, "a run that goes on has not failed"
 
 

@@ -6,8 +6,8 @@ Nothing here computes: the engine trains, the store keeps, and this puts them to
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ from cfamc_cli.commands.common import Options, Session, interruption, invalid, s
 from cfamc_cli.engine.sink import NullLedger
 from cfamc_cli.errors import CfamcError, ExitCode, Interrupted
 from cfamc_cli.files import sweep
-from cfamc_cli.ledger import RunLedger
+from cfamc_cli.ledger import RunLedger, found, found_again
 from cfamc_cli.plan import Plan, plan
 from cfamc_cli.recipe import Recipe
 from cfamc_cli.records import Progress, RunRecord, Totals, load_record, now
@@ -77,9 +77,7 @@ def pretrain(
 
 
 def _recipes(reference: str, overrides: Sequence[str], seeds: Sequence[int]) -> list[Recipe]:
-    if not seeds:
-        return [recipe_file.load(reference, overrides=overrides)]
-    return [recipe_file.load(reference, overrides=overrides, seed=seed) for seed in seeds]
+    return [recipe_file.load(reference, overrides=overrides, seed=seed) for seed in seeds or (None,)]
 
 
 def _show_plan(recipes: Sequence[Recipe], options: Options) -> None:
@@ -120,8 +118,7 @@ def _start(recipes: Sequence[Recipe], options: Options) -> list[RunRecord]:
                 plan(recipe, images=len(data.images))
                 _starting_weights(recipe, options.store)
                 run = create_run(options.store, recipe.name, now=now()) if world.leads else None
-                if record := _train(recipe, data, run, working, world=world, fresh=True):
-                    results.append(record)
+                results += _train(recipe, data, run, working, world=world, fresh=True)
         except (CfamcError, Interrupted) as end:
             finished = [record.id for record in results]
             end.details |= {"finished": finished} if finished else {}
@@ -171,12 +168,10 @@ def _resume(reference: str, wanted: Recipe | None, options: Options) -> list[Run
     status = load_record(run.run_json, RunRecord).status
     recipe = recipe_file.load(str(run.recipe_toml))
     if wanted is not None and (differing := recipe_file.differing_keys(recipe, wanted)):
-        raise CfamcError(
-            f"run {run.id} was started with another recipe: {', '.join(differing)}",
-            hint="leave the recipe out to go on with the run's own, or start a new run",
-            exit_code=ExitCode.INVALID,
-            details={"differing": differing},
-        )
+        hint = "leave the recipe out to go on with the run's own, or start a new run"
+        error = invalid(f"run {run.id} was started with another recipe: {', '.join(differing)}", hint)
+        error.details["differing"] = differing
+        raise error
     if status == "finished":
         raise invalid(
             f"run {run.id} is finished; there is nothing to go on with",
@@ -185,8 +180,7 @@ def _resume(reference: str, wanted: Recipe | None, options: Options) -> list[Run
     with session(options) as working, _world(working) as world:
         # What may differ, where the data lie and how checkpoints are kept, is taken from the recipe that was given.
         recipe = wanted or recipe
-        record = _train(recipe, _load(recipe, working), run, working, world=world, fresh=False)
-    return [] if record is None else [record]
+        return _train(recipe, _load(recipe, working), run, working, world=world, fresh=False)
 
 
 def _unfinished(run: RunFolder) -> bool:
@@ -216,61 +210,69 @@ def _load(recipe: Recipe, session: Session) -> ImageSet:
 
 def _train(
     recipe: Recipe, data: ImageSet, run: RunFolder | None, session: Session, *, world: World, fresh: bool
-) -> RunRecord | None:
-    """Train a run to its end; those that do not lead read checkpoints, and write and say nothing."""
-    from cfamc_cli.engine import distributed
-    from cfamc_cli.engine.device import describe, out_of_memory
+) -> list[RunRecord]:
+    """Train a run to its end; those that do not lead read checkpoints, write and say nothing, and return no record."""
+    from cfamc_cli.engine import checkpoint, distributed
+    from cfamc_cli.engine.device import out_of_memory
     from cfamc_cli.engine.pretrain import Trainer
 
-    device = session.device
     with ExitStack() as stack:
-        kept = None
-        if world.leads and run is not None:
-            stack.enter_context(_naming(run, session))
-            stack.enter_context(lock(run))
-            sweep(run.path)
-            sweep(run.checkpoints)
-            name = describe(device)
-            kept = RunLedger.start(run, recipe, device=name) if fresh else RunLedger.resume(run, device=name)
-            stack.callback(kept.close)
-            stack.enter_context(kept.failures())
+        kept = (
+            stack.enter_context(_keeping(run, recipe, session, fresh=fresh))
+            if run is not None and world.leads
+            else None
+        )
         stack.enter_context(distributed.peers(world))
         stack.enter_context(out_of_memory())
-        trainer = Trainer(
-            recipe, data, device=device, world=world, talk=session.talk, ledger=NullLedger() if kept is None else kept
-        )
-        _take_up(trainer, run, session, fresh=fresh, kept=kept)
+        ledger = NullLedger() if kept is None else kept
+        trainer = Trainer(recipe, data, device=session.device, world=world, talk=session.talk, ledger=ledger)
+        positions = _take_up(trainer, run, session, fresh=fresh)
         if kept is not None:
-            kept.begin(data.used(), _totals(trainer, data), _progress(trainer))
+            kept.cut_back(positions)
+            passes = plan(recipe, images=len(data.images)).view_passes
+            parameters = checkpoint.count_parameters(trainer.encoder)
+            totals = Totals(steps=trainer.updates, view_passes=passes, parameters=parameters)
+            kept.begin(data.used(), totals, _progress(trainer))
         with session.signals.deferred():
             signal = trainer.train(Path() if run is None else run.checkpoints, stop=session.signals.pending)
         if kept is not None:
             kept.end("interrupted" if signal else "finished", _progress(trainer))
         if signal:
             raise Interrupted(signal)
-    if kept is None or run is None:
-        return None
-    _tell(kept.record, run, session)
-    return kept.record
+    if kept is None:
+        return []
+    _tell(kept.record, kept.run, session)
+    return [kept.record]
 
 
 @contextmanager
-def _naming(run: RunFolder, session: Session) -> Iterator[None]:
-    """Within, whatever ends the work early says which run it was, and an interruption how to go on with it."""
+def _keeping(run: RunFolder, recipe: Recipe, session: Session, *, fresh: bool) -> Iterator[RunLedger]:
+    """Within, the run is held and its ledger open; what ends the work early says which run it was, and how to go on."""
+    from cfamc_cli.engine.device import describe
 
     def hint() -> str:  # without a record there is nothing yet to go on with
         return f"go on with: cfamc pretrain --resume {session.options.reference(run)}" if run.run_json.exists() else ""
 
     try:
-        with interruption(hint=hint):
-            yield
+        with interruption(hint=hint), lock(run):
+            sweep(run.path)
+            sweep(run.checkpoints)
+            device = describe(session.device)
+            record = found(run, recipe, device=device) if fresh else found_again(run, device=device)
+            kept = RunLedger(run, record)
+            with closing(kept), kept.failures():
+                yield kept
     except (CfamcError, Interrupted) as end:
         end.details.setdefault("run", run.id)
         raise
 
 
-def _take_up(trainer: Trainer, run: RunFolder | None, session: Session, *, fresh: bool, kept: RunLedger | None) -> None:
-    """Put the trainer where it starts from: a run's own checkpoint, another run's encoder, or nothing."""
+def _take_up(trainer: Trainer, run: RunFolder | None, session: Session, *, fresh: bool) -> Mapping[str, object]:
+    """Put the trainer where it starts from: a run's own checkpoint, another run's encoder, or nothing.
+
+    Returns:
+        The sizes that the record files had there.
+    """
     from cfamc_cli.engine import checkpoint
 
     if not fresh and run is not None and checkpoint.list_checkpoints(run.checkpoints):
@@ -279,23 +281,13 @@ def _take_up(trainer: Trainer, run: RunFolder | None, session: Session, *, fresh
             session.talk.warning(f"{problem.message}; going back to {path.name}")
         trainer.load(saved, path=path)
         positions = saved.progress.get("positions")
-        if kept is not None:
-            kept.cut_back(positions if isinstance(positions, dict) else {})
-        return
-    if kept is not None:
-        kept.cut_back({})
+        return positions if isinstance(positions, dict) else {}
     start = _starting_weights(trainer.recipe, session.options.store if run is None else run.path.parent)
     if start is not None:
         source, weights = start
         checkpoint.load_state(trainer.encoder, weights, path=Path(source))
         session.talk.message(f"starts from the encoder of {source}")
-
-
-def _totals(trainer: Trainer, data: ImageSet) -> Totals:
-    from cfamc_cli.engine.checkpoint import count_parameters
-
-    passes = plan(trainer.recipe, images=len(data.images)).view_passes
-    return Totals(steps=trainer.updates, view_passes=passes, parameters=count_parameters(trainer.encoder))
+    return {}
 
 
 def _progress(trainer: Trainer) -> Progress:

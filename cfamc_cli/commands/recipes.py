@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 from cfamc_cli import recipe_file
@@ -11,30 +10,17 @@ from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.files import write_text
 
 
-@dataclass(frozen=True)
-class Listed:
-    """A shipped recipe.
-
-    Attributes:
-        name: What `cfamc pretrain` takes.
-        title: What it trains, in one line: the first comment of its file.
-    """
-
-    name: str
-    title: str
-
-
-def list_recipes() -> list[Listed]:
-    """The shipped recipes by name, the quickstart first.
+def titles() -> dict[str, str]:
+    """What each shipped recipe trains, in one line: the first comment of its file; the quickstart first.
 
     Raises:
         CfamcError: One of them cannot be read.
     """
     known = recipe_file.shipped()
-    return [
-        Listed(name, recipe_file.read(known[name], label=name).partition("\n")[0].removeprefix("#").strip())
+    return {
+        name: recipe_file.read(known[name], label=name).partition("\n")[0].removeprefix("#").strip()
         for name in sorted(known, key=lambda name: (name != "quickstart", name))
-    ]
+    }
 
 
 def show(reference: str) -> str:
