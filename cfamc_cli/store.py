@@ -26,23 +26,33 @@ _LISTED = 8  # candidates that an error names
 _held: set[Path] = set()  # locks of this process: the system would grant them to it a second time
 
 
-@dataclass
+class _Part:
+    """A file or folder of a run, as an attribute."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, run: RunFolder, _: type[RunFolder]) -> Path:
+        return run.path / self.name
+
+
+@dataclass(frozen=True)
 class RunFolder:
     """Where the parts of a run lie; none of them needs to exist yet."""
 
     path: Path
+    recipe_toml = _Part("recipe.toml")
+    resolved_json = _Part("resolved.json")
+    run_json = _Part("run.json")
+    metrics = _Part("metrics.jsonl")
+    timing = _Part("timing.jsonl")
+    checkpoints = _Part("checkpoints")
+    probes = _Part("probes")
+    attacks = _Part("attacks")
 
-    def __post_init__(self) -> None:
-        path = self.path
-        self.id = path.name
-        self.recipe_toml = path / "recipe.toml"
-        self.resolved_json = path / "resolved.json"
-        self.run_json = path / "run.json"
-        self.metrics = path / "metrics.jsonl"
-        self.timing = path / "timing.jsonl"
-        self.checkpoints = path / "checkpoints"
-        self.probes = path / "probes"
-        self.attacks = path / "attacks"
+    @property
+    def id(self) -> str:
+        return self.path.name
 
 
 def default_store(runs: Path | None) -> Path:
