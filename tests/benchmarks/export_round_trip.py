@@ -27,6 +27,7 @@ from torch import Tensor
 
 from cfamc_cli.engine import export
 from cfamc_cli.engine.attacks.pgd import pgd
+from cfamc_cli.engine.attacks.search import Region
 from cfamc_cli.engine.heads import Classifier, load_classifier, load_recipe
 from cfamc_cli.records import Format, ProbeRecord, load_record
 from cfamc_cli.store import RunFolder
@@ -44,9 +45,8 @@ def adversarial(classifier: Classifier, x: Tensor, y: Tensor, *, eps: float, ste
     for images, labels in zip(torch.split(x, BATCH), torch.split(y, BATCH), strict=True):
         found = pgd(
             classifier,
-            images,
+            Region.around(images, eps=eps, norm="linf"),
             labels,
-            eps=eps,
             step_size=step_size,
             steps=steps,
             restarts=1,

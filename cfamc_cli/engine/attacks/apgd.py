@@ -15,7 +15,6 @@ from torch import Tensor
 from cfamc_cli.engine.attacks.objectives import Loss, loss_of, ranked_targets
 from cfamc_cli.engine.attacks.search import Predict, Region, Roster, blend, climb, fooled, logits_at, take
 from cfamc_cli.engine.ball import norms, per_sample, steepest
-from cfamc_cli.recipe import Norm
 
 _MOMENTUM = 0.75  # alpha of the paper: the share of the new step
 _RHO = 0.75
@@ -59,11 +58,9 @@ def checkpoints(steps: int) -> tuple[int, ...]:
 
 def apgd(
     predict: Predict,
-    x: Tensor,
+    region: Region,
     y: Tensor,
     *,
-    eps: float,
-    norm: Norm = "linf",
     loss: Loss,
     steps: int,
     restarts: int,
@@ -75,10 +72,8 @@ def apgd(
 
     Args:
         predict: Logits from images.
-        x: Clean images in [0, 1], (N, C, H, W).
+        region: What the points may be, around N clean images.
         y: Labels, (N,).
-        eps: Radius of the ball.
-        norm: Its norm.
         loss: "apgd-ce", "apgd-dlr" or the targeted "apgd-t".
         steps: Steps of each run.
         restarts: Runs (of each target).
@@ -93,43 +88,34 @@ def apgd(
 
     Source: Croce & Hein, arXiv:2003.01690, algorithm 1.
     """
-    result = x.clone()
-    if eps == 0 or len(x) == 0:
+    result = region.x.clone()
+    if region.eps == 0 or len(y) == 0:
         return result
-    clean = logits_at(predict, x)
+    clean = logits_at(predict, region.x)
     alive = (~fooled(clean, y)).nonzero().flatten()
     aims = ranked_targets(clean, y, count=targets) if loss == "apgd-t" else y[:, None]  # (N, aims)
     for aim in aims.T:
         for _ in range(restarts):
-            start = _start(x, eps=eps, norm=norm, generator=generator)
             if len(alive) == 0:
                 return result
-            region = Region.around(x[alive], eps=eps, norm=norm)
-            points, done = _run(predict, region, y[alive], aim[alive], start[alive], loss, steps, eot)
-            result[alive] = points
+            start = _start(region, generator)[alive]
+            result[alive], done = _run(predict, region.take(alive), y[alive], aim[alive], start, loss, steps, eot)
             alive = alive[~done]
     return result
 
 
-def _start(x: Tensor, *, eps: float, norm: Norm, generator: torch.Generator) -> Tensor:
+def _start(region: Region, generator: torch.Generator) -> Tensor:
     """A point on the sphere of radius eps around each image, before the box; drawn on the CPU for every sample."""
-    if norm == "linf":
-        drawn = torch.rand(x.shape, generator=generator) * 2 - 1
-    else:
-        drawn = torch.randn(x.shape, generator=generator)
+    shape, norm = region.x.shape, region.norm
+    drawn = (
+        torch.rand(shape, generator=generator) * 2 - 1 if norm == "linf" else torch.randn(shape, generator=generator)
+    )
     drawn = drawn / per_sample(norms(drawn, norm=norm), drawn).clamp_min(1e-12)
-    return x + eps * drawn.to(x.device)
+    return region.x + region.eps * drawn.to(region.x.device)
 
 
 def _run(
-    predict: Predict,
-    region: Region,
-    y: Tensor,
-    target: Tensor,
-    points: Tensor,
-    loss: Loss,
-    steps: int,
-    eot: int,
+    predict: Predict, region: Region, y: Tensor, target: Tensor, points: Tensor, loss: Loss, steps: int, eot: int
 ) -> tuple[Tensor, Tensor]:
     """One run from `points`: the points it ends with, and which of them are misclassified."""
     norm = region.norm

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from cfamc_cli.engine.attacks.apgd import apgd
 from cfamc_cli.engine.attacks.autoattack import Plan, run_stage
 from cfamc_cli.engine.attacks.pgd import fgsm, pgd
-from cfamc_cli.engine.attacks.search import Predict, climb, fooled, logits_at
+from cfamc_cli.engine.attacks.search import Predict, Region, climb, fooled, logits_at
 from cfamc_cli.engine.attacks.square import square
 from cfamc_cli.engine.attacks.verify import Traces, in_region
 from cfamc_cli.engine.randomness import addressed_generator
@@ -156,6 +156,9 @@ class _Audit:
     seed: int
     settings: AuditSettings
 
+    def region(self, eps: float) -> Region:
+        return Region.around(self.x, eps=eps, norm=self.norm)
+
     def generator(self, label: str) -> torch.Generator:
         return addressed_generator("audit", self.seed, label)
 
@@ -167,10 +170,8 @@ class _Audit:
     def pgd(self, eps: float, *, steps: int, restarts: int) -> Tensor:
         points = pgd(
             self.predict,
-            self.x,
+            self.region(eps),
             self.y,
-            eps=eps,
-            norm=self.norm,
             step_size=2.5 * eps / self.settings.steps,
             steps=steps,
             restarts=restarts,
@@ -180,7 +181,7 @@ class _Audit:
         return self.breaks(eps, points)
 
     def fgsm(self, eps: float) -> Tensor:
-        return fgsm(self.predict, self.x, self.y, eps=eps, norm=self.norm)
+        return fgsm(self.predict, self.region(eps), self.y)
 
     def named(self, rows: Tensor) -> str:
         """The places of a few images in the order of the evaluation."""
@@ -239,23 +240,14 @@ class _Audit:
             return [skipped("black-box", "the evaluation itself is without gradients")]
         slack = max(1, round(_BLACK_BOX * len(self.x)))
         white = broken | self.pgd(eps, steps=self.settings.steps, restarts=1)
-        points = square(
-            self.predict,
-            self.x,
-            self.y,
-            eps=eps,
-            norm=self.norm,
-            queries=self.settings.queries,
-            generator=self.generator("square"),
-        )
+        region, queries = self.region(eps), self.settings.queries
+        points = square(self.predict, region, self.y, queries=queries, generator=self.generator("square"))
         beyond = self.breaks(eps, points) & ~white
-        text = f"images broken by {self.settings.queries} queries of Square alone" + self.named(beyond)
+        text = f"images broken by {queries} queries of Square alone" + self.named(beyond)
         points = apgd(
             self.predict,
-            self.x,
+            region,
             self.y,
-            eps=eps,
-            norm=self.norm,
             loss="apgd-dlr",
             steps=self.settings.steps,
             restarts=1,

@@ -16,7 +16,7 @@ from torch import Tensor
 from cfamc_cli.engine.attacks.apgd import apgd
 from cfamc_cli.engine.attacks.fab import fab
 from cfamc_cli.engine.attacks.pgd import embedding_pgd, fgsm, pgd
-from cfamc_cli.engine.attacks.search import Predict
+from cfamc_cli.engine.attacks.search import Predict, Region
 from cfamc_cli.engine.attacks.square import square
 from cfamc_cli.recipe import (
     ApgdAttack,
@@ -161,17 +161,15 @@ def run_stage(
     Raises:
         ValueError: The attack on the representation was asked for, and there is none.
     """
-    eps, norm = number(stage.eps), stage.norm
+    region = Region.around(x, eps=number(stage.eps), norm=stage.norm)
     match stage:
         case FgsmAttack():
-            return fgsm(predict, x, y, eps=eps, norm=norm)
+            return fgsm(predict, region, y)
         case PgdAttack():
             return pgd(
                 predict,
-                x,
+                region,
                 y,
-                eps=eps,
-                norm=norm,
                 step_size=number(stage.step_size),
                 steps=stage.steps,
                 restarts=stage.restarts,
@@ -181,10 +179,8 @@ def run_stage(
         case ApgdAttack() | TargetedApgdAttack():
             return apgd(
                 predict,
-                x,
+                region,
                 y,
-                eps=eps,
-                norm=norm,
                 loss=stage.name,
                 steps=stage.steps,
                 restarts=stage.restarts,
@@ -193,21 +189,13 @@ def run_stage(
                 generator=generator,
             )
         case FabAttack():
-            return fab(predict, x, y, eps=eps, norm=norm, steps=stage.steps, targets=stage.targets)
+            return fab(predict, region, y, steps=stage.steps, targets=stage.targets)
         case SquareAttack():
-            return square(predict, x, y, eps=eps, norm=norm, queries=stage.queries, generator=generator)
+            return square(predict, region, y, queries=stage.queries, generator=generator)
         case EmbeddingAttack():
             if embed is None:
                 raise ValueError("the predictor has no embedding to attack")
-            return embedding_pgd(
-                embed,
-                x,
-                eps=eps,
-                norm=norm,
-                step_size=number(stage.step_size),
-                steps=stage.steps,
-                restarts=stage.restarts,
-                generator=generator,
-            )
+            length, steps, restarts = number(stage.step_size), stage.steps, stage.restarts
+            return embedding_pgd(embed, region, step_size=length, steps=steps, restarts=restarts, generator=generator)
         case _:
             assert_never(stage)

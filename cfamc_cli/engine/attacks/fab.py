@@ -75,24 +75,13 @@ def to_hyperplane(points: Tensor, w: Tensor, gap: Tensor, *, norm: Norm) -> Tens
     return step * w.sign()
 
 
-def fab(
-    predict: Predict,
-    x: Tensor,
-    y: Tensor,
-    *,
-    eps: float,
-    norm: Norm = "linf",
-    steps: int,
-    targets: int,
-) -> Tensor:
+def fab(predict: Predict, region: Region, y: Tensor, *, steps: int, targets: int) -> Tensor:
     """Targeted FAB from the clean image; only samples that still stand go on to the next target. It draws nothing.
 
     Args:
         predict: Logits from images.
-        x: Clean images in [0, 1], (N, C, H, W).
+        region: What the points may be, around N clean images.
         y: Labels, (N,).
-        eps: Radius of the ball.
-        norm: Its norm.
         steps: Steps for each target.
         targets: How many of the likeliest wrong classes are aimed at; at most classes - 1 of them exist.
 
@@ -101,16 +90,15 @@ def fab(
 
     Source: Croce & Hein, arXiv:1907.02044, algorithm 1.
     """
-    result = x.clone()
-    if eps == 0 or len(x) == 0:
+    result = region.x.clone()
+    if region.eps == 0 or len(y) == 0:
         return result
-    clean = logits_at(predict, x)
+    clean = logits_at(predict, region.x)
     alive = (~fooled(clean, y)).nonzero().flatten()
     for target in ranked_targets(clean, y, count=targets).T:
         if len(alive) == 0:
             break
-        points, done = _run(predict, Region.around(x[alive], eps=eps, norm=norm), y[alive], target[alive], steps)
-        result[alive] = points
+        result[alive], done = _run(predict, region.take(alive), y[alive], target[alive], steps)
         alive = alive[~done]
     return result
 

@@ -16,11 +16,8 @@ from torch.nn.functional import cross_entropy
 
 from cfamc_cli.engine.attacks.search import Predict, Region, Roster, blend, climb, fooled, logits_at
 from cfamc_cli.engine.ball import norms, per_sample, random_start, steepest
-from cfamc_cli.recipe import Norm
 
 Start = Literal["zero", "random"]
-
-
 Objective = Callable[[Tensor, Tensor], Tensor]  # samples (n,) and their outputs -> one value each, (n,)
 Look = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # samples, points, outputs, values -> who is done, (n,) bool
 
@@ -71,34 +68,30 @@ def projected_ascent(
     return roster.close(points)
 
 
-def fgsm(predict: Predict, x: Tensor, y: Tensor, *, eps: float, norm: Norm = "linf") -> Tensor:
+def fgsm(predict: Predict, region: Region, y: Tensor) -> Tensor:
     """One step of length eps along the gradient of the cross-entropy.
 
     Args:
         predict: Logits from images.
-        x: Clean images in [0, 1], (N, C, H, W).
+        region: What the points may be, around N clean images.
         y: Labels, (N,).
-        eps: Radius of the ball.
-        norm: Its norm.
 
     Returns:
         Points of the ball and the box, (N, C, H, W).
 
     Source: Goodfellow et al., arXiv:1412.6572, section 4.
     """
-    if eps == 0 or len(x) == 0:
-        return x.clone()
-    _, _, grad = climb(predict, x, lambda z: cross_entropy(z, y, reduction="none"))
-    return Region.around(x, eps=eps, norm=norm).project(x + eps * steepest(grad, norm=norm))
+    if region.eps == 0 or len(y) == 0:
+        return region.x.clone()
+    _, _, grad = climb(predict, region.x, lambda z: cross_entropy(z, y, reduction="none"))
+    return region.project(region.x + region.eps * steepest(grad, norm=region.norm))
 
 
 def pgd(
     predict: Predict,
-    x: Tensor,
+    region: Region,
     y: Tensor,
     *,
-    eps: float,
-    norm: Norm = "linf",
     step_size: float,
     steps: int,
     restarts: int,
@@ -109,10 +102,8 @@ def pgd(
 
     Args:
         predict: Logits from images.
-        x: Clean images in [0, 1], (N, C, H, W).
+        region: What the points may be, around N clean images.
         y: Labels, (N,).
-        eps: Radius of the ball.
-        norm: Its norm.
         step_size: Length of a step, in the units of eps.
         steps: Steps of each run.
         restarts: Runs. With start "zero" the first run starts at x and the others at random.
@@ -124,37 +115,33 @@ def pgd(
 
     Source: Madry et al., arXiv:1706.06083.
     """
-    result = x.clone()
-    alive = torch.arange(len(x), device=x.device)
-    if eps == 0:
+    result = region.x.clone()
+    alive = torch.arange(len(y), device=y.device)
+    missed = torch.zeros(len(y), dtype=torch.bool, device=y.device)
+    if region.eps == 0:
         return result
+
+    def look(samples: Tensor, _points: Tensor, logits: Tensor, _values: Tensor) -> Tensor:
+        missed[alive[samples]] |= fooled(logits, y[alive[samples]])
+        return missed[alive[samples]]
+
     for restart in range(restarts):
         if len(alive) == 0:
             break
-        first = torch.zeros_like(x)
-        if restart > 0 or start == "random":
-            first = random_start(x, eps=eps, norm=norm, generator=generator)  # for all of x: see the module `search`
-        region = Region.around(x[alive], eps=eps, norm=norm)
-        points, missed = _one_run(predict, region, y[alive], (x + first)[alive], step_size=step_size, steps=steps)
-        result[alive] = points
-        alive = alive[~missed]
+        first = torch.zeros_like(region.x)
+        if restart > 0 or start == "random":  # drawn for every sample, whoever still stands
+            first = random_start(region.x, eps=region.eps, norm=region.norm, generator=generator)
+        result[alive] = projected_ascent(
+            predict,
+            region.take(alive),
+            (region.x + first)[alive],
+            objective=cross_entropy_of(y[alive]),
+            look=look,
+            step_size=step_size,
+            steps=steps,
+        )
+        alive = (~missed).nonzero().flatten()
     return result
-
-
-def _one_run(
-    predict: Predict, region: Region, y: Tensor, points: Tensor, *, step_size: float, steps: int
-) -> tuple[Tensor, Tensor]:
-    """One run from `points`: the points it ends with, and which of them are misclassified."""
-    missed = torch.zeros(len(y), dtype=torch.bool, device=y.device)
-
-    def look(samples: Tensor, _points: Tensor, logits: Tensor, _values: Tensor) -> Tensor:
-        missed[samples] |= fooled(logits, y[samples])
-        return missed[samples]
-
-    points = projected_ascent(
-        predict, region, points, objective=cross_entropy_of(y), look=look, step_size=step_size, steps=steps
-    )
-    return points, missed
 
 
 def cross_entropy_of(y: Tensor) -> Objective:
@@ -163,15 +150,7 @@ def cross_entropy_of(y: Tensor) -> Objective:
 
 
 def embedding_pgd(
-    embed: Predict,
-    x: Tensor,
-    *,
-    eps: float,
-    norm: Norm = "linf",
-    step_size: float,
-    steps: int,
-    restarts: int,
-    generator: torch.Generator,
+    embed: Predict, region: Region, *, step_size: float, steps: int, restarts: int, generator: torch.Generator
 ) -> Tensor:
     """Move the representation as far as possible from that of the clean image, without labels.
 
@@ -180,9 +159,7 @@ def embedding_pgd(
 
     Args:
         embed: Embeddings or features from images, (N, D).
-        x: Clean images in [0, 1], (N, C, H, W).
-        eps: Radius of the ball.
-        norm: Its norm.
+        region: What the points may be, around N clean images.
         step_size: Length of a step, in the units of eps.
         steps: Steps of each run.
         restarts: Runs; the furthest point of all is returned.
@@ -191,8 +168,9 @@ def embedding_pgd(
     Returns:
         The point with the most distant embedding met, (N, C, H, W).
     """
+    x = region.x
     best = x.clone()
-    if eps == 0 or len(x) == 0:
+    if region.eps == 0 or len(x) == 0:
         return best
     clean = _unit(logits_at(embed, x))  # (N, D)
     furthest = torch.zeros(len(x), device=x.device)
@@ -207,8 +185,8 @@ def embedding_pgd(
     for _ in range(restarts):
         projected_ascent(
             embed,
-            Region.around(x, eps=eps, norm=norm),
-            x + random_start(x, eps=eps, norm=norm, generator=generator),
+            region,
+            x + random_start(x, eps=region.eps, norm=region.norm, generator=generator),
             objective=lambda samples, z: (_unit(z) - clean[samples]).square().sum(1),
             look=look,
             step_size=step_size,

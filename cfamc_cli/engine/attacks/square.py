@@ -13,7 +13,6 @@ from torch import Tensor
 from cfamc_cli.engine.attacks.objectives import label_margin
 from cfamc_cli.engine.attacks.search import Predict, Region, Roster, blend, logits_at, take
 from cfamc_cli.engine.ball import norms, per_sample
-from cfamc_cli.recipe import Norm
 
 _P_INIT = 0.8
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries after which p is halved
@@ -40,26 +39,15 @@ def share_of_area(query: int) -> float:
     return float(_P_INIT / 2 ** sum(query > mark for mark in _HALVINGS))
 
 
-def square(
-    predict: Predict,
-    x: Tensor,
-    y: Tensor,
-    *,
-    eps: float,
-    norm: Norm = "linf",
-    queries: int,
-    generator: torch.Generator,
-) -> Tensor:
+def square(predict: Predict, region: Region, y: Tensor, *, queries: int, generator: torch.Generator) -> Tensor:
     """Random search that keeps a change of one square (two for L2) when it lowers the margin of the label.
 
     Every sample has squares of its own, drawn for all samples whether or not they are still worked on.
 
     Args:
         predict: Logits from images; no gradient is taken.
-        x: Clean images in [0, 1], (N, C, H, W).
+        region: What the points may be, around N clean images.
         y: Labels, (N,).
-        eps: Radius of the ball.
-        norm: Its norm.
         queries: Logits that may be asked for, per sample.
         generator: CPU generator.
 
@@ -68,10 +56,10 @@ def square(
 
     Source: Andriushchenko et al., arXiv:1912.00049, algorithms 1 to 3.
     """
-    if eps == 0 or len(x) == 0:
+    x, norm = region.x, region.norm
+    if region.eps == 0 or len(x) == 0:
         return x.clone()
     n, channels, height, width = x.shape
-    region = Region.around(x, eps=eps, norm=norm)
     clean = label_margin(logits_at(predict, x), y)
     begin = _stripes if norm == "linf" else _tiles
     points = blend(clean < 0, x, begin(region, generator))
@@ -89,12 +77,8 @@ def square(
         if at == 0:
             draws = torch.rand((_DRAWN_AT_ONCE, n, 5 + channels), generator=generator).to(x.device)
         drawn = draws[at, roster.index]  # (n, 5 + C) in [0, 1)
-        area = share_of_area(query) * height * width
-        side = max(1, round(area**0.5))
-        if norm == "linf":
-            ahead = _paint(s, drawn, min(side, height, width))
-        else:
-            ahead = _move_mass(s, drawn, max(3, min(side, height, width) // 2 * 2 + 1))
+        side = min(max(1, round((share_of_area(query) * height * width) ** 0.5)), height, width)
+        ahead = _paint(s, drawn, side) if norm == "linf" else _move_mass(s, drawn, max(3, side // 2 * 2 + 1))
         margin = label_margin(logits_at(predict, ahead), s.y)
         better = (margin < s.margin) & ~s.done
         s.points = blend(better, ahead, s.points)
@@ -110,23 +94,26 @@ def _stripes(region: Region, generator: torch.Generator) -> Tensor:
     return torch.where(up, region.high, region.low)
 
 
-def _within(start: Tensor, side: int, length: int) -> Tensor:
-    """For each sample the mask of [start, start + side) in range(length), (n, length) bool."""
+def _offsets(drawn: Tensor, side: int, length: int) -> Tensor:
+    """Where each pixel of a row lies in a square that fits into it, `side` beyond its ends, (n, length) in 0 .. side.
+
+    Numbers in [0, 1), (n,), say where the square begins.
+    """
+    start = (drawn * (length - side + 1)).long().clamp_max(length - side)
     offset = torch.arange(length, device=start.device) - start[:, None]
-    return (offset >= 0) & (offset < side)
+    return torch.where((offset >= 0) & (offset < side), offset, side)
 
 
-def _corner(drawn: Tensor, side: int, length: int) -> Tensor:
-    """A corner such that the square lies in the image, from numbers in [0, 1), (n,)."""
-    return (drawn * (length - side + 1)).long().clamp_max(length - side)
+def _square(drawn: Tensor, side: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A square for each sample from numbers in [0, 1), (n, 2): its mask (n, 1, H, W), and offsets by row and column."""
+    down = _offsets(drawn[:, 0], side, like.shape[2])[:, :, None]  # (n, H, 1)
+    across = _offsets(drawn[:, 1], side, like.shape[3])[:, None, :]  # (n, 1, W)
+    return ((down < side) & (across < side))[:, None], down, across
 
 
 def _paint(s: _Hunt, drawn: Tensor, side: int) -> Tensor:
     """Set one square to +-eps, with one sign for each channel (arXiv:1912.00049, algorithm 2)."""
-    height, width = s.points.shape[2:]
-    rows = _within(_corner(drawn[:, 0], side, height), side, height)
-    columns = _within(_corner(drawn[:, 1], side, width), side, width)
-    inside = rows[:, None, :, None] & columns[:, None, None, :]  # (n, 1, H, W)
+    inside, _, _ = _square(drawn[:, :2], side, s.points)
     up = (drawn[:, 5:] < 0.5)[:, :, None, None]  # (n, C, 1, 1)
     return torch.where(inside, torch.where(up, s.region.high, s.region.low), s.points)
 
@@ -171,31 +158,27 @@ def _tiles(region: Region, generator: torch.Generator) -> Tensor:
 def _move_mass(s: _Hunt, drawn: Tensor, side: int) -> Tensor:
     """Empty one window and give its mass, with what the box left unused, to another (arXiv:1912.00049, algorithm 3)."""
     x, eps = s.region.x, s.region.eps
-    channels, height, width = x.shape[1:]
-    side = min(side, height, width)
+    side = min(side, *x.shape[2:])
     delta = s.points - x
-    top, left = _corner(drawn[:, 0], side, height), _corner(drawn[:, 1], side, width)
-    gains = _within(top, side, height)[:, None, :, None] & _within(left, side, width)[:, None, None, :]  # (n, 1, H, W)
-    rows = _within(_corner(drawn[:, 2], side, height), side, height)
-    columns = _within(_corner(drawn[:, 3], side, width), side, width)
-    loses = rows[:, None, :, None] & columns[:, None, None, :]
+    gains, down, across = _square(drawn[:, :2], side, x)
+    loses, _, _ = _square(drawn[:, 2:4], side, x)
 
-    square_sum = (2, 3)
     unused = (eps**2 - delta.flatten(1).square().sum(1)).clamp_min(0)
-    mass = (delta * (gains | loses)).square().sum(square_sum, keepdim=True)  # (n, C, 1, 1)
-    available = (mass + per_sample(unused, mass) / channels).sqrt()
+    mass = _mass(delta * (gains | loses))  # (n, C, 1, 1)
+    available = (mass + per_sample(unused, mass) / x.shape[1]).sqrt()
 
     window = delta * gains
-    window = window / window.square().sum(square_sum, keepdim=True).sqrt().clamp_min(_TINY)
+    window = window / _mass(window).sqrt().clamp_min(_TINY)
     bump = torch.nn.functional.pad(_bump(side).to(x.device), (0, 1, 0, 1))  # the last row and column are empty
     turned = bump.T.contiguous()
-    down = torch.arange(height, device=x.device) - top[:, None]
-    across = torch.arange(width, device=x.device) - left[:, None]
-    down = torch.where((down >= 0) & (down < side), down, side)[:, :, None]
-    across = torch.where((across >= 0) & (across < side), across, side)[:, None, :]
     placed = torch.where((drawn[:, 4] < 0.5)[:, None, None], bump[down, across], turned[down, across])[:, None]
     sign = (drawn[:, 5:] < 0.5).to(x.dtype).mul(2).sub(1)[:, :, None, None]
     window = sign * placed + window
-    window = window / window.square().sum(square_sum, keepdim=True).sqrt().clamp_min(_TINY) * available
+    window = window / _mass(window).sqrt().clamp_min(_TINY) * available
     delta = torch.where(gains, window, delta.masked_fill(loses, 0.0))
     return s.region.project(x + delta)
+
+
+def _mass(delta: Tensor) -> Tensor:
+    """Squared L2 norm of each channel, (n, C, 1, 1)."""
+    return delta.square().sum((2, 3), keepdim=True)
