@@ -255,9 +255,18 @@ class Row:
         return self.entries[0].run
 
     @property
+    def condition(self) -> Condition:
+        return self.entries[0].condition
+
+    @property
     def n(self) -> int:
         """Samples of each of the results."""
         return self.entries[0].n
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of pretraining, the mean over the seeds."""
+        return sum(entry.run.seconds for entry in self.entries) / len(self.entries)
 
     @property
     def failed(self) -> tuple[str, ...]:
@@ -329,10 +338,10 @@ def tabulate(
             shared = f"All rows on the first {n:,} samples, which they share: --where 'n>{n}' compares those with more."
             if rows:
                 groups.append((apart, rows, [shared] if cut else []))
-    groups.sort(key=lambda group: (bool(group[0]), -len(group[1]), *_condition(group[1]).rank()))
+    groups.sort(key=lambda group: (bool(group[0]), -len(group[1]), *group[1][0].condition.rank()))
     tables: list[ComparedTable] = []
     for apart, rows, notes in groups:
-        differences = _condition(rows).differences(_condition(groups[0][1]))
+        differences = rows[0].condition.differences(groups[0][1][0].condition)
         why = "; ".join([*differences, *filter(None, [apart])]) if tables else ""
         tables.append(_table(rows, why, notes, baseline=baseline, outcomes_of=outcomes_of, order=order))
     return tables
@@ -400,10 +409,6 @@ def _rows(entries: Sequence[Entry], *, fold: bool) -> list[Row]:
     return [replace(row, label=f"{row.label} {row.entries[0].result}") if taken[row.label] > 1 else row for row in rows]
 
 
-def _condition(rows: Sequence[Row]) -> Condition:
-    return rows[0].entries[0].condition
-
-
 def _table(
     rows: list[Row],
     apart: str,
@@ -424,7 +429,7 @@ def _table(
     if baseline is not None and not any(row.baseline for row in rows):
         notes = [*notes, f"No differences: there is no result of the baseline {baseline} among these."]
     keys = differing_keys([row.entries[0] for row in rows])
-    return ComparedTable(_condition(rows), tuple(rows), keys, verdict, apart, tuple(notes))
+    return ComparedTable(rows[0].condition, tuple(rows), keys, verdict, apart, tuple(notes))
 
 
 def _best_first(row: Row) -> tuple[float, float, str]:

@@ -39,7 +39,7 @@ Result = TypeVar("Result", ProbeResult, AttackResult)
 LeftOut: TypeAlias = tuple[str, str]  # what could not be used, and why
 
 ONLINE = "online linear"  # the head that monitors training
-_NOT_THE_ENCODER = ("schema", *outside(Outside.ENCODER))  # recipe keys that never tell encoders apart
+_NOT_THE_ENCODER = frozenset({"schema", *outside(Outside.ENCODER)})  # recipe keys that never tell encoders apart
 _NOT_THE_ATTACK = ("seed", "name", "eps", "norm", "space")  # they have a field of their own, or make no other attack
 
 
@@ -177,7 +177,9 @@ class _Reader:
         imported = record.imported is not None  # its recipe says how to read it, not how it was trained
         recipe = {} if imported else self._recipes.get(record.recipe_digest)
         if recipe is None:
-            recipe = self._recipes[record.recipe_digest] = self._recipe(folder.resolved_json)
+            whole = self._recipe(folder.resolved_json).items()
+            recipe = {key: value for key, value in whole if not _NOT_THE_ENCODER & {key, key.partition(".")[0]}}
+            self._recipes[record.recipe_digest] = recipe
         # with data.limit each seed draws images of its own from the same set
         images = record.data.fingerprint if record.data is not None and recipe.get("data.limit") is None else ""
         origin = [record.recipe_digest, images, record.init or ""]
@@ -199,7 +201,7 @@ class _Reader:
         """The last loss and the largest memory of training, and the recipe's other settings, where asked for."""
         asked: dict[str, Scalar] = dict.fromkeys(self._metrics)  # None where it cannot be read
         if self._settings_asked:
-            recipe = self._recipe(folder.resolved_json, whole=True)
+            recipe = self._recipe(folder.resolved_json)
             asked |= {key: recipe[key] for key in self._settings_asked if key in recipe}
         if "loss" in self._metrics:
             with suppress(CfamcError):
@@ -211,18 +213,14 @@ class _Reader:
                 asked["memory"] = max(sizes, default=None)
         return asked
 
-    def _recipe(self, path: Path, *, whole: bool = False) -> dict[str, Scalar]:
+    def _recipe(self, path: Path) -> dict[str, Scalar]:
         try:
             resolved = json.loads(read_bytes(path))
         except (ValueError, RecursionError) as error:
             raise CfamcError(f"{path}: not JSON", exit_code=ExitCode.BAD_DATA) from error
         if not isinstance(resolved, dict):
             raise CfamcError(f"{path}: not a recipe", exit_code=ExitCode.BAD_DATA)
-        recipe: dict[str, Scalar] = {}
-        for name, table in resolved.items():
-            if whole or name not in _NOT_THE_ENCODER:
-                recipe.update(self._settings(table, name))
-        return {key: value for key, value in recipe.items() if whole or key not in _NOT_THE_ENCODER}
+        return dict(pair for name, table in resolved.items() for pair in self._settings(table, name))
 
     def _probes(self, folder: RunFolder, run: Run, trained: RunRecord) -> dict[str, Settings]:
         """Add the results of all heads, and return the settings of each."""
@@ -282,9 +280,8 @@ class _Reader:
         self, run: RunFolder, kind: str, model: type[Result], trained: RunRecord
     ) -> Iterator[tuple[str, Result]]:
         """Read the finished items of a run, and name the others; plain strings, for Path objects take longer."""
-        folder = f"{run.path}/{kind}"
         try:
-            with os.scandir(folder) as entries:
+            with os.scandir(f"{run.path}/{kind}") as entries:
                 names = sorted(entry.name for entry in entries if not entry.name.startswith("."))
         except FileNotFoundError:
             return
@@ -292,7 +289,7 @@ class _Reader:
             self._leave_out(f"{run.id} {kind}", str(error))
             return
         for name in names:
-            path = f"{folder}/{name}/record.json"
+            path = f"{run.path}/{kind}/{name}/record.json"
             try:
                 record = load_record(path, model)
             except CfamcError as error:

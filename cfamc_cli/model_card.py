@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import assert_never
 
 from cfamc_cli import recipe_file, render
@@ -20,20 +19,11 @@ def card(made: ExportRecord, recipe: Recipe, run: RunRecord) -> str:
 
     Text of recipes and data sets is escaped, so that no reader takes it for markup.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    templates = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=False,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    templates.filters |= {"plain": markdown_text, "duration": render.duration}
+    environment = render.templates()
+    environment.filters |= {"plain": markdown_text, "duration": render.duration}
     written = [(file.name, f"{file.size:,}", file.sha256) for file in made.files]
     toml = "\n".join(render.clean(line) for line in recipe_file.to_toml(recipe).splitlines())
-    return templates.get_template("card.md").render(
+    return environment.get_template("card.md").render(
         made=made,
         recipe=recipe,
         run=run,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cfamc_cli import __version__
@@ -14,7 +13,7 @@ from cfamc_cli.files import read_bytes
 from cfamc_cli.gather import Gathered, LeftOut
 from cfamc_cli.plots import Curves, pictures
 from cfamc_cli.records import RunRecord, load_record, now
-from cfamc_cli.render import clean
+from cfamc_cli.render import clean, templates
 from cfamc_cli.sheets import sheets
 
 if TYPE_CHECKING:
@@ -41,39 +40,34 @@ def page(
         left_out: What could not be used, and why.
         with_published: Whether to add the published rows.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
     def cleaned(value: object) -> str | Markup:
         """What the template writes is never interpreted, by a browser or by a terminal that shows the source."""
         return value if isinstance(value, Markup) else clean(value)
 
-    templates = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        finalize=cleaned,
-    )
     drawn, missing = {}, None
     try:
         drawn = pictures(tables, curves)
     except CfamcError as error:
         missing = error
     runs = list(dict.fromkeys(entry.run.id for table in tables for row in table.rows for entry in row.entries))
-    return templates.get_template("page.html").render(
-        count=len(found.folders),
-        now=f"{now():%Y-%m-%d %H:%M}",
-        version=__version__,
-        sheets=sheets(tables, with_published=with_published) if tables else [],
-        most_rows=MOST_ROWS,
-        pictures={title: Markup(base64.b64encode(data).decode()) for title, data in drawn.items()},
-        missing=missing,
-        runs=[(run, _details(run, found)) for run in runs[:MOST_RUNS]],
-        more_runs=len(runs[MOST_RUNS:]),
-        left_out=left_out,
+    return (
+        templates()
+        .overlay(autoescape=True, finalize=cleaned)
+        .get_template("page.html")
+        .render(
+            count=len(found.folders),
+            now=f"{now():%Y-%m-%d %H:%M}",
+            version=__version__,
+            sheets=sheets(tables, with_published=with_published) if tables else [],
+            most_rows=MOST_ROWS,
+            pictures={title: Markup(base64.b64encode(data).decode()) for title, data in drawn.items()},
+            missing=missing,
+            runs=[(run, _details(run, found)) for run in runs[:MOST_RUNS]],
+            more_runs=len(runs[MOST_RUNS:]),
+            left_out=left_out,
+        )
     )
 
 

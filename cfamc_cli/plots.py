@@ -8,12 +8,12 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias, assert_never
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from cfamc_cli.compare import ComparedTable, Figure, Row, exact_number
 from cfamc_cli.errors import CfamcError, ExitCode, missing_library
 from cfamc_cli.gather import LeftOut
-from cfamc_cli.records import EvaluationLine, GripLine, TrainLine, read_metrics
+from cfamc_cli.records import EvaluationLine, MetricLine, TrainLine, read_metrics
 from cfamc_cli.render import clean
 from cfamc_cli.store import RunFolder
 
@@ -61,22 +61,16 @@ def learning_curves(tables: Sequence[ComparedTable], folders: Mapping[str, RunFo
             except CfamcError as error:
                 left_out.append((run.id, f"no learning curves: {error.message}"))
                 continue
-            points: dict[str, list[tuple[float, float]]] = {_LOSS: [], _ACCURACY: []}
-            for line in lines:
-                match line:
-                    case TrainLine():
-                        if math.isfinite(line.loss):  # a lost step has none
-                            points[_LOSS].append((line.epoch, line.loss))
-                    case EvaluationLine():
-                        points[_ACCURACY].append((line.epoch, 100 * line.clean / line.n))
-                    case GripLine():
-                        pass
-                    case _:
-                        assert_never(line)
-            for title, curve in points.items():
+            for title, curve in _points(lines).items():
                 if len(curve) > 1:
                     curves[title].setdefault(row.label, []).append(curve)
     return curves, list(dict.fromkeys(left_out))
+
+
+def _points(lines: Sequence[MetricLine]) -> dict[str, Line]:
+    losses = [(line.epoch, line.loss) for line in lines if isinstance(line, TrainLine)]
+    shares = [(line.epoch, 100 * line.clean / line.n) for line in lines if isinstance(line, EvaluationLine)]
+    return {_LOSS: [point for point in losses if math.isfinite(point[1])], _ACCURACY: shares}  # a lost step has no loss
 
 
 def overview(tables: Sequence[ComparedTable], curves: Curves, *, suffix: str) -> bytes:
@@ -180,7 +174,7 @@ def _scatter(axes: Axes, *, table: ComparedTable, looks: Mapping[str, Look]) -> 
 
 def _time(axes: Axes, *, table: ComparedTable, looks: Mapping[str, Look]) -> None:
     for row in table.rows:
-        minutes = sum(entry.run.seconds for entry in row.entries) / len(row.entries) / 60
+        minutes = row.seconds / 60
         _point(axes, row, looks, x=minutes, figure=row.clean, hollow=True)
         if row.robust is not None:
             _point(axes, row, looks, x=minutes, figure=row.robust)

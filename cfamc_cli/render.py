@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +27,8 @@ from rich.text import Text
 from cfamc_cli.errors import CfamcError, ExitCode
 
 if TYPE_CHECKING:
+    from jinja2 import Environment
+
     from cfamc_cli.records import Accuracy  # a tenth of a second that an error message need not wait for
 
 PLAIN_SECONDS = 10.0  # at least this long between two plain lines of one task
@@ -112,19 +114,11 @@ def print_json(value: object) -> None:
     write_out(text + "\n")
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Iterable[int] = ()) -> Table:
-    """Make a table of plain cells.
-
-    Args:
-        title: Text above it; empty for none.
-        columns: Names of the columns.
-        rows: Cells, as many a row as there are columns.
-        right: Columns that are aligned to the right.
-    """
-    aligned = set(right)
-    made = Table(title=Text(clean(title)) if title else None, title_justify="left", box=box.SIMPLE_HEAD)
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Collection[int] = ()) -> Table:
+    """Make a table of plain cells; the columns in `right` are aligned to the right."""
+    made = Table(box=box.SIMPLE_HEAD)
     for index, name in enumerate(columns):
-        number = index in aligned
+        number = index in right
         made.add_column(
             Text(clean(name)),
             justify="right" if number else "left",
@@ -136,24 +130,9 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, 
     return made
 
 
-def print_table(shown: Table) -> None:
-    """Write a table to stdout: in the width of a terminal, or as wide as it wants to be.
-
-    Raises:
-        CfamcError: As for `write_out`.
-    """
-    out = sys.stdout
-    if out is None:
-        return
-    console = Console(highlight=False, emoji=False, markup=False)
-    if not console.is_terminal:
-        console.width = _natural_width(shown, console)
-    with console.capture() as capture:
-        console.print(shown)
-    write_out(capture.get())
-
-
-def print_rows(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Iterable[int] = ()) -> None:
+def print_rows(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Collection[int] = ()
+) -> None:
     """Write rows to stdout as a table, or on a terminal too narrow for it each row as a list of its cells.
 
     Raises:
@@ -161,7 +140,7 @@ def print_rows(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
     """
     write_out(f"{clean(title)}\n")
     if fits(columns, rows):
-        print_table(table("", columns, rows, right=right))
+        _print_table(table(columns, rows, right=right))
         return
     for row in rows:
         listed = Table.grid(padding=(0, 2))
@@ -170,14 +149,24 @@ def print_rows(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
         for name, cell in zip(columns, row, strict=True):
             if cell:
                 listed.add_row(Text(f"  {clean(name)}"), Text(clean(cell)))
-        print_table(listed)
+        _print_table(listed)
         write_out("\n")
+
+
+def _print_table(shown: Table) -> None:
+    """In the width of a terminal, or elsewhere as wide as it wants to be."""
+    console = Console(highlight=False, emoji=False, markup=False)
+    if not console.is_terminal:
+        console.width = _natural_width(shown, console)
+    with console.capture() as capture:
+        console.print(shown)
+    write_out(capture.get())
 
 
 def fits(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> bool:
     """Whether stdout is wide enough for a table of these cells; anything but a terminal is."""
     console = Console()
-    return not console.is_terminal or _natural_width(table("", columns, rows), console) <= console.width
+    return not console.is_terminal or _natural_width(table(columns, rows), console) <= console.width
 
 
 def _natural_width(shown: Table, console: Console) -> int:
@@ -202,6 +191,19 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def templates() -> Environment:
+    """The templates of pages and cards, which lie beside this file; what they are not given is an error."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    return Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
 
 
 class Terminal:

@@ -111,7 +111,7 @@ def filtered(entries: Sequence[Entry], filters: Sequence[Filter]) -> list[Entry]
     kept = list(entries)
     for wanted in filters:
         if wanted.key not in _DIFFERENCES:
-            _check_key(entries, wanted.key)
+            _check(wanted.key, entries)
             kept = [entry for entry in kept if wanted.passes(fields_of(entry).get(wanted.key))]
     return kept
 
@@ -124,10 +124,10 @@ def row_filter(filters: Sequence[Filter], *, baseline: str | None) -> Keep | Non
     """
     differences = [wanted for wanted in filters if wanted.key in _DIFFERENCES]
     for wanted in differences:
-        _need_baseline(wanted.key, baseline)
+        _check(wanted.key, baseline=baseline)
 
     def keep(row: Row) -> bool:
-        return all(wanted.passes(_difference(row, wanted.key)) for wanted in differences)
+        return all(wanted.passes(_value(row, wanted.key)) for wanted in differences)
 
     return keep if differences else None
 
@@ -142,15 +142,12 @@ def sort_key(entries: Sequence[Entry], text: str, *, baseline: str | None = None
     direction = direction or ("desc" if key in _LARGEST_FIRST else "asc")
     if direction not in ("asc", "desc"):
         raise _invalid(f"cannot sort in the direction {direction!r:.200}", "write KEY:asc or KEY:desc")
-    if key in _DIFFERENCES:
-        _need_baseline(key, baseline)
-    else:
-        _check_key(entries, key)
+    _check(key, entries, baseline=baseline)
     sign = -1 if direction == "desc" else 1
 
     def rank(row: Row) -> tuple[bool, float, str]:
         """Rows without the key come last, whole numbers before texts."""
-        value = _difference(row, key) if key in _DIFFERENCES else _value(row, key)
+        value = _value(row, key)
         number = _number(value)
         if number is not None:
             return (False, sign * number, "")
@@ -162,24 +159,19 @@ def sort_key(entries: Sequence[Entry], text: str, *, baseline: str | None = None
 
 
 def _value(row: Row, key: str) -> Scalar:
-    """The mean over the seeds of a row where they all have numbers, else what the first has."""
+    """The mean over the seeds of a row where they all have numbers, else what the first has.
+
+    Differences are in points of accuracy, or p-values; the baseline itself has 0 and no p.
+    """
+    if key in _DIFFERENCES:
+        which, quantity = _DIFFERENCES[key]
+        found = (row.against or {}).get(which)
+        if quantity == "p":
+            return found.p if found else None
+        return 100 * found.value if found else 0.0 if row.baseline else None
     values = [fields_of(entry).get(key) for entry in row.entries]
     numbers = [number for value in values if (number := _number(value)) is not None]
     return sum(numbers) / len(numbers) if len(numbers) == len(values) else values[0]
-
-
-def _difference(row: Row, key: str) -> Scalar:
-    """In points of accuracy, or a p-value; 0 and no p for the baseline itself."""
-    which, quantity = _DIFFERENCES[key]
-    found = (row.against or {}).get(which)
-    if found is None:
-        return 0.0 if row.baseline and quantity == "value" else None
-    return 100 * found.value if quantity == "value" else found.p
-
-
-def _need_baseline(key: str, baseline: str | None) -> None:
-    if baseline is None:
-        raise _invalid(f"{key} is a difference to a baseline, and there is none", "name one with --baseline RUN")
 
 
 def _number(value: Scalar) -> float | None:
@@ -188,10 +180,11 @@ def _number(value: Scalar) -> float | None:
     return None if value is None or isinstance(value, bool) else float(value)
 
 
-def _check_key(entries: Sequence[Entry], key: str) -> None:
-    known = set(_DIFFERENCES)
-    for entry in entries:
-        known.update(fields_of(entry))
+def _check(key: str, entries: Sequence[Entry] = (), *, baseline: str | None = None) -> None:
+    """Refuse a key that no result has, or a difference where nothing is held against a baseline."""
+    if key in _DIFFERENCES and baseline is None:
+        raise _invalid(f"{key} is a difference to a baseline, and there is none", "name one with --baseline RUN")
+    known = {*_DIFFERENCES, *(name for entry in entries for name in fields_of(entry))}
     if entries and key not in known:
         near = difflib.get_close_matches(key, known, n=3)
         raise _invalid(f"no result has a key {key!r:.200}", f"did you mean {' or '.join(near)}?" if near else "")

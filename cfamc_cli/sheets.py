@@ -7,12 +7,11 @@ import io
 import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from cfamc_cli.compare import (
     ComparedTable,
     Condition,
-    Difference,
     Figure,
     Published,
     Row,
@@ -71,24 +70,12 @@ def sheets(tables: Sequence[ComparedTable], *, with_published: bool, limit: int 
     """
     shown = [table for index, table in enumerate(tables) if index == 0 or len(table.rows) > 1]
     alone = [table for index, table in enumerate(tables) if index > 0 and len(table.rows) == 1]
-    made = [_sheet(table, published_beside(table.condition) if with_published else [], limit) for table in shown]
+    known = published() if with_published else {}
+    own = [replace(table.condition, fingerprint="", settings="") for table in shown]  # which are not published
+    made = [_sheet(table, known.get(beside, []), limit) for table, beside in zip(shown, own, strict=True)]
     if alone:
         made.append(_apart(alone, limit))
-    if with_published:
-        beside = {_as_published(table.condition) for table in shown}
-        made += [
-            _published_sheet(condition, rows) for condition, rows in published().items() if condition not in beside
-        ]
-    return made
-
-
-def published_beside(condition: Condition) -> list[Published]:
-    """The published rows that a table may show beside its own: all is the same but what is not published."""
-    return published().get(_as_published(condition), [])
-
-
-def _as_published(condition: Condition) -> Condition:
-    return replace(condition, fingerprint="", settings="")
+    return made + [_published_sheet(condition, rows) for condition, rows in known.items() if condition not in own]
 
 
 def markdown(sheet: Sheet) -> str:
@@ -128,7 +115,7 @@ def comma_separated(tables: Sequence[ComparedTable], *, with_published: bool) ->
     records = [_flat(table, row) for table in tables for row in table.rows]
     if with_published:
         records += [_flat_published(condition, row) for condition, rows in published().items() for row in rows]
-    columns = [*_flat_names(), *keys]
+    columns = [*_FLAT, *keys]
     return csv_text(columns, ([record.get(column) for column in columns] for record in records))
 
 
@@ -168,12 +155,6 @@ def as_json(
     return made
 
 
-def differing(row: Row, keys: Iterable[str]) -> dict[str, object]:
-    """The values of a row under the keys that it has."""
-    recipe, head = row.entries[0].run.recipe, dict(row.entries[0].head)
-    return {key: head[key] if key in head else recipe[key] for key in keys if key in head or key in recipe}
-
-
 def figure_text(figure: Figure | None) -> str:
     """Such as "75.9 [75.0, 76.7]" for one run and "75.9 +- 0.3" for several, in percent."""
     if figure is None:
@@ -192,14 +173,13 @@ def compact(count: int) -> str:
 
 
 def _sheet(table: ComparedTable, beside: Sequence[Published], limit: int) -> Sheet:
-    held = any(row.against for row in table.rows)
+    held, shown = any(row.against for row in table.rows), table.rows[: limit or None]
     columns = (*_MEASURED, *(_AGAINST if held else ()), *_COST, *SAID)
-    empty = ("",) * len(_AGAINST) if held else ()
     rows = [
         (*_measured(row), *(_against_cells(row) if held else ()), *_cost(row), _recipe(table, row), _note(row))
-        for row in table.rows[: limit or None]
+        for row in shown
     ]
-    rows += [(*_published(row), *empty, *_published_cost(row), "", _NOT_OURS) for row in beside]
+    rows += [_published_cells(row, held=held) for row in beside]
     notes = [table.verdict] if table.verdict else []
     notes += table.notes
     if table.apart:
@@ -210,37 +190,41 @@ def _sheet(table: ComparedTable, beside: Sequence[Published], limit: int) -> She
         notes.append(
             "Published rows: arXiv:2501.03507, ResNet-18; hardware and samples are not those of the rows above."
         )
-    right = tuple(range(2, len(columns) - 2))
-    return Sheet(table.condition.title(), columns, right, tuple(rows), tuple(notes), _more(table.rows, limit))
-
-
-def _more(rows: Sequence[object], limit: int) -> int:
-    return max(0, len(rows) - limit) if limit else 0
+    right, more = tuple(range(2, len(columns) - 2)), len(table.rows) - len(shown)
+    return Sheet(table.condition.title(), columns, right, tuple(rows), tuple(notes), more)
 
 
 def _apart(tables: Sequence[ComparedTable], limit: int) -> Sheet:
-    columns = ("run", "n", "clean %", "robust %", "under", "why apart")
-    everyone = [(table, row) for table in tables for row in table.rows]
+    shown = tables[: limit or None]
     rows = [
-        (
-            row.label,
-            f"{row.n:,}",
-            figure_text(row.clean),
-            figure_text(row.robust),
-            table.condition.title(),
-            table.apart,
-        )
-        for table, row in everyone[: limit or None]
+        (row.label, f"{row.n:,}", figure_text(row.clean), figure_text(row.robust), table.condition.title(), table.apart)
+        for table in shown
+        for row in table.rows
     ]
     title = "Apart: not comparable with the first table, nor with each other"
-    return Sheet(title, columns, (1, 2, 3), tuple(rows), more=_more(everyone, limit))
+    columns = ("run", "n", "clean %", "robust %", "under", "why apart")
+    return Sheet(title, columns, (1, 2, 3), tuple(rows), more=len(tables) - len(shown))
 
 
 def _published_sheet(condition: Condition, rows: Sequence[Published]) -> Sheet:
-    title = f"{condition.dataset} test, linear head, PGD, linf {condition.eps} in image space"
-    cells = tuple((*_published(row), *_published_cost(row), _NOT_OURS) for row in rows)
+    title = f"Published: {condition.dataset} test, linear head, PGD, linf {condition.eps} in image space"
+    cells = tuple(_published_cells(row, held=False) for row in rows)
     note = "arXiv:2501.03507, ResNet-18; nothing in this table was measured here."
-    return Sheet(f"Published: {title}", (*_MEASURED, *_COST, "note"), tuple(range(2, 8)), cells, (note,))
+    return Sheet(title, (*_MEASURED, *_COST, *SAID), tuple(range(2, 8)), cells, (note,)).without("recipe")
+
+
+def _published_cells(row: Published, *, held: bool) -> tuple[str, ...]:
+    measured = ("", row.system, f"{row.clean:g}", f"{row.robust:g}")
+    return (
+        *measured,
+        *("" for _ in _AGAINST if held),
+        "",
+        duration(60 * row.minutes),
+        str(row.epochs),
+        "",
+        "",
+        _NOT_OURS,
+    )
 
 
 def _measured(row: Row) -> tuple[str, ...]:
@@ -248,36 +232,29 @@ def _measured(row: Row) -> tuple[str, ...]:
 
 
 def _cost(row: Row) -> tuple[str, ...]:
-    seconds = sum(each.run.seconds for each in row.entries) / len(row.entries)
-    run = row.entries[0].run
-    return (f"{row.n:,}", duration(seconds), f"{run.epochs:g}", compact(run.view_passes))
+    return (f"{row.n:,}", duration(row.seconds), f"{row.run.epochs:g}", compact(row.run.view_passes))
 
 
 def _recipe(table: ComparedTable, row: Row) -> str:
-    settings = [f"{key}={value}" for key, value in differing(row, table.keys).items()]
+    settings = [f"{key}={value}" for key, value in _differing(table, row).items()]
     more = [f"and {len(settings) - MOST_KEYS} more"] if len(settings) > MOST_KEYS else []
     return ", ".join(settings[:MOST_KEYS] + more)
 
 
-def _published(row: Published) -> tuple[str, ...]:
-    return ("", row.system, f"{row.clean:g}", f"{row.robust:g}")
+def _differing(table: ComparedTable, row: Row) -> dict[str, object]:
+    """The settings of a row in which its table differs, as far as it has them."""
+    known = {**row.run.recipe, **dict(row.entries[0].head)}
+    return {key: known[key] for key in table.keys if key in known}
 
 
-def _published_cost(row: Published) -> tuple[str, ...]:
-    return ("", duration(60 * row.minutes), str(row.epochs), "")
-
-
-def _against_cells(row: Row) -> tuple[str, ...]:
-    parts = row.against or {}
-    shared = max((part.shared or 0 for part in parts.values()), default=0)
-    return (*(cell for which in _WHICH for cell in _points(parts.get(which))), f"{shared:,}" if shared else "")
-
-
-def _points(difference: Difference | None) -> tuple[str, str]:
-    if difference is None:
-        return "", ""
-    p = "" if difference.p is None else probability(difference.p).removeprefix("= ")
-    return f"{100 * difference.value:+.1f}", p
+def _against_cells(row: Row) -> list[str]:
+    cells, shared = [], 0
+    for which in _WHICH:
+        part = (row.against or {}).get(which)
+        p = "" if part is None or part.p is None else probability(part.p).removeprefix("= ")
+        cells += ["" if part is None else f"{100 * part.value:+.1f}", p]
+        shared = max(shared, part.shared or 0 if part else 0)
+    return [*cells, f"{shared:,}" if shared else ""]
 
 
 def _note(row: Row) -> str:
@@ -296,14 +273,14 @@ def _json_figure(figure: Figure) -> dict[str, float | None]:
     return {name: getattr(figure, name) for name in Figure.__slots__}  # asdict takes ten times as long
 
 
-def _json_row(table: ComparedTable, row: Row) -> dict[str, object]:
+def _json_row(table: ComparedTable, row: Row) -> dict[str, Any]:
     return {
         "label": row.label,
         "runs": [entry.run.id for entry in row.entries],
         "seeds": [entry.run.seed for entry in row.entries],
         "results": [entry.result for entry in row.entries],
         "name": row.run.name,
-        "recipe": differing(row, table.keys),
+        "recipe": _differing(table, row),
         "epochs": row.run.epochs,
         "steps": row.run.steps,
         "view_passes": row.run.view_passes,
@@ -318,39 +295,26 @@ def _json_row(table: ComparedTable, row: Row) -> dict[str, object]:
     }
 
 
-def _flat_names() -> list[str]:
-    figures = [f"{which}{part}" for which in ("clean", "robust") for part in ("", "_low", "_high", "_std")]
-    against = [f"{which}_{part}" for which in ("clean", "robust") for part in ("diff", "p", "shared")]
-    condition = list(Condition.__dataclass_fields__)
-    run = ["label", "runs", "seeds", "epochs", "steps", "view_passes", "seconds", "n"]
-    return [*condition, *run, *figures, "front", "baseline", *against, "failed_checks", "apart", "origin"]
+_FLAT = (  # columns of the CSV
+    *Condition.__dataclass_fields__,
+    *("label", "runs", "seeds", "epochs", "steps", "view_passes", "seconds", "n"),
+    *(f"{which}{part}" for which in _WHICH for part in ("", "_low", "_high", "_std")),
+    *("front", "baseline"),
+    *(f"{which}_{part}" for which in _WHICH for part in ("diff", "p", "shared")),
+    *("failed_checks", "apart", "origin"),
+)
 
 
 def _flat(table: ComparedTable, row: Row) -> dict[str, object]:
-    record: dict[str, object] = {
-        **asdict(table.condition),
-        "label": row.label,
-        "runs": " ".join(entry.run.id for entry in row.entries),
-        "seeds": " ".join(str(entry.run.seed) for entry in row.entries),
-        "epochs": row.run.epochs,
-        "steps": row.run.steps,
-        "view_passes": row.run.view_passes,
-        "seconds": sum(entry.run.seconds for entry in row.entries) / len(row.entries),
-        "n": row.n,
-        "front": row.front,
-        "baseline": row.baseline,
-        "failed_checks": " ".join(row.failed),
-        "apart": table.apart,
-        "origin": "measured",
-        **differing(row, table.keys),
-    }
+    """What JSON tells of a row, without lists or tables in it."""
+    told = _json_row(table, row)
+    record = {**asdict(table.condition), **told, "n": row.n, "seconds": row.seconds, "apart": table.apart}
+    record |= {key: " ".join(map(str, told[key])) for key in ("runs", "seeds", "failed_checks")}
+    record |= {"origin": "measured", **told["recipe"]}
     for which in _WHICH:
-        figure, against = row.clean if which == "clean" else row.robust, (row.against or {}).get(which)
-        if figure is not None:
-            record |= {which: figure.value, f"{which}_low": figure.low, f"{which}_high": figure.high}
-            record[f"{which}_std"] = figure.std
-        if against is not None:
-            record |= {f"{which}_diff": against.value, f"{which}_p": against.p, f"{which}_shared": against.shared}
+        figure, against = told[which] or {}, (told["against"] or {}).get(which, {})
+        record |= {f"{which}_{part}": value for part, value in (figure | against).items()}
+        record |= {which: figure.get("value"), f"{which}_diff": against.get("value")}
     return record
 
 

@@ -55,7 +55,7 @@ def test_hostile_text_is_spelled_out(text: str, shown: str) -> None:
     terminal.message(text)
     terminal.warning(text)
     terminal.progress(text, 1, 2, {text: 1.0})
-    talk.print(render.table(text, [text], [[text]]))
+    talk.print(render.table([text], [[text]]))
     lines = out.getvalue()
     assert shown in lines
     assert all(character.isprintable() or character == "\n" for character in lines)
@@ -142,7 +142,7 @@ def test_json_on_stdout_always_parses(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_a_table_is_as_wide_as_it_needs_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     cells = ["x" * 60, "[bold]", "y" * 60]
-    render.print_table(render.table("T", ["a", "b", "c"], [cells], right=[1]))
+    render.print_rows("T", ["a", "b", "c"], [cells], right=[1])
     out = capsys.readouterr().out
     assert all(cell in out for cell in cells)
 
@@ -171,7 +171,7 @@ SPEAK = """
         talk.message("gr\\xfc\\xdfe")
         for step in range(50):
             talk.progress("train", step + 1, 50, {"loss": step / 3, "lr": 0.3})
-        render.print_table(render.table("T", ["\\xe4"], [["\\xf6"]]))
+        render.print_rows("T", ["\\xe4"], [["\\xf6"]])
         render.print_json({"a": "\\xfc"})
         render.error(CfamcError("m\\xfcll", hint="x"))
     print("end", file=sys.stderr)

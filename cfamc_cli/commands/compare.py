@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import assert_never
 
@@ -96,14 +97,12 @@ def compare(
 
 
 def _baseline_id(reference: str | None, found: Gathered, store: Path) -> str | None:
-    if reference is None:
-        return None
-    matches = [run for run in found.folders if run == reference] or [
-        run for run in found.folders if reference and run.startswith(reference)
-    ]
+    if reference is None or reference in found.folders:
+        return reference
+    matches = [run for run in found.folders if reference and run.startswith(reference)]
     if len(matches) != 1:
-        folder = find_run(store, reference).path
-        matches = [run for run, other in found.folders.items() if other.path.resolve() == folder.resolve()]
+        folder = find_run(store, reference).path.resolve()
+        matches = [run for run, other in found.folders.items() if other.path.resolve() == folder]
     if not matches:
         raise CfamcError(
             f"the baseline {reference!r:.200} is not among the runs that are compared", exit_code=ExitCode.INVALID
@@ -127,45 +126,36 @@ def _no_row(baseline: str, found: Gathered, passing: Sequence[Entry], left_out: 
 def _write(
     tables: Sequence[ComparedTable], left_out: Sequence[LeftOut], *, output: Format, published: bool, limit: int
 ) -> None:
+    told = partial(sheets.sheets, tables, with_published=published)
     match output:
         case "rich":
-            for sheet in sheets.sheets(tables, with_published=published, limit=limit):
+            for sheet in told(limit=limit):
                 _print(sheet)
         case "json":
             render.print_json(sheets.as_json(tables, left_out, with_published=published))
         case "csv":
             render.write_out(sheets.comma_separated(tables, with_published=published))
         case "markdown":
-            _write_sheets(tables, sheets.markdown, published=published)
+            render.write_out("".join(map(sheets.markdown, told())))
         case "latex":
-            _write_sheets(tables, sheets.latex, published=published)
+            render.write_out("".join(map(sheets.latex, told())))
         case _:
             assert_never(output)
-
-
-def _write_sheets(tables: Sequence[ComparedTable], spell: Callable[[Sheet], str], *, published: bool) -> None:
-    render.write_out("".join(map(spell, sheets.sheets(tables, with_published=published))))
 
 
 def _print(sheet: Sheet) -> None:
     """Print a sheet; on a terminal too narrow for it, recipes and notes go below, and columns of the cost go away."""
     narrow = sheet
     for name in sheets.DISPENSABLE:
-        if render.fits(narrow.columns, narrow.rows):
-            break
-        narrow = narrow.without(name)
-    else:
         if not render.fits(narrow.columns, narrow.rows):
-            narrow = sheet  # it becomes a list, which has room for everything
+            narrow = narrow.without(name)
+    if not render.fits(narrow.columns, narrow.rows):
+        narrow = sheet  # it becomes a list, which has room for everything
     render.print_rows(narrow.title, narrow.columns, narrow.rows, right=narrow.right)
     gone = [name for name in sheet.columns if name not in narrow.columns]
-    said = [name for name in gone if name in sheets.SAID]
-    below = [
-        f"{row[1]}: {'; '.join(cells)}"
-        for row in sheet.rows
-        if (cells := [row[sheet.columns.index(name)] for name in said if row[sheet.columns.index(name)]])
-    ]
-    if costs := [name for name in gone if name not in said]:
+    said = [index for index, name in enumerate(sheet.columns) if name in gone and name in sheets.SAID]
+    below = [f"{row[1]}: {'; '.join(cells)}" for row in sheet.rows if (cells := [row[at] for at in said if row[at]])]
+    if costs := [name for name in gone if name not in sheets.SAID]:
         below.append(f"Too wide for this terminal: {', '.join(costs)}; --format csv has them.")
     if sheet.more:
         below.append(f"{sheet.more:,} more rows; --limit 0 shows all")
