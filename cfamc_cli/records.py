@@ -66,7 +66,7 @@ class Record(Part):
     schema_version: Literal[1] = SCHEMA_VERSION
 
 
-R = TypeVar("R", bound=Record)
+R = TypeVar("R", bound=BaseModel)
 L = TypeVar("L")
 
 
@@ -574,7 +574,7 @@ def now() -> datetime:
 
 
 def load_record(path: Path | str, model: type[R]) -> R:
-    """Read a record.
+    """Read a record, or a recipe as it was resolved.
 
     Raises:
         CfamcError: The file cannot be read, or does not hold such a record; one line that names file and field.

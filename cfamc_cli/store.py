@@ -9,7 +9,7 @@ import re
 import secrets
 import socket
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,8 +17,12 @@ from pathlib import Path
 
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.files import explained, sync
+from cfamc_cli.recipe import Recipe
+from cfamc_cli.records import ProbeRecord, RunRecord, Status, load_record
 
 LATEST = "latest"
+RECORD = "record.json"  # what makes a probe or an attack one
+HEAD, PENDING = "head.safetensors", "pending.json"  # of a probe
 _SLUG_LENGTH = 48
 _ID = re.compile(r"\d{8}-\d{6}-[a-z0-9-]+-[0-9a-f]{6}")
 _LISTED = 8  # candidates that an error names
@@ -53,6 +57,30 @@ class RunFolder:
     @property
     def id(self) -> str:
         return self.path.name
+
+    @property
+    def status(self) -> Status | None:
+        """How far the run is; None where its record cannot be read."""
+        try:
+            return self.record().status
+        except CfamcError:
+            return None
+
+    def record(self) -> RunRecord:
+        """What run.json says.
+
+        Raises:
+            CfamcError: Exit 4; it is missing or damaged.
+        """
+        return load_record(self.run_json, RunRecord)
+
+    def recipe(self) -> Recipe:
+        """The recipe as it was resolved when the run began.
+
+        Raises:
+            CfamcError: Exit 4; the file is missing or damaged.
+        """
+        return load_record(self.resolved_json, Recipe)
 
 
 def default_store(runs: Path | None) -> Path:
@@ -157,6 +185,52 @@ def find_run(store: Path, reference: str, *, accept: Callable[[RunFolder], bool]
     if matches:
         raise _invalid(f"{reference!r} means {len(matches)} runs in {store}", _listed("one of", matches))
     raise _invalid(f"no run {reference!r:.200} in {store}", _listed("newest", runs[::-1]) if runs else "")
+
+
+def finished_probes(run: RunFolder) -> list[tuple[Path, ProbeRecord]]:
+    """The finished probes of a run, oldest first; records that cannot be read are left out."""
+    found = []
+    for path in run.probes.glob(f"*/{RECORD}"):
+        with suppress(CfamcError):
+            found.append((path.parent, load_record(path, ProbeRecord)))
+    return sorted(found, key=lambda item: (item[1].created, (item[0] / RECORD).stat().st_mtime_ns))
+
+
+def unfinished_probes(run: RunFolder) -> list[Path]:
+    """Folders of heads that were begun and can be gone on with, oldest first."""
+    begun = [path for path in run.probes.glob(f"*/{PENDING}") if not (path.parent / RECORD).exists()]
+    return [path.parent for path in sorted(begun, key=lambda path: (path.stat().st_mtime_ns, path))]
+
+
+def find_probe(run: RunFolder, reference: str) -> Path:
+    """Find a finished probe by its id, or the newest of a kind of head.
+
+    Raises:
+        CfamcError: There is none; exit code 2, and the hint lists what there is.
+    """
+    probes = finished_probes(run)
+    for folder, record in reversed(probes):
+        if reference in (folder.name, record.head):
+            return folder
+    names = ", ".join(folder.name for folder, _ in probes)
+    hint = f"it has {names}" if names else f"fit one with: cfamc probe {run.id}"
+    raise _invalid(f"run {run.id} has no probe {reference!r:.100}", hint)
+
+
+def standard_probe(run: RunFolder, encoder_digest: str) -> Path | None:
+    """The newest linear head that was fitted to this encoder on all of the run's own data."""
+    own, data = run.record().data, _identity(run.recipe().data.model_dump(mode="json"))
+    whole = own.n if own is not None and own.dataset != "stl10" else None  # of stl10 a part has labels
+    for folder, record in reversed(finished_probes(run)):
+        same = record.encoder_digest == encoder_digest and _identity(record.data) == data
+        if record.head == "linear" and same and whole in (None, record.train.n):
+            return folder
+    return None
+
+
+def _identity(data: Mapping[str, object]) -> dict[str, object]:
+    """A [data] table without the place where the files of a known set lie."""
+    return {key: value for key, value in data.items() if key != "root" or data["dataset"] == "folder"}
 
 
 @contextmanager

@@ -24,13 +24,13 @@ from cfamc_cli.commands.attack_report import Result, curves
 from cfamc_cli.commands.attack_settings import Flags, asked_attacks
 from cfamc_cli.commands.common import Options, session
 from cfamc_cli.commands.pretrain import pretrain
-from cfamc_cli.commands.probe import Request, ensure_head, load_test_images, probe
-from cfamc_cli.engine import robust
+from cfamc_cli.commands.probe import Request, ensure_head, load_encoder, load_test_images, probe
+from cfamc_cli.engine import heads, robust
 from cfamc_cli.engine.attacks import audit, autoattack
 from cfamc_cli.engine.attacks.autoattack import Stage, plan, run_stage, stage_name
 from cfamc_cli.engine.checkpoint import read_tensors
 from cfamc_cli.engine.data import ImageSet
-from cfamc_cli.engine.heads import Classifier, load_classifier
+from cfamc_cli.engine.heads import Classifier
 from cfamc_cli.engine.pictures import loss_by_step
 from cfamc_cli.engine.randomness import balanced_order
 from cfamc_cli.engine.robust import Outcome
@@ -38,7 +38,7 @@ from cfamc_cli.engine.sink import NullTalk
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.recipe import AutoAttackAttack
 from cfamc_cli.records import Accuracy, AttackRecord, ClassRobustness, Outcomes, ProbeRecord, load_record, unpack_bits
-from cfamc_cli.store import RunFolder, list_runs, lock
+from cfamc_cli.store import HEAD, RunFolder, list_runs, lock
 
 BLOCK = 8
 PGD = ("--eps", "1/255", "--steps", "3", "--limit", "20", "--head", "linear")
@@ -49,7 +49,13 @@ ATTACKS = '[[attack]]\nname = "pgd"\neps = "1/255"\nsteps = 2\n[[attack]]\nname 
 
 def head_of(run: RunFolder, options: Options, probe: str | None = None) -> Path:
     with session(options) as working:
-        return ensure_head(run, working, probe=probe)
+        return ensure_head(run, load_encoder(run, run.recipe(), working), working, probe=probe)
+
+
+def classifier_in(run: RunFolder, folder: Path) -> Classifier:
+    recipe, record = run.recipe(), load_record(folder / "record.json", ProbeRecord)
+    loaded = heads.load_encoder(run.checkpoints, recipe.model, device=torch.device("cpu"))
+    return heads.load_classifier(loaded, record, folder / HEAD, recipe)
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +239,7 @@ def judged(run: RunFolder, record: AttackRecord) -> tuple[Classifier, ImageSet, 
     probe_record = load_record(run.probes / record.probe / "record.json", ProbeRecord)
     data = load_test_images(run, probe_record, talk=NullTalk())
     order = balanced_order(data.require_labels(), "balanced order", data.fingerprint)[: record.data.n]
-    classifier = load_classifier(run, run.probes / record.probe, device=torch.device("cpu"))
+    classifier = classifier_in(run, run.probes / record.probe)
     return classifier, data, data.images[order].float() / 255, data.require_labels()[order]
 
 
@@ -516,7 +522,7 @@ def test_stored_examples_hold_at_every_batch_size(attack: Attack, store: Path) -
     attack(*PGD, "--save-examples", "12")
     run = the_run(store)
     stored = read_tensors(run.attacks / "pgd-001" / "examples.safetensors")
-    classifier = load_classifier(run, run.probes / "linear-001", device=torch.device("cpu"))
+    classifier = classifier_in(run, run.probes / "linear-001")
     for size in (1, 7, 64):
         parts = torch.split(stored["images"], size)
         assert torch.equal(torch.cat([classifier(part).argmax(1) for part in parts]), stored["labels"])

@@ -114,7 +114,7 @@ class Made:
             "features": features,
             "settings": {"head": "linear", "features": features, "standardize": standardize},
             "encoder_digest": self.digest,
-            "head_digest": write_head(folder, classifier, finetuned=False),
+            "head_digest": write_head(folder / "head.safetensors", classifier, finetuned=False),
             "train": data_used("train", 64, "fashion-mini"),
             "test": USED,
             "classes": tuple(ClassAccuracy(name=name, accuracy=None) for name in CLASSES),

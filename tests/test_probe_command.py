@@ -25,12 +25,12 @@ from torch import Tensor
 
 from cfamc_cli import cli, recipe_file
 from cfamc_cli.commands.common import Options, session
-from cfamc_cli.commands.probe import ensure_head, load_test_images
-from cfamc_cli.engine import checkpoint
+from cfamc_cli.commands.probe import ensure_head, load_encoder, load_test_images
+from cfamc_cli.engine import checkpoint, heads
 from cfamc_cli.engine.checkpoint import Checkpoint
 from cfamc_cli.engine.data import load
 from cfamc_cli.engine.foreign import read_foreign
-from cfamc_cli.engine.heads import Classifier, load_classifier, load_recipe
+from cfamc_cli.engine.heads import Classifier
 from cfamc_cli.engine.models import build_encoder
 from cfamc_cli.engine.probe import classify
 from cfamc_cli.engine.randomness import addressed_generator
@@ -46,7 +46,7 @@ from cfamc_cli.records import (
     now,
     save_record,
 )
-from cfamc_cli.store import RunFolder, cache_folder, create_run
+from cfamc_cli.store import HEAD, RunFolder, cache_folder, create_run
 
 CPU = torch.device("cpu")
 CLASSES = ("ant", "bee", "cat")
@@ -54,7 +54,13 @@ CLASSES = ("ant", "bee", "cat")
 
 def head_of(run: RunFolder, options: Options, probe: str | None = None) -> Path:
     with session(options) as working:
-        return ensure_head(run, working, probe=probe)
+        return ensure_head(run, load_encoder(run, run.recipe(), working), working, probe=probe)
+
+
+def classifier_in(run: RunFolder, folder: Path) -> Classifier:
+    recipe, record = run.recipe(), load_record(folder / "record.json", ProbeRecord)
+    loaded = heads.load_encoder(run.checkpoints, recipe.model, device=CPU)
+    return heads.load_classifier(loaded, record, folder / HEAD, recipe)
 
 
 @pytest.fixture(autouse=True)
@@ -142,13 +148,13 @@ def test_a_head_is_a_record_that_can_be_measured_again(probe: Command, kind: str
     assert record.encoder_digest == checkpoint.sha256(checkpoint.encode(saved.model))
     if kind == "knn":
         with pytest.raises(CfamcError, match="no differentiable logits") as refusal:
-            load_classifier(probe.run, folder, device=CPU)
+            classifier_in(probe.run, folder)
         assert refusal.value.exit_code == 2
         return
     assert record.head_digest == checkpoint.sha256((folder / "head.safetensors").read_bytes())
     images = load_test_images(probe.run, record, talk=NullTalk())
     assert images.labels is not None
-    classifier = load_classifier(probe.run, folder, device=CPU)
+    classifier = classifier_in(probe.run, folder)
     assert not classifier.training
     assert not any(parameter.requires_grad for parameter in classifier.parameters())
     answers = classify(classifier, images.images, device=CPU)
@@ -158,7 +164,7 @@ def test_a_head_is_a_record_that_can_be_measured_again(probe: Command, kind: str
         assert list(row) == [int((taken == other).sum()) for other in range(3)]
         assert part.accuracy is not None
         assert (part.accuracy.correct, part.accuracy.n) == (row[label], 5)
-    train = load(load_recipe(probe.run).data, "train", seed=0, cache=cache_folder(), talk=NullTalk())
+    train = load(probe.run.recipe().data, "train", seed=0, cache=cache_folder(), talk=NullTalk())
     crops = classifier.crops and dataclasses.replace(classifier.crops, split="train")
     fitted = Classifier(classifier.encoder, classifier.head, features=classifier.features, crops=crops).eval()
     hits = classify(fitted, train.images, device=CPU) == train.require_labels()
@@ -172,8 +178,8 @@ def test_the_same_probe_twice_is_the_same(probe: Command) -> None:
         for key in ("id", "created", "wall_seconds", "environment"):
             del record[key]
     assert first == second
-    heads = [(probe.run.probes / name / "head.safetensors").read_bytes() for name in ("crops-001", "crops-002")]
-    assert heads[0] == heads[1]
+    weights = [(probe.run.probes / name / "head.safetensors").read_bytes() for name in ("crops-001", "crops-002")]
+    assert weights[0] == weights[1]
 
 
 def test_a_table_says_how_sure_it_is(probe: Command) -> None:
@@ -200,7 +206,7 @@ def test_options_lie_over_the_recipes_own(tmp_path: Path, capsys: pytest.Capture
     assert (knn["features"], knn["settings"]["k"]) == ("pre_feature", 3)
     folder = probe.run.probes / "linear-002"
     record = load_record(folder / "record.json", ProbeRecord)
-    classifier = load_classifier(probe.run, folder, device=CPU)
+    classifier = classifier_in(probe.run, folder)
     assert classifier.head.mean is not None
     images = load_test_images(probe.run, record, talk=NullTalk())
     assert images.labels is not None
@@ -254,7 +260,7 @@ def test_what_changed_since_is_noticed(probe: Command, tmp_path: Path) -> None:
     head = (folder / "head.safetensors").read_bytes()
     (folder / "head.safetensors").write_bytes(head[:-1] + bytes([head[-1] ^ 1]))
     with pytest.raises(CfamcError, match="not the head") as changed_head:
-        load_classifier(probe.run, folder, device=CPU)
+        classifier_in(probe.run, folder)
     assert changed_head.value.exit_code == 4
     (folder / "head.safetensors").write_bytes(head)
 
@@ -268,7 +274,7 @@ def test_what_changed_since_is_noticed(probe: Command, tmp_path: Path) -> None:
     other = build_encoder(Model(width=8, hidden_dim=16, embedding_dim=8), generator=addressed_generator("other"))
     checkpoint.save(probe.run.checkpoints, 10, Checkpoint(other.state_dict(), {}, {"step": 10}))
     with pytest.raises(CfamcError, match="not the one that linear-001") as changed_encoder:
-        load_classifier(probe.run, folder, device=CPU)
+        classifier_in(probe.run, folder)
     assert changed_encoder.value.exit_code == 4
 
 
@@ -354,7 +360,7 @@ def test_a_torchvision_encoder_becomes_a_run(probe: Command, tmp_path: Path) -> 
     record = load_record(run.run_json, RunRecord)
     assert (record.status, record.imported) == ("finished", str(file))
     assert "without a pre_feature" in probe.refused(run.id, "--features", "pre_feature", code=2)
-    assert load_classifier(run, run.probes / "linear-001", device=CPU).features == "backbone"
+    assert classifier_in(run, run.probes / "linear-001").features == "backbone"
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "model.encoder."])

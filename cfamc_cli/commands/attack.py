@@ -13,8 +13,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
 from cfamc_cli.commands.attack_records import RECORD, Gallery, Ledger, key_of, open_ledger
 from cfamc_cli.commands.attack_report import (
     NOT_AUDITED,
@@ -28,7 +26,7 @@ from cfamc_cli.commands.attack_report import (
 from cfamc_cli.commands.attack_settings import Flags, Space, asked_attacks, check_flags, invalid
 from cfamc_cli.commands.common import Options, Session, interruption, session
 from cfamc_cli.errors import CfamcError, ExitCode, missing_library
-from cfamc_cli.files import read_bytes, write_bytes
+from cfamc_cli.files import write_bytes
 from cfamc_cli.recipe import Attack, Recipe, number
 from cfamc_cli.records import (
     Accuracy,
@@ -37,7 +35,6 @@ from cfamc_cli.records import (
     Flag,
     Outcomes,
     ProbeRecord,
-    RunRecord,
     ThreatModel,
     capture_environment,
     load_record,
@@ -45,7 +42,7 @@ from cfamc_cli.records import (
     save_record,
     unpack_bits,
 )
-from cfamc_cli.store import LATEST, RunFolder, default_store, find_run
+from cfamc_cli.store import HEAD, LATEST, RunFolder, default_store, find_run
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,8 +75,7 @@ def attack(reference: str | None, *, flags: Flags, options: Options) -> None:
             hint=f"go on with: cfamc pretrain --resume {run.id}",
             exit_code=ExitCode.BAD_DATA,
         )
-    recipe = _recipe_of(run)
-    status = load_record(run.run_json, RunRecord).status
+    recipe, status = run.recipe(), run.record().status
     asked = asked_attacks(flags, recipe)
     message, again = "interrupted; every finished stage is kept", "go on with the same command"
     with session(options) as working, interruption(message=message, hint=lambda: again):
@@ -93,17 +89,6 @@ def attack(reference: str | None, *, flags: Flags, options: Options) -> None:
 
 def _has_checkpoint(run: RunFolder) -> bool:
     return run.checkpoints.is_dir() and any(path.name.startswith("step-") for path in run.checkpoints.iterdir())
-
-
-def _recipe_of(run: RunFolder) -> Recipe:
-    """The recipe as it was resolved, read without torch."""
-    try:
-        return Recipe.model_validate_json(read_bytes(run.resolved_json))
-    except ValidationError as error:
-        problem = error.errors(include_url=False, include_context=False)[0]
-        where = ".".join(map(str, problem["loc"]))
-        message = f"{run.resolved_json}: {where}: {' '.join(problem['msg'].split())}"[:500]
-        raise CfamcError(message, exit_code=ExitCode.BAD_DATA) from error
 
 
 class _Work:
@@ -124,9 +109,10 @@ class _Work:
 
     def _prepare(self) -> None:
         """Head, classifier and samples."""
-        from cfamc_cli.commands.probe import ensure_head, load_test_images
+        from cfamc_cli.commands.probe import ensure_head, load_encoder, load_test_images
 
-        folder = ensure_head(self.run, self.working, probe=self.flags.head)
+        loaded = load_encoder(self.run, self.recipe, self.working)
+        folder = ensure_head(self.run, loaded, self.working, probe=self.flags.head)
         self.probe = load_record(folder / RECORD, ProbeRecord)
         if self.space == "crops" and self.probe.head != "crops":
             raise invalid(
@@ -140,7 +126,7 @@ class _Work:
         from cfamc_cli.engine.robust import BLOCK
 
         self.device = self.working.device
-        self.classifier = load_classifier(self.run, folder, device=self.device)
+        self.classifier = load_classifier(loaded, self.probe, folder / HEAD, self.recipe)
         data = load_test_images(self.run, self.probe, talk=self.talk)
         labels = data.require_labels()
         self.data = data

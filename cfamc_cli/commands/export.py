@@ -42,7 +42,7 @@ from cfamc_cli.records import (
     read_metrics,
     save_record,
 )
-from cfamc_cli.store import LATEST, RunFolder, cache_folder, find_run
+from cfamc_cli.store import HEAD, LATEST, RunFolder, cache_folder, find_run
 
 if TYPE_CHECKING:
     from cfamc_cli.engine.data import ImageSet
@@ -132,12 +132,11 @@ def _export_weights(
     from cfamc_cli.engine import data as datasets
     from cfamc_cli.engine import export as engine
     from cfamc_cli.engine.device import out_of_memory
-    from cfamc_cli.engine.heads import load_recipe
 
     engine.require(wanted)
     talk = working.talk
     with out_of_memory():
-        recipe = load_recipe(run)
+        recipe = run.recipe()
         if record.status != "finished":
             talk.warning(f"run {run.id} is not finished ({record.status}); its newest checkpoint is exported")
         chosen = _choose(run, record, recipe, part, head, working)
@@ -198,19 +197,12 @@ def _choose(
     working: Session,
 ) -> _Choice:
     """Read the part of a run that is asked for."""
+    from cfamc_cli.commands.probe import ensure_head, load_encoder
     from cfamc_cli.engine import export as engine
-    from cfamc_cli.engine.heads import load_classifier, load_encoder
+    from cfamc_cli.engine.heads import load_classifier
 
     device, model, probe = working.device, recipe.model, None
-    folder = None
-    if part == "classifier":
-        from cfamc_cli.commands.probe import ensure_head
-
-        folder = ensure_head(run, working, probe=head)
-        probe = load_record(folder / "record.json", ProbeRecord)
-    loaded = load_encoder(run.checkpoints, model, device=device)
-    for warning in loaded.warnings:
-        working.talk.warning(warning)
+    loaded = load_encoder(run, recipe, working)
     match part:
         case "backbone":
             subject = engine.backbone_of(loaded.encoder, model, device=device)
@@ -223,8 +215,10 @@ def _choose(
                 )
             subject = engine.encoder_of(loaded.encoder, model, device=device)
         case "classifier":
-            assert folder is not None, "a classifier has a probe"
-            subject = engine.classifier_of(load_classifier(run, folder, device=device), model, device=device)
+            folder = ensure_head(run, loaded, working, probe=head)
+            probe = load_record(folder / "record.json", ProbeRecord)
+            classifier = load_classifier(loaded, probe, folder / HEAD, recipe)
+            subject = engine.classifier_of(classifier, model, device=device)
         case _:
             assert_never(part)
     source = Source(

@@ -158,7 +158,7 @@ def _starting_weights(recipe: Recipe, store: Path) -> tuple[str, dict[str, Tenso
 
 
 def _resume(reference: str, wanted: Recipe | None, options: Options) -> list[RunRecord]:
-    run = find_run(options.store, reference, accept=_unfinished)
+    run = find_run(options.store, reference, accept=lambda run: run.status not in (None, "finished"))
     if not run.run_json.exists() or not run.recipe_toml.exists():
         raise CfamcError(
             f"{run.path} holds no record to go on from: it was ended before it began",
@@ -181,13 +181,6 @@ def _resume(reference: str, wanted: Recipe | None, options: Options) -> list[Run
         # What may differ, where the data lie and how checkpoints are kept, is taken from the recipe that was given.
         recipe = wanted or recipe
         return _train(recipe, _load(recipe, working), run, working, world=world, fresh=False)
-
-
-def _unfinished(run: RunFolder) -> bool:
-    try:
-        return load_record(run.run_json, RunRecord).status != "finished"
-    except CfamcError:
-        return False
 
 
 @contextmanager

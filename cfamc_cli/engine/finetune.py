@@ -20,13 +20,13 @@ from cfamc_cli.engine import ball
 from cfamc_cli.engine import checkpoint as checkpoints
 from cfamc_cli.engine.adversary import ascend_loss
 from cfamc_cli.engine.checkpoint import Checkpoint
+from cfamc_cli.engine.data import ImageSet, to_device
 from cfamc_cli.engine.data import batch as gather
-from cfamc_cli.engine.data import to_device
 from cfamc_cli.engine.device import autocast, pick_precision
 from cfamc_cli.engine.heads import Classifier, feature_dim, stored
 from cfamc_cli.engine.models import Encoder
 from cfamc_cli.engine.optim import learning_rate
-from cfamc_cli.engine.probe import new_head
+from cfamc_cli.engine.probe import Fitted, classify, new_head, told
 from cfamc_cli.engine.randomness import addressed_generator, epoch_order
 from cfamc_cli.engine.sink import Talk
 from cfamc_cli.errors import CfamcError, ExitCode
@@ -130,6 +130,20 @@ class SupervisedTrainer:
                 return signal
         return 0
 
+    def take_up(self, folder: Path) -> float:
+        """Stand where the newest whole checkpoint in `folder` stood, if there is one; returns the seconds until then.
+
+        Raises:
+            CfamcError: Exit 4; there are some, and none is whole or fits.
+        """
+        if not checkpoints.list_checkpoints(folder):
+            return 0.0
+        path, saved, problems = checkpoints.newest_valid(folder)
+        for problem in problems:
+            self.talk.warning(f"{problem.message}; going back to {path.name}")
+        self.load(saved, path=path)
+        return float(str(saved.progress.get("seconds", 0.0)))
+
     def load(self, saved: Checkpoint, *, path: Path) -> None:
         """Stand where `saved` stood.
 
@@ -144,6 +158,15 @@ class SupervisedTrainer:
             own = torch.empty_like(parameter).copy_(tensor) if tensor.dim() else tensor.clone()
             self.optimizer.state[parameter][key] = own
         self.step = int(str(saved.progress["step"]))
+
+    def judged(self, train: ImageSet, test: ImageSet) -> Fitted:
+        """The classifier as it stands, and what it answers on whole splits."""
+        classifier = self.classifier.eval()
+        fitted, answers = (
+            classify(classifier, part.images, device=self.device, each=told(self.talk, f"judging on {part.split}"))
+            for part in (train, test)
+        )
+        return Fitted(classifier, fitted, answers)
 
     def _save(self, folder: Path, loss: Tensor, *, seconds: float) -> None:
         trained = [loss, *(parameter.detach() for parameter in self.parameters)]

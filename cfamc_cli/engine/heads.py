@@ -6,15 +6,12 @@ features, C classes, n crops of a sample, S pixels of a side. Images are float i
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
@@ -23,23 +20,11 @@ from cfamc_cli.engine.crops import CropParameters, crop_batch, sample_parameters
 from cfamc_cli.engine.models import Encoder
 from cfamc_cli.engine.randomness import addressed_generator
 from cfamc_cli.errors import CfamcError, ExitCode
-from cfamc_cli.files import read_bytes
-from cfamc_cli.recipe import AggregatedCrops, Augment, Crops, Features, Model, Probe, Recipe
-from cfamc_cli.records import ProbeRecord, load_record
+from cfamc_cli.recipe import AggregatedCrops, Augment, Crops, Features, Model, Recipe
+from cfamc_cli.records import ProbeRecord
 
-HEAD = "head.safetensors"
-RECORD = "record.json"
 _VIEWS = 512  # views of one forward pass
 _BLOCK = 64  # samples whose crops are drawn together; part of the address of a sample's crops
-
-
-class RunPaths(Protocol):
-    """The parts of a run that are read here."""
-
-    @property
-    def resolved_json(self) -> Path: ...
-    @property
-    def checkpoints(self) -> Path: ...
 
 
 class LinearHead(nn.Module):
@@ -186,7 +171,8 @@ class LoadedEncoder:
     """An encoder as a run left it.
 
     Attributes:
-        encoder: On the device, in eval mode, without gradients.
+        encoder: On `device`, in eval mode, without gradients.
+        device: Where to compute.
         digest: SHA-256 of its parameters and buffers.
         path: The checkpoint.
         warnings: What was wrong with newer checkpoints, one line each.
@@ -194,6 +180,7 @@ class LoadedEncoder:
     """
 
     encoder: Encoder
+    device: torch.device
     digest: str
     path: Path
     warnings: tuple[str, ...]
@@ -217,6 +204,7 @@ def load_encoder(folder: Path, model: Model, *, device: torch.device) -> LoadedE
     checkpoints.load_state(encoder, saved.model, path=path / checkpoints.MODEL)
     return LoadedEncoder(
         encoder=encoder.to(device).eval().requires_grad_(False),
+        device=device,
         digest=checkpoints.digest_of(encoder),
         path=path,
         warnings=tuple(f"{problem.message}; reading {path.name}" for problem in problems),
@@ -229,69 +217,46 @@ def feature_dim(encoder: Encoder, features: Features) -> int:
     return encoder.backbone.feature_dim if features == "backbone" else len(encoder.state_dict()["pre_feature.0.bias"])
 
 
-def load_recipe(run: RunPaths) -> Recipe:
-    """The recipe of a run, as it was resolved when the run began.
-
-    Raises:
-        CfamcError: Exit 4; the file is missing or damaged.
-    """
-    path = run.resolved_json
-    try:
-        return Recipe.model_validate_json(read_bytes(path))
-    except ValidationError as error:
-        problem = error.errors(include_url=False, include_context=False)[0]
-        where = ".".join(map(str, problem["loc"]))
-        raise CfamcError(f"{path}: {where}: {problem['msg']}"[:500], exit_code=ExitCode.BAD_DATA) from error
-
-
-_PROBE: TypeAdapter[Probe] = TypeAdapter(Probe)
-
-
-def load_classifier(run: RunPaths, probe_folder: Path, *, device: torch.device) -> Classifier:
-    """Read encoder and head of a finished probe, ready to be judged: eval mode, float32, no gradients of parameters.
+def load_classifier(loaded: LoadedEncoder, probe: ProbeRecord, path: Path, recipe: Recipe) -> Classifier:
+    """Read the head of a finished probe, ready to be judged: eval mode, float32, no gradients of parameters.
 
     Aggregated crops are those of the test split.
 
     Args:
-        run: The run that the head belongs to.
-        probe_folder: Such as probes/linear-001.
-        device: Where to put it.
+        loaded: The encoder of the run; the classifier has it, on the same device.
+        probe: The record of the head.
+        path: Its weights.
+        recipe: That of the run.
 
     Raises:
-        CfamcError: Exit 2 for knn, which has no logits to differentiate. Exit 4 where a file is missing or damaged,
+        CfamcError: Exit 2 for knn, which has no logits to differentiate. Exit 4 where the file is missing or damaged,
             or where encoder or head are not those that the record was made with.
     """
-    path = probe_folder / RECORD
-    record = load_record(path, ProbeRecord)
-    recipe = load_recipe(run)
-    if record.head == "knn":
+    name = path.parent.name
+    if probe.head == "knn":
         raise CfamcError(
-            f"{probe_folder.name} is a knn head, which has no differentiable logits",
+            f"{name} is a knn head, which has no differentiable logits",
             hint="name another head, such as one of: cfamc probe --head linear",
             exit_code=ExitCode.INVALID,
         )
-    loaded = load_encoder(run.checkpoints, recipe.model, device=device)
-    if loaded.digest != record.encoder_digest:
-        raise _changed(f"the encoder of {loaded.path} is not the one that {probe_folder.name} was fitted to")
-    tensors = checkpoints.read_tensors(probe_folder / HEAD)
-    if checkpoints.sha256(checkpoints.encode(tensors)) != record.head_digest:
-        raise _changed(f"{probe_folder / HEAD} is not the head that its record was made with")
-    head = LinearHead(
-        feature_dim(loaded.encoder, record.features), len(record.classes), standardized="head.mean" in tensors
-    )
-    try:
-        settings = _PROBE.validate_json(json.dumps(record.settings))
-    except ValidationError as error:
-        raise CfamcError(f"{path}: settings of no known head", exit_code=ExitCode.BAD_DATA) from error
-    crops = crop_source(recipe, settings, split="test") if isinstance(settings, AggregatedCrops) else None
-    classifier = Classifier(loaded.encoder, head.to(device), features=record.features, crops=crops)
-    checkpoints.load_state(stored(classifier, finetuned=record.head == "finetune"), tensors, path=probe_folder / HEAD)
+    if loaded.digest != probe.encoder_digest:
+        raise _changed(f"the encoder of {loaded.path} is not the one that {name} was fitted to")
+    tensors = checkpoints.read_tensors(path)
+    if checkpoints.sha256(checkpoints.encode(tensors)) != probe.head_digest:
+        raise _changed(f"{path} is not the head that its record was made with")
+    dim = feature_dim(loaded.encoder, probe.features)
+    head = LinearHead(dim, len(probe.classes), standardized="head.mean" in tensors).to(loaded.device)
+    crops = None
+    if probe.head == "crops":
+        crops = crop_source(recipe, AggregatedCrops.model_validate(probe.settings), split="test")
+    classifier = Classifier(loaded.encoder, head, features=probe.features, crops=crops)
+    checkpoints.load_state(stored(classifier, finetuned=probe.head == "finetune"), tensors, path=path)
     return classifier.eval().requires_grad_(False)
 
 
-def write_head(folder: Path, classifier: Classifier, *, finetuned: bool) -> str:
-    """Write head.safetensors, with the encoder where that was changed too, and return its SHA-256."""
-    return checkpoints.write_tensors(folder / HEAD, stored(classifier, finetuned=finetuned).state_dict())
+def write_head(path: Path, classifier: Classifier, *, finetuned: bool) -> str:
+    """Write the weights of a head, with the encoder where that was changed too, and return their SHA-256."""
+    return checkpoints.write_tensors(path, stored(classifier, finetuned=finetuned).state_dict())
 
 
 def stored(classifier: Classifier, *, finetuned: bool) -> nn.Module:

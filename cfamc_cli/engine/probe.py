@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import assert_never
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cfamc_cli.engine.data import ImageSet
 from cfamc_cli.engine.device import full_precision
-from cfamc_cli.engine.heads import Classifier, CropSource, LinearHead, feature_dim, read_features
+from cfamc_cli.engine.heads import Classifier, CropSource, LinearHead, crop_source, feature_dim, read_features
 from cfamc_cli.engine.models import Encoder
 from cfamc_cli.engine.optim import learning_rate
 from cfamc_cli.engine.randomness import addressed_generator, epoch_order
+from cfamc_cli.engine.sink import Talk
 from cfamc_cli.errors import CfamcError, ExitCode
-from cfamc_cli.recipe import AggregatedCrops, Cosine, Features, Linear
+from cfamc_cli.recipe import AggregatedCrops, Cosine, Features, Knn, Linear, Recipe
 from cfamc_cli.records import Accuracy, ClassAccuracy
 
 _CHUNK = 512  # samples of a forward pass, and rows of a distance matrix
@@ -29,8 +32,88 @@ CONVERGED = 1e-4  # largest entry of the gradient at which a head counts as conv
 Each = Callable[[int, int], None]  # told how many of how many are done
 
 
+def told(talk: Talk, task: str) -> Each:
+    """A person who hears how far a task is."""
+    return lambda done, total: talk.progress(task, done, total, {})
+
+
 def _silent(_done: int, _total: int) -> None:
     """Nobody listens."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A head that is done, and what it answers.
+
+    Attributes:
+        classifier: Encoder and head; None for knn, which has no weights.
+        train: (N,) predicted labels of the images that it was fitted to; None for knn.
+        test: (M,) predicted labels of the images that it is judged on.
+        converged: Whether the protocol "converged" came to the optimum; None for the others.
+    """
+
+    classifier: Classifier | None
+    train: Tensor | None
+    test: Tensor
+    converged: bool | None = None
+
+
+def fit_on_features(
+    encoder: Encoder,
+    settings: Linear | AggregatedCrops | Knn,
+    recipe: Recipe,
+    train: ImageSet,
+    test: ImageSet,
+    *,
+    device: torch.device,
+    talk: Talk,
+) -> Fitted:
+    """Extract the features of whole splits once, and fit a head to them.
+
+    Args:
+        encoder: On `device`; left as it was.
+        settings: Which head.
+        recipe: Its seed, and the crops of an aggregated head.
+        train: Labelled images to fit it to.
+        test: Images to judge it on.
+        device: Where to compute.
+        talk: Hears progress, and of a head that did not converge.
+
+    Raises:
+        CfamcError: Exit 3; the head diverged.
+    """
+    crops: dict[str, CropSource | None] = {"train": None, "test": None}
+    if isinstance(settings, AggregatedCrops):
+        crops = {split: crop_source(recipe, settings, split=split) for split in crops}
+    features, queries = (
+        extract_features(
+            encoder,
+            part.images,
+            device=device,
+            features=settings.features,
+            crops=crops[part.split],
+            each=told(talk, f"features of {part.split}"),
+        )
+        for part in (train, test)
+    )
+    labels, classes, seed = train.require_labels().to(device), len(train.classes), recipe.seed
+    each = told(talk, f"fitting the {settings.head} head")
+    if isinstance(settings, Knn):
+        k, temperature = settings.k, settings.temperature
+        nearest = weighted_knn(features, labels, queries, classes=classes, k=k, temperature=temperature, each=each)
+        return Fitted(None, None, nearest)
+    statistics = features if isinstance(settings, Linear) and settings.standardize else None
+    head = new_head(features.shape[1], classes, seed=seed, device=device, statistics=statistics)
+    converged = None
+    if isinstance(settings, Linear) and settings.protocol == "converged":
+        gradient = fit_converged(head, features, labels, l2=settings.l2, each=each)
+        converged = gradient <= CONVERGED
+        if not converged:
+            talk.warning(f"the head had not converged when its time was up: gradient {gradient:.2g}")
+    else:
+        fit_by_batches(head, features, labels, settings=settings, seed=seed, each=each)
+    classifier = Classifier(encoder, head, features=settings.features, crops=crops["test"])
+    return Fitted(classifier, predict(head, features), predict(head, queries), converged)
 
 
 @torch.no_grad()

@@ -32,9 +32,10 @@ from cfamc_cli.engine.attacked import as_predictor
 from cfamc_cli.engine.attacks.autoattack import Stage, run_stage, stage_name
 from cfamc_cli.engine.attacks.fast import frozen_copy
 from cfamc_cli.engine.attacks.search import fooled, logits_at
-from cfamc_cli.engine.heads import load_classifier
+from cfamc_cli.engine.heads import load_classifier, load_encoder
 from cfamc_cli.recipe import ApgdAttack, FabAttack, SquareAttack, TargetedApgdAttack
-from cfamc_cli.store import RunFolder
+from cfamc_cli.records import ProbeRecord, load_record
+from cfamc_cli.store import HEAD, RECORD, RunFolder
 
 Perturb = Callable[[str, Tensor, Tensor, int], Tensor]  # stage, images, labels, seed
 _ROUNDING = 1e-6  # by which a reference's example may leave the ball
@@ -82,7 +83,10 @@ def packaged_classifier() -> nn.Module:
 def classifier_of(run: Path, head: str, sample: Tensor) -> nn.Module:
     """Encoder and head of a run, from images like `sample` to logits."""
     folder = RunFolder(run)
-    classifier = load_classifier(folder, probe_of(run, head), device=torch.device("cpu"))
+    probe = probe_of(run, head)
+    recipe, record = folder.recipe(), load_record(probe / RECORD, ProbeRecord)
+    loaded = load_encoder(folder.checkpoints, recipe.model, device=torch.device("cpu"))
+    classifier = load_classifier(loaded, record, probe / HEAD, recipe)
     logits = as_predictor(classifier, sample, space="image").logits
     assert isinstance(logits, nn.Module)
     return logits

@@ -28,11 +28,12 @@ from torch import Tensor, nn
 
 from cfamc_cli.engine.attacked import as_predictor
 from cfamc_cli.engine.attacks.autoattack import Plan
-from cfamc_cli.engine.heads import Classifier, load_classifier
+from cfamc_cli.engine.heads import Classifier, load_classifier, load_encoder
 from cfamc_cli.engine.robust import BLOCK, evaluate
 from cfamc_cli.engine.sink import NullTalk
 from cfamc_cli.recipe import PgdAttack
-from cfamc_cli.store import RunFolder
+from cfamc_cli.records import ProbeRecord, load_record
+from cfamc_cli.store import HEAD, RECORD, RunFolder
 
 CPU = torch.device("cpu")
 STEP_SIZE = 0.01  # of the official evaluation, which fixes it
@@ -121,7 +122,9 @@ def main() -> None:
     images, labels, _ = read_folder(options.folder / "test", limit=options.limit)
     x = images.float() / 255
     probe = probe_of(options.run, "linear")
-    classifier = load_classifier(RunFolder(options.run), probe, device=CPU)
+    folder = RunFolder(options.run)
+    loaded = load_encoder(folder.checkpoints, folder.recipe().model, device=CPU)
+    classifier = load_classifier(loaded, load_record(probe / RECORD, ProbeRecord), probe / HEAD, folder.recipe())
     eps = float(Fraction(options.eps))
     sides = {
         "official": official_evaluation(options.checkout, classifier, x, labels, eps=eps, steps=options.steps),

@@ -28,9 +28,9 @@ from torch import Tensor
 from cfamc_cli.engine import export
 from cfamc_cli.engine.attacks.pgd import pgd
 from cfamc_cli.engine.attacks.search import Region
-from cfamc_cli.engine.heads import Classifier, load_classifier, load_recipe
+from cfamc_cli.engine.heads import Classifier, load_classifier, load_encoder
 from cfamc_cli.records import Format, ProbeRecord, load_record
-from cfamc_cli.store import RunFolder
+from cfamc_cli.store import HEAD, RunFolder
 
 BATCH = 250
 FORMATS: tuple[Format, ...] = ("onnx", "pt2")
@@ -97,8 +97,10 @@ def main() -> None:
     if names != [entry.name for entry in record.classes]:
         raise ValueError(f"{options.folder} has the classes {names}, not those of {probe}, in their order")
     device = torch.device("cpu")
-    classifier = load_classifier(run, probe, device=device)
-    subject = export.classifier_of(classifier, load_recipe(run).model, device=device)
+    recipe = run.recipe()
+    loaded = load_encoder(run.checkpoints, recipe.model, device=device)
+    classifier = load_classifier(loaded, record, probe / HEAD, recipe)
+    subject = export.classifier_of(classifier, recipe.model, device=device)
 
     x = images.float() / 255
     attack = {"step_size": options.step_size, "steps": options.steps}
