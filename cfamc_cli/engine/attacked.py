@@ -6,6 +6,8 @@ function of the image; or its crops are themselves what is perturbed, as the pub
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal, assert_never
 
 import torch
@@ -18,37 +20,30 @@ from cfamc_cli.engine.heads import Classifier
 Space = Literal["image", "crops"]
 
 
-class _Features(nn.Module):
-    """What the head reads of an image, (N, 3, H, W) to (N, F)."""
+class _Network(nn.Module):
+    """A classifier, read by one of the functions below."""
 
-    def __init__(self, classifier: Classifier) -> None:
+    def __init__(self, classifier: Classifier, reading: Callable[[Classifier, Tensor], Tensor]) -> None:
         super().__init__()
-        self.classifier = classifier
+        self.classifier, self.reading = classifier, reading
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.classifier.read(x, torch.zeros(len(x), dtype=torch.int64))
+        return self.reading(self.classifier, x)
 
 
-class _Images(nn.Module):
+def _features(classifier: Classifier, x: Tensor) -> Tensor:
+    """What the head reads of images, (N, 3, H, W) to (N, F)."""
+    return classifier.read(x, torch.zeros(len(x), dtype=torch.int64))
+
+
+def _of_images(classifier: Classifier, x: Tensor) -> Tensor:
     """Logits of images, (N, 3, H, W) to (N, C)."""
-
-    def __init__(self, classifier: Classifier) -> None:
-        super().__init__()
-        self.features = _Features(classifier)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.features.classifier.logits(self.features(x))
+    return classifier.logits(_features(classifier, x))
 
 
-class _Crops(nn.Module):
+def _of_crops(classifier: Classifier, x: Tensor) -> Tensor:
     """Logits of crops that are stacked in the channels, (N, n 3, S, S) to (N, C)."""
-
-    def __init__(self, classifier: Classifier) -> None:
-        super().__init__()
-        self.classifier = classifier
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.classifier.logits_of_crops(x.reshape(len(x), -1, 3, *x.shape[2:]).transpose(0, 1))
+    return classifier.logits_of_crops(x.reshape(len(x), -1, 3, *x.shape[2:]).transpose(0, 1))
 
 
 def stacked_crops(classifier: Classifier, x: Tensor, indices: Tensor) -> Tensor:
@@ -75,10 +70,10 @@ def as_predictor(classifier: Classifier, sample: Tensor, *, space: Space) -> Pre
     """
     match space:
         case "image":
-            whole = _Images(classifier)
-            return Predictor(whole, frozen_copy(whole, sample), (classifier,), whole.features)
+            network = _Network(classifier, _of_images)
+            return Predictor(network, frozen_copy(network, sample), (classifier,), partial(_features, classifier))
         case "crops":
-            crops = _Crops(classifier)
-            return Predictor(crops, frozen_copy(crops, sample), (classifier,))
+            network = _Network(classifier, _of_crops)
+            return Predictor(network, frozen_copy(network, sample), (classifier,))
         case _:
             assert_never(space)

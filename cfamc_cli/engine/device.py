@@ -26,19 +26,10 @@ def pick_device(name: str) -> torch.device:
     Raises:
         CfamcError: There is no such device here.
     """
-    device = _best_device() if name == "auto" else _named_device(name)
-    if device.type == "cpu":
-        _keep_freed_memory()
-    return device
-
-
-def _best_device() -> torch.device:
-    if torch.cuda.is_available():
+    if name == "auto" and torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def _named_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda", "mps"):
@@ -50,6 +41,8 @@ def _named_device(name: str) -> torch.device:
             hint="leave --device out, or name one of: cpu, cuda, cuda:0, mps",
             exit_code=ExitCode.INVALID,
         ) from error
+    if device.type == "cpu":
+        _keep_freed_memory()
     return device
 
 

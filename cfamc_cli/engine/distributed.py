@@ -91,9 +91,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, own: Tensor, world: World) -> Tensor:
         ctx.world = world  # type: ignore[attr-defined]
-        parts = [torch.empty_like(own) for _ in range(world.size)]
-        dist.all_gather(parts, own.contiguous())
-        return torch.cat(parts)
+        return torch.cat(_parts(own, world))
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None]:
@@ -131,11 +129,11 @@ def largest(flag: int, world: World) -> int:
 
 def gather_images(own: Sequence[Tensor], world: World) -> list[Tensor]:
     """Join (V, B / size, ...) tensors along the batch; every process gets the whole."""
-    if world.size == 1:
-        return list(own)
-    joined = []
-    for tensor in own:
-        parts = [torch.empty_like(tensor) for _ in range(world.size)]
-        dist.all_gather(parts, tensor.contiguous())
-        joined.append(torch.cat(parts, dim=1))
-    return joined
+    return list(own) if world.size == 1 else [torch.cat(_parts(tensor, world), dim=1) for tensor in own]
+
+
+def _parts(own: Tensor, world: World) -> list[Tensor]:
+    """Every process's tensor, by rank."""
+    parts = [torch.empty_like(own) for _ in range(world.size)]
+    dist.all_gather(parts, own.contiguous())
+    return parts

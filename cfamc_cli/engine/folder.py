@@ -108,10 +108,8 @@ def decode(path: Path, *, size: int | None) -> Pixels:
             _check_size(*image.size)
             if size is not None:
                 image.draft(image.mode, (2 * size, 2 * size))  # JPEG: skip frequencies that the resize would drop
-            if image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
-                rgb = _to_rgb(ImageOps.exif_transpose(image))
-            else:
-                rgb = _to_rgb(image)
+            turned = image.getexif().get(_EXIF_ORIENTATION, 1) != 1
+            rgb = _to_rgb(ImageOps.exif_transpose(image) if turned else image)
             return resize(rgb, size) if size is not None else np.asarray(rgb)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"has more than {MAX_PIXELS:,} pixels") from error

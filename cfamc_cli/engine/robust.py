@@ -10,14 +10,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cfamc_cli.engine.attacks.audit import AuditSettings, cheap_checks, full_checks, judge, trace_checks
 from cfamc_cli.engine.attacks.autoattack import Plan, passes, run_stage, stage_name
-from cfamc_cli.engine.attacks.search import Predict, logits_at
+from cfamc_cli.engine.attacks.search import logits_at
 from cfamc_cli.engine.attacks.verify import BATCHES, Meter, Predictor, in_region, look, undisturbed
 from cfamc_cli.engine.randomness import addressed_generator, addressed_seed
 from cfamc_cli.engine.sink import Talk
@@ -135,9 +134,7 @@ class _Pace:
 class _Work:
     """What the blocks of one evaluation share."""
 
-    predict: Predict  # what counts
-    search: Predict  # what attacks look through
-    embed: Predict | None
+    predictor: Predictor  # its passes are counted
     pace: _Pace
     plan: Plan
     seed: int
@@ -186,25 +183,16 @@ def evaluate(
     """
     _require(x, y, block_size)
     pace = _Pace(talk, label, plan, n=len(x), block_size=block_size)
-    meter = pace.meter
-    work = _Work(
-        predict=meter.watch(predictor.logits),
-        search=meter.watch(predictor.search),
-        embed=None if predictor.embed is None else meter.watch(predictor.embed),
-        pace=pace,
-        plan=plan,
-        seed=seed,
-        block_size=block_size,
-        device=device,
-    )
+    work = _Work(pace.meter.watched(predictor), pace, plan, seed, block_size, device)
+    predict = work.predictor.logits
     with undisturbed(predictor.modules, device) as traces:
         torch.manual_seed(addressed_seed("predictor", seed))
         head, head_labels = x[:_PROBED].to(device), y[:_PROBED].to(device)
-        classes = logits_at(work.predict, head).shape[1]
+        classes = logits_at(predict, head).shape[1]
         if not 0 <= int(y.min()) <= int(y.max()) < classes:
             raise ValueError(f"labels reach from {int(y.min())} to {int(y.max())}, but there are {classes} logits")
-        checks = cheap_checks(work.predict, head, head_labels)
-        meter.read()
+        checks = cheap_checks(predict, head, head_labels)
+        pace.meter.read()
         outcomes = _all_blocks(work, x, y, {(o.block, o.stage): o for o in finished}, commit)
         checks += _ledger_checks(outcomes)
         if audit is not None:
@@ -239,24 +227,16 @@ def _all_blocks(
             if outcome is None or not _follows(outcome, name, standing):
                 began = time.perf_counter()
                 torch.manual_seed(addressed_seed("predictor", work.seed, block, number))
-                before = torch.tensor(standing, device=work.device)
                 if number == 0:
-                    fates, examples = _predicted(work, images, labels)
+                    fates, examples = _predicted(work, images, labels), _no_examples(images)
                 else:
+                    before = torch.tensor(standing, device=work.device)
                     fates, examples = _attacked(work, images, labels, before, block, number, first)
-                forward, backward = work.pace.meter.read()
+                standing, broken, not_finite, unsteady, invalid = (tuple(bits) for bits in fates.tolist())
+                passed = work.pace.meter.read()
+                seconds = time.perf_counter() - began
                 outcome = Outcome(
-                    block=block,
-                    stage=number,
-                    name=name,
-                    standing=_mask(before & ~fates.lost),
-                    broken=_mask(fates.broken),
-                    not_finite=_mask(fates.not_finite),
-                    unsteady=_mask(fates.unsteady),
-                    invalid=_mask(fates.invalid),
-                    forward=forward,
-                    backward=backward,
-                    seconds=time.perf_counter() - began,
+                    block, number, name, standing, broken, not_finite, unsteady, invalid, *passed, seconds
                 )
                 commit(outcome, examples)
             standing = outcome.standing
@@ -273,63 +253,55 @@ def _follows(outcome: Outcome, name: str, standing: Mask) -> bool:
     return outcome.stage == 0 or tuple(any(fate) for fate in fates) == standing
 
 
-def _mask(bits: Tensor) -> Mask:
-    return tuple(bits.tolist())
+def _no_examples(x: Tensor) -> Examples:
+    return Examples((), torch.empty(0, *x.shape[1:]), ())
 
 
-class _Fates(NamedTuple):
-    """What a stage did to each sample of a block, (N,) bool; what is `lost` stands no longer."""
-
-    lost: Tensor
-    broken: Tensor
-    not_finite: Tensor
-    unsteady: Tensor
-    invalid: Tensor
-
-
-def _predicted(work: _Work, x: Tensor, y: Tensor) -> tuple[_Fates, Examples]:
-    """Stage 0: which samples are classified right at all."""
-    seen = look(work.predict, x)
-    wrong = seen.label != y
-    lost = wrong | ~seen.finite | ~seen.steady
-    fates = _Fates(lost, wrong, ~seen.finite, ~seen.steady | (seen.moved > 0), torch.zeros_like(wrong))
-    return fates, Examples((), torch.empty(0, *x.shape[1:]), ())
+def _predicted(work: _Work, x: Tensor, y: Tensor) -> Tensor:
+    """Stage 0, which samples are classified right at all: the five masks of its outcome, (5, N)."""
+    seen = look(work.predictor.logits, x)
+    right = seen.label == y
+    unsteady = ~seen.steady | (seen.moved > 0)
+    return torch.stack((right & seen.finite & seen.steady, ~right, ~seen.finite, unsteady, torch.zeros_like(right)))
 
 
 def _attacked(
     work: _Work, x: Tensor, y: Tensor, standing: Tensor, block: int, number: int, first: int
-) -> tuple[_Fates, Examples]:
-    """One stage on the samples of a block that still stand."""
-    plan, alive = work.plan, standing.nonzero().flatten()
-    fates = torch.zeros((4, len(x)), dtype=torch.bool, device=x.device)
-    examples = Examples((), torch.empty(0, *x.shape[1:]), ())
-    if len(alive):
-        given, labels = x[alive], y[alive]
-        generator = addressed_generator("attack", work.seed, block, number)
-        stage = plan.stages[number - 1]
-        points = run_stage(stage, work.search, given, labels, embed=work.embed, eot=plan.eot, generator=generator)
-        valid = in_region(given, points, eps=plan.eps, norm=plan.norm)
-        points = torch.where(valid[:, None, None, None], points, given) if points.shape == given.shape else given
-        seen = look(work.predict, points)
-        shown = torch.where(seen.label != labels, seen.label, seen.other)  # as wrong as it is at any batch size
-        broken = valid & seen.finite & (shown != labels)
-        fates[:, alive] = torch.stack((broken, ~seen.finite, seen.moved > 0, ~valid))
-        hits = broken.nonzero().flatten()
-        examples = Examples(
-            positions=tuple((alive[hits] + first).tolist()),
-            images=points[hits].cpu(),
-            labels=tuple(shown[hits].tolist()),
-        )
-    return _Fates(fates[0] | fates[1], *fates), examples
+) -> tuple[Tensor, Examples]:
+    """One stage on the samples of a block that still stand: the five masks of its outcome, (5, N), and its examples."""
+    plan, target, alive = work.plan, work.predictor, standing.nonzero().flatten()
+    fates = torch.zeros((5, len(x)), dtype=torch.bool, device=x.device)
+    if not len(alive):
+        return fates, _no_examples(x)
+    given, labels = x[alive], y[alive]
+    generator, stage = addressed_generator("attack", work.seed, block, number), plan.stages[number - 1]
+    points = run_stage(stage, target.search, given, labels, embed=target.embed, eot=plan.eot, generator=generator)
+    valid = in_region(given, points, eps=plan.eps, norm=plan.norm)
+    points = torch.where(valid[:, None, None, None], points, given) if points.shape == given.shape else given
+    seen = look(target.logits, points)
+    shown = torch.where(seen.label != labels, seen.label, seen.other)  # as wrong as it is at any batch size
+    broken = valid & seen.finite & (shown != labels)
+    fates[:, alive] = torch.stack((~broken & seen.finite, broken, ~seen.finite, seen.moved > 0, ~valid))
+    hits = broken.nonzero().flatten()
+    places, classes = (alive[hits] + first).tolist(), shown[hits].tolist()
+    return fates, Examples(tuple(places), points[hits].cpu(), tuple(classes))
 
 
 def _ledger_checks(outcomes: Sequence[Outcome]) -> list[Flag]:
     """What the ledger itself says against the numbers."""
-    count = {name: sum(sum(getattr(o, name)) for o in outcomes) for name in ("not_finite", "unsteady", "invalid")}
     return [
-        judge("not-finite", count["not_finite"], 0, "samples with a prediction that is not finite"),
-        judge("batch", count["unsteady"], 0, "samples whose prediction changes with the batch they are in"),
-        judge("invalid-example", count["invalid"], 0, "examples that are no images or left the ball"),
+        judge(
+            "not-finite", sum(sum(o.not_finite) for o in outcomes), 0, "samples with a prediction that is not finite"
+        ),
+        judge(
+            "batch",
+            sum(sum(o.unsteady) for o in outcomes),
+            0,
+            "samples whose prediction changes with the batch they are in",
+        ),
+        judge(
+            "invalid-example", sum(sum(o.invalid) for o in outcomes), 0, "examples that are no images or left the ball"
+        ),
     ]
 
 
@@ -339,7 +311,7 @@ def _audited(work: _Work, x: Tensor, y: Tensor, outcomes: Sequence[Outcome], aud
     robust = torch.tensor([bit for o in outcomes if o.stage == len(work.plan.stages) for bit in o.standing])
     rows = clean.nonzero().flatten()[: audit.samples]
     return full_checks(
-        work.predict,
+        work.predictor.logits,
         x[rows].to(work.device),
         y[rows].to(work.device),
         plan=work.plan,

@@ -60,6 +60,11 @@ class Meter:
 
         return counted
 
+    def watched(self, predictor: Predictor) -> Predictor:
+        """The same predictor, counted."""
+        embed = None if predictor.embed is None else self.watch(predictor.embed)
+        return Predictor(self.watch(predictor.logits), self.watch(predictor.search), predictor.modules, embed)
+
     def _went_back(self, grad: Tensor) -> None:
         self.backward += len(grad)
 
