@@ -515,17 +515,8 @@ Objective = Annotated[EmpSsl | SimClr | SupCon, Field(discriminator="name")]
 Adversary = Annotated[NoAdversary | PgdAdversary | FreeAdversary, Field(discriminator="name")]
 Schedule = Annotated[Cosine | OfficialCosine, Field(discriminator="name")]
 Probe = Annotated[Linear | RobustLinear | AggregatedCrops | Knn | Finetune, Field(discriminator="head")]
-Attack = Annotated[
-    PgdAttack
-    | FgsmAttack
-    | ApgdAttack
-    | TargetedApgdAttack
-    | FabAttack
-    | SquareAttack
-    | EmbeddingAttack
-    | AutoAttackAttack,
-    Field(discriminator="name"),
-]
+Stage = PgdAttack | FgsmAttack | ApgdAttack | TargetedApgdAttack | FabAttack | SquareAttack | EmbeddingAttack
+Attack = Annotated[Stage | AutoAttackAttack, Field(discriminator="name")]
 
 
 class Recipe(Table):

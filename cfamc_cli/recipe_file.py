@@ -13,6 +13,7 @@ import re
 import stat
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -45,22 +46,17 @@ _STAND_INS: dict[str, Any] = {  # valid, in place of what is broken or missing
     "objective": {"name": "emp-ssl"},
     "adversary": {"name": "none"},
 }
+_LISTS = ("crops", "attack")  # the tables with double brackets
 _MODELS = {field.alias or name: tables(field.annotation) for name, field in Recipe.model_fields.items()}
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong with a recipe.
+    """One thing that is wrong with a recipe."""
 
-    Attributes:
-        path: Dotted path of the key, list indices included; empty for the recipe as a whole.
-        message: What is wrong with it.
-        stale: Whether the key belongs to another choice of its table's name.
-    """
-
-    path: str
+    path: str  # dotted, list indices included; empty for the recipe as a whole
     message: str
-    stale: bool = False
+    stale: bool = False  # whether the key belongs to another choice of its table's name
 
     def __str__(self) -> str:
         return self.message if not self.path or f'"{self.path}"' in self.message else f"{self.path}: {self.message}"
@@ -77,15 +73,13 @@ def load(reference: str, *, overrides: Sequence[str] = (), seed: int | None = No
     Raises:
         CfamcError: There is no such recipe, it cannot be read, or something in it is wrong; names every problem.
     """
-    path = find(reference)
-    raw = parse(read(path, label=reference), label=reference)
-    problems = _override(raw, overrides)
+    raw = parse(read(find(reference), label=reference), label=reference)
+    problems = list(_override(raw, overrides))
     if seed is not None:
         if any(override.partition("=")[0].strip() == "seed" for override in overrides):
             problems.append(Problem("seed", "given twice, by --seed and by --set"))
         raw["seed"] = seed
-    label = f"{reference} with --set" if overrides else reference
-    return validate(raw, label=label, before=problems)
+    return validate(raw, label=f"{reference} with --set" if overrides else reference, before=problems)
 
 
 def shipped() -> dict[str, Path]:
@@ -107,11 +101,9 @@ def find(reference: str) -> Path:
     if reference in known:
         return known[reference]
     path = Path(reference)
-    try:
+    with suppress(OSError, ValueError):  # too long for a path, or a NUL in it
         if reference and os.path.lexists(path):
             return path
-    except (OSError, ValueError):  # too long for a path, or a NUL in it
-        pass
     short = Path(reference.replace("\\", "/"))
     if short.suffix == ".toml" and str(short.parent) in (".", "recipes") and short.stem in known:
         return known[short.stem]
@@ -200,53 +192,38 @@ def validate(raw: Mapping[str, Any], *, label: str, before: Sequence[Problem] = 
     problems += [problem for needed, problem in _across(recipe) if needed.isdisjoint(broken)]
     if not problems:
         return recipe
-    raise _refusal(label, problems, len(problems) + max(0, len(errors) - MAX_PROBLEMS))
-
-
-def _refusal(label: str, problems: Sequence[Problem], total: int) -> CfamcError:
-    shown = problems[:MAX_PROBLEMS]
+    shown, total = problems[:MAX_PROBLEMS], len(problems) + max(0, len(errors) - MAX_PROBLEMS)
     lines = [f"{_plain(label)}: {total} problem{'s' if total != 1 else ''}", *(str(problem) for problem in shown)]
-    if total > len(shown):
-        lines.append(f"and {total - len(shown)} more")
-    stale = next((problem for problem in problems if problem.stale), None)
+    lines += [f"and {total - len(shown)} more"] if total > len(shown) else []
     hint = "`cfamc recipes show cifar10` prints a recipe that loads"
-    if stale is not None:
+    if (stale := next((problem for problem in problems if problem.stale), None)) is not None:
         table = stale.path.rpartition(".")[0]
         hint = f"remove such keys, or replace the whole table: --set '{table}={{ ... }}'"
-    return CfamcError(
-        "\n".join(lines),
-        hint=hint,
-        exit_code=ExitCode.INVALID,
-        details={"problems": [{"path": problem.path, "message": problem.message} for problem in shown]},
-    )
+    details = {"problems": [{"path": problem.path, "message": problem.message} for problem in shown]}
+    raise CfamcError("\n".join(lines), hint=hint, exit_code=ExitCode.INVALID, details=details)
 
 
 # Overrides
 
 
-def _override(raw: dict[str, Any], overrides: Sequence[str]) -> list[Problem]:
+def _override(raw: dict[str, Any], overrides: Sequence[str]) -> Iterator[Problem]:
     """Apply `--set` texts to parsed TOML, in order."""
-    problems: list[Problem] = []
     done: list[str] = []
     for override in overrides:
         path, equals, text = override.partition("=")
         path = path.strip()
         keys = path.split(".")
-        name = f"--set {_plain(path)}"
         if not equals or not all(keys) or len(keys) > 16:
             message = "write KEY=VALUE with a dotted key, such as --set train.epochs=5"
-            problems.append(Problem(f"--set {_plain(override)}", message))
+            yield Problem(f"--set {_plain(override)}", message)
             continue
-        earlier = next((other for other in done if f"{other}.".startswith(f"{path}.")), None)
-        if earlier is not None:
-            what = "given twice" if earlier == path else f"would undo --set {_plain(earlier)}; give it first"
-            problems.append(Problem(name, what))
-            continue
-        done.append(path)
-        problem = _place(raw, keys, _value(text.strip()))
-        if problem:
-            problems.append(Problem(name, problem))
-    return problems
+        if earlier := next((other for other in done if f"{other}.".startswith(f"{path}.")), ""):
+            wrong = "given twice" if earlier == path else f"would undo --set {_plain(earlier)}; give it first"
+        else:
+            done.append(path)
+            wrong = _place(raw, keys, _value(text.strip()))
+        if wrong:
+            yield Problem(f"--set {_plain(path)}", wrong)
 
 
 def _value(text: str) -> Any:
@@ -318,77 +295,64 @@ _WORDS = {  # of Pydantic's kinds of errors, filled with its own context
 
 def _worded(errors: Sequence[Mapping[str, Any]]) -> list[Problem]:
     problems: dict[str, Problem] = {}
-    for error in errors:
-        for problem in _problems_of(error):
-            problems.setdefault(problem.path, problem)
+    for problem in (problem for error in errors for problem in _problems_of(error)):
+        problems.setdefault(problem.path, problem)
     return list(problems.values())
 
 
 def _problems_of(error: Mapping[str, Any]) -> Iterator[Problem]:
-    loc = _without_tag(error["loc"])
+    loc, kind, value, context = _without_tag(error["loc"]), error["type"], error["input"], error.get("ctx", {})
+    if kind == "missing" and isinstance(loc[-1], int):
+        loc, kind = loc[:-1], "too_long"  # a list of numbers that is too short is told as one too long
     path = ".".join(_plain(str(part)) for part in loc)
-    kind, value, context = error["type"], error["input"], error.get("ctx", {})
     match kind:
         case "at_field":
             for field, message in context["fields"].items():
                 yield Problem(f"{path}.{field}", message)
         case "extra_forbidden":
             yield _unknown(error["loc"], path)
-        case "missing" if isinstance(loc[-1], int):  # a tuple that is too short
-            yield Problem(path.rpartition(".")[0], _wants_list(loc[-2], value))
-        case "missing":
-            yield Problem(path, _missing(path))
-        case "too_long" if loc[-1] not in ("crops", "attack"):
-            yield Problem(path, _wants_list(loc[-1], value))
         case "too_short" if len(value) >= context["min_length"]:
             return  # what is wrong with its entries is told already
         case "union_tag_not_found":
             yield Problem(f"{path}.{_tag(path)}", f"missing; {_one_of(_choices(path))}")
         case "union_tag_invalid":
             yield Problem(f"{path}.{_tag(path)}", _not_among(value[_tag(path)], _choices(path)))
-        case "literal_error" if path == "schema":
-            yield Problem(path, f"must be 1, the version that this cfamc reads, not {_shown(value)}")
-        case "literal_error":
-            yield Problem(path, _not_among(value, re.findall("'([^']+)'", context["expected"])))
         case _:
-            spelled = {key: _limit(found) for key, found in context.items()}
+            yield Problem(path, _message(kind, value, context, loc))
+
+
+def _message(kind: str, value: Any, context: Mapping[str, Any], loc: Sequence[str | int]) -> str:
+    key = loc[-1]
+    match kind:
+        case "missing":
+            return f"missing{_MISSING[str(key)]}" if len(loc) == 1 and key in _MISSING else "missing"
+        case "too_long" if key not in _LISTS:
+            return f"must be a list of {4 if key == 'jitter' else 2} numbers, not of {len(value)}"
+        case "literal_error" | "int_parsing_size" if key == "schema":
+            return f"must be 1, the version that this cfamc reads, not {_shown(value)}"
+        case "literal_error":
+            return _not_among(value, re.findall("'([^']+)'", context["expected"]))
+        case _:
+            spelled = {name: _limit(found) for name, found in context.items()}
             length = len(value) if isinstance(value, str) else 0
-            text = _WORDS[kind].format(**spelled, shown=_shown(value), length=length, key=loc[-1])
-            yield Problem(path, text + _meant(kind, value, loc))
+            text = _WORDS[kind].format(**spelled, shown=_shown(value), length=length, key=key)
+            return text + _meant(kind, value, key)
 
 
 def _limit(found: object) -> object:
     return f"{found:_}" if isinstance(found, int) else f"{found:g}" if isinstance(found, float) else found
 
 
-def _meant(kind: str, value: Any, loc: Sequence[str | int]) -> str:
+def _meant(kind: str, value: Any, key: str | int) -> str:
     """A way out for the most likely slip of a wrong type."""
-    if kind == "tuple_type" and isinstance(value, dict) and loc[-1] in ("crops", "attack"):
-        return f" (did you mean [[{loc[-1]}]], with double brackets?)"
+    if kind == "tuple_type" and isinstance(value, dict) and key in _LISTS:
+        return f" (did you mean [[{key}]], with double brackets?)"
     if kind in ("float_type", "int_type") and isinstance(value, str) and re.fullmatch(r"[0-9.eE+-]{1,20}", value):
         complete = re.sub(r"(?<![0-9])[.]", "0.", re.sub(r"[.](?![0-9])", ".0", value))  # TOML: digits on both sides
         return f" (did you mean {complete}{', without quotes' if complete == value else ''}?)"
-    if kind == "string_type" and loc[-1] == "name" and isinstance(value, int | float) and not isinstance(value, bool):
+    if kind == "string_type" and key == "name" and isinstance(value, int | float) and not isinstance(value, bool):
         return " (in quotes it is text; from a shell: 'name=\"7\"')"
     return ""
-
-
-def _missing(path: str) -> str:
-    match path:
-        case "schema":
-            return "missing; write schema = 1"
-        case "crops":
-            return "missing; add a table [[crops]] with a count"
-        case "objective" | "adversary":
-            return f"missing; add a table [{path}] with a name: {_one_of(_choices(path))}"
-        case "data":
-            return "missing; add a table [data] with a dataset"
-        case _:
-            return "missing"
-
-
-def _wants_list(key: str | int, value: Sequence[Any]) -> str:
-    return f"must be a list of {4 if key == 'jitter' else 2} numbers, not of {len(value)}"
 
 
 def _unknown(loc: Sequence[str | int], path: str) -> Problem:
@@ -410,7 +374,7 @@ def _unknown(loc: Sequence[str | int], path: str) -> Problem:
 def _all_paths() -> Iterator[str]:
     for key, models in _MODELS.items():
         for inner in (inner for model in models for inner in model.model_fields):
-            yield f"{key}.0.{inner}" if key in ("crops", "attack") else f"{key}.{inner}"
+            yield f"{key}.0.{inner}" if key in _LISTS else f"{key}.{inner}"
 
 
 def _tag(path: str) -> str:
@@ -440,7 +404,15 @@ def _not_among(value: Any, allowed: Sequence[str]) -> str:
 
 def _one_of(allowed: Sequence[str]) -> str:
     quoted = [f'"{choice}"' for choice in allowed]
-    return f"must be {', '.join(quoted[:-1])} or {quoted[-1]}"
+    return "must be " + " or ".join(filter(None, (", ".join(quoted[:-1]), quoted[-1])))
+
+
+_MISSING = {
+    "schema": "; write schema = 1",
+    "crops": "; add a table [[crops]] with a count",
+    "data": "; add a table [data] with a dataset",
+    **{key: f"; add a table [{key}] with a name: {_one_of(_choices(key))}" for key in ("objective", "adversary")},
+}
 
 
 def _shown(value: Any) -> str:

@@ -298,6 +298,8 @@ def test_another_choice_leaves_stale_keys_and_the_hint_says_how_to_replace_the_t
         ("seed=4294967296", "seed: must be below 4_294_967_296, not 4294967296"),
         ("schema=2", "schema: must be 1, the version that this cfamc reads, not 2"),
         ("schema=one", 'schema: must be 1, the version that this cfamc reads, not the text "one"'),
+        (f"schema={10**40}", "schema: must be 1, the version that this cfamc reads, not a number of more than 38 digits"),
+        ("optimizer.name=sgd", 'optimizer.name: must be "lars", not the text "sgd"'),
         ("crops=[]", "crops: needs at least one table: [[crops]]"),
         ("crops=3", "crops: must be a list, not 3"),
         ("crops=[3]", "crops.0: must be a table, not 3"),
