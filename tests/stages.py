@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from cfamc_cli.engine.attacks.autoattack import Plan, Stage
+from cfamc_cli.engine.attacks.autoattack import Plan
 from cfamc_cli.recipe import (
     ApgdAttack,
     EmbeddingAttack,
@@ -13,6 +13,7 @@ from cfamc_cli.recipe import (
     Norm,
     PgdAttack,
     SquareAttack,
+    Stage,
     TargetedApgdAttack,
 )
 

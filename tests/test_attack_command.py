@@ -27,7 +27,7 @@ from cfamc_cli.commands.pretrain import pretrain
 from cfamc_cli.commands.probe import Request, ensure_head, load_encoder, load_test_images, probe
 from cfamc_cli.engine import heads, robust
 from cfamc_cli.engine.attacks import audit, autoattack
-from cfamc_cli.engine.attacks.autoattack import Stage, plan, run_stage, stage_name
+from cfamc_cli.engine.attacks.autoattack import plan, run_stage, stage_name
 from cfamc_cli.engine.checkpoint import read_tensors
 from cfamc_cli.engine.data import ImageSet
 from cfamc_cli.engine.heads import Classifier
@@ -36,7 +36,7 @@ from cfamc_cli.engine.randomness import balanced_order
 from cfamc_cli.engine.robust import Outcome
 from cfamc_cli.engine.sink import NullTalk
 from cfamc_cli.errors import CfamcError, ExitCode
-from cfamc_cli.recipe import AutoAttackAttack
+from cfamc_cli.recipe import AutoAttackAttack, Stage
 from cfamc_cli.records import Accuracy, AttackRecord, ClassRobustness, Outcomes, ProbeRecord, load_record, unpack_bits
 from cfamc_cli.store import HEAD, RunFolder, list_runs, lock
 

@@ -11,7 +11,7 @@ from stages import apgd, embedding, ensemble, pgd
 from torch import Tensor, nn
 
 from cfamc_cli.engine import robust as module
-from cfamc_cli.engine.attacks.autoattack import Plan, Stage
+from cfamc_cli.engine.attacks.autoattack import Plan
 from cfamc_cli.engine.attacks.fast import frozen_copy
 from cfamc_cli.engine.attacks.search import Predict
 from cfamc_cli.engine.attacks.verify import Meter, Predictor, in_region, look, undisturbed
@@ -19,7 +19,7 @@ from cfamc_cli.engine.ball import norms
 from cfamc_cli.engine.randomness import balanced_order
 from cfamc_cli.engine.robust import Evaluation, Examples, Outcome, evaluate
 from cfamc_cli.engine.sink import NullTalk
-from cfamc_cli.recipe import Norm
+from cfamc_cli.recipe import Norm, Stage
 from cfamc_cli.records import Stage as StageTotal
 
 CPU = torch.device("cpu")

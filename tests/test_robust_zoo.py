@@ -14,11 +14,12 @@ from torch.nn.functional import batch_norm, dropout, one_hot
 from cfamc_cli.engine import robust
 from cfamc_cli.engine.attacks import audit
 from cfamc_cli.engine.attacks.audit import AuditSettings
-from cfamc_cli.engine.attacks.autoattack import Plan, Stage
+from cfamc_cli.engine.attacks.autoattack import Plan
 from cfamc_cli.engine.attacks.search import Predict
 from cfamc_cli.engine.attacks.verify import Predictor, Traces
 from cfamc_cli.engine.robust import Evaluation, evaluate
 from cfamc_cli.engine.sink import NullTalk
+from cfamc_cli.recipe import Stage
 from cfamc_cli.records import Flag
 
 CLASSES, SIDE, EPS = 4, 8, 16 / 255

@@ -29,11 +29,11 @@ from machine import emit, machine
 from torch import Tensor, nn
 
 from cfamc_cli.engine.attacked import as_predictor
-from cfamc_cli.engine.attacks.autoattack import Stage, run_stage, stage_name
+from cfamc_cli.engine.attacks.autoattack import run_stage, stage_name
 from cfamc_cli.engine.attacks.fast import frozen_copy
 from cfamc_cli.engine.attacks.search import fooled, logits_at
 from cfamc_cli.engine.heads import load_classifier, load_encoder
-from cfamc_cli.recipe import ApgdAttack, FabAttack, SquareAttack, TargetedApgdAttack
+from cfamc_cli.recipe import ApgdAttack, FabAttack, SquareAttack, Stage, TargetedApgdAttack
 from cfamc_cli.records import ProbeRecord, load_record
 from cfamc_cli.store import HEAD, RECORD, RunFolder
 

@@ -28,11 +28,10 @@ from cfamc_cli.recipe import (
     Norm,
     PgdAttack,
     SquareAttack,
+    Stage,
     TargetedApgdAttack,
     number,
 )
-
-Stage = PgdAttack | FgsmAttack | ApgdAttack | TargetedApgdAttack | FabAttack | SquareAttack | EmbeddingAttack
 
 _EOT = 20  # passes for each gradient of the version "rand"
 
