@@ -12,13 +12,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
+from tiny import tiny_recipe
 from torch import Tensor
 from torchvision.transforms.v2.functional import resized_crop
 
 from cfamc_cli.engine import checkpoint, heads, probe
 from cfamc_cli.engine.crops import CropParameters
+from cfamc_cli.engine.data import ImageSet
 from cfamc_cli.engine.finetune import SupervisedTrainer, shift_and_flip
-from cfamc_cli.engine.heads import Classifier, CropSource
+from cfamc_cli.engine.heads import Classifier, CropSource, LoadedEncoder
 from cfamc_cli.engine.models import Encoder, build_encoder
 from cfamc_cli.engine.randomness import addressed_generator, epoch_order
 from cfamc_cli.engine.sink import NullTalk
@@ -264,17 +266,9 @@ LONG: dict[str, Callable[[], RobustLinear | Finetune]] = {
 
 
 def trainer(settings: RobustLinear | Finetune, *, count: int = 24) -> SupervisedTrainer:
-    return SupervisedTrainer(
-        encoder(),
-        images(count),
-        torch.arange(count) % 4,
-        classes=4,
-        settings=settings,
-        seed=0,
-        precision="float32",
-        device=CPU,
-        talk=NullTalk(),
-    )
+    few = ImageSet(images(count), torch.arange(count) % 4, tuple("abcd"), "folder", "train", "", "")
+    loaded = LoadedEncoder(encoder(), CPU, digest="", path=Path(), warnings=(), backbone_only=False)
+    return SupervisedTrainer(probe.Task(loaded, tiny_recipe(), few, few, NullTalk()), settings)
 
 
 def train(whole: SupervisedTrainer, folder: Path, *, until: int = 0) -> int:

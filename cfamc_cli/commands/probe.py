@@ -10,7 +10,8 @@ import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -50,7 +51,7 @@ from cfamc_cli.store import (
 if TYPE_CHECKING:
     from cfamc_cli.engine.data import ImageSet
     from cfamc_cli.engine.heads import LoadedEncoder
-    from cfamc_cli.engine.probe import Fitted
+    from cfamc_cli.engine.probe import Fitted, Task
     from cfamc_cli.engine.sink import Talk
 
 _MOST_CLASSES = 20  # that a table lists; a record has them all
@@ -58,27 +59,16 @@ _MOST_CLASSES = 20  # that a table lists; a record has them all
 
 @dataclass(frozen=True)
 class Request:
-    """Which head to fit; None leaves a setting to the recipe's [probe].
+    """Which head to fit; None leaves a setting to the recipe's [probe]."""
 
-    Attributes:
-        head: Its kind.
-        features: The layer that it reads.
-        crops: How many crops of an image "crops" reads.
-        epochs: How long it is trained.
-        protocol: "official" or "converged", for "linear".
-        data: Another data set than the run's: its name, or the path of a folder.
-        limit: Training images to fit it to, evenly of all classes.
-        overrides: Texts of --set.
-    """
-
-    head: str | None = None
-    features: str | None = None
-    crops: int | None = None
+    head: str | None = None  # its kind
+    features: str | None = None  # the layer that it reads
+    crops: int | None = None  # how many crops of an image "crops" reads
     epochs: int | None = None
-    protocol: str | None = None
-    data: str | None = None
-    limit: int | None = None
-    overrides: Sequence[str] = field(default=())
+    protocol: str | None = None  # "official" or "converged", for "linear"
+    data: str | None = None  # another data set than the run's: its name, or the path of a folder
+    limit: int | None = None  # training images to fit it to, evenly of all classes
+    overrides: Sequence[str] = ()  # texts of --set
 
 
 def probe(
@@ -295,92 +285,75 @@ def _fit(
     """Fit a head, a new one or one that was begun, and keep it; returns its folder."""
     from cfamc_cli.engine.device import out_of_memory
     from cfamc_cli.engine.finetune import SupervisedTrainer
-    from cfamc_cli.engine.probe import fit_on_features
+    from cfamc_cli.engine.probe import Task, fit_on_features
 
-    started, settings, talk, device = time.monotonic(), recipe.probe, working.talk, working.device
-    status = run.record().status
-    if status != "finished":
+    started, settings, talk, signals = time.monotonic(), recipe.probe, working.talk, working.signals
+    if (status := run.record().status) != "finished":
         talk.warning(f"run {run.id} is not finished but {status}: reading its newest checkpoint")
     if loaded.backbone_only and settings.features == "pre_feature":
         raise invalid(
             f"run {run.id} was imported without a pre_feature layer",
             "read the backbone instead: cfamc probe --features backbone",
         )
-    with out_of_memory():
+    with out_of_memory(), ExitStack() as held:
         train, test = _load_splits(run, recipe, transfer=transfer, limit=limit, talk=talk)
-        if not isinstance(settings, RobustLinear | Finetune):
-            fitted = fit_on_features(loaded.encoder, settings, recipe, train, test, device=device, talk=talk)
-            folder, seconds = new_item(run.probes, settings.head), time.monotonic() - started
-            return _keep(folder, run, recipe, loaded, train, test, fitted, seconds=seconds)
-        pending = PendingProbe(
-            recipe=recipe.resolved(),
-            transfer=transfer,
-            limit=limit,
-            encoder_digest=loaded.digest,
-            train=train.used(),
-            test=test.used(),
-        )
-        if begun is not None:
-            folder, before = begun, load_record(begun / PENDING, PendingProbe)
-            for found, expected in ((pending.train, before.train), (pending.test, before.test)):
-                _same_data(found, expected, whose=f"{folder.name} was begun")
-        else:
-            if unfinished := unfinished_probes(run):
-                talk.message(f"{unfinished[-1].name} is unfinished; go on with it by: cfamc probe {run.id} --resume")
-            folder = new_item(run.probes, settings.head)
-            save_record(folder / PENDING, pending)
-        with lock(RunFolder(folder)):
-            trainer = SupervisedTrainer(
-                loaded.encoder,
-                train.images,
-                train.require_labels().to(device),
-                classes=len(train.classes),
-                settings=settings,
-                seed=recipe.seed,
-                precision=recipe.train.precision,
-                device=device,
-                talk=talk,
-            )
+        task = Task(loaded, recipe, train, test, talk)
+        if isinstance(settings, RobustLinear | Finetune):
+            folder = begun or _begin(run, task, transfer=transfer, limit=limit)
+            pending = load_record(folder / PENDING, PendingProbe)
+            for images, expected in ((train, pending.train), (test, pending.test)):
+                _same_data(images.used(), expected, whose=f"{folder.name} was begun")
+            held.enter_context(lock(RunFolder(folder)))
+            trainer = SupervisedTrainer(task, settings)
             checkpoints = RunFolder(folder).checkpoints
             started -= trainer.take_up(checkpoints)  # the seconds of earlier sittings
-            with working.signals.deferred():
-                signal = trainer.train(
-                    checkpoints, stop=working.signals.pending, seconds=lambda: time.monotonic() - started
-                )
+            with signals.deferred():
+                signal = trainer.train(checkpoints, stop=signals.pending, seconds=lambda: time.monotonic() - started)
             if signal:
                 raise Interrupted(signal)
-            fitted = trainer.judged(train, test)
-            _keep(folder, run, recipe, loaded, train, test, fitted, seconds=time.monotonic() - started)
-            (folder / PENDING).unlink()
-            shutil.rmtree(checkpoints, ignore_errors=True)
+            fitted = trainer.judged()
+        else:
+            fitted = fit_on_features(task, settings)
+            folder = new_item(run.probes, settings.head)
+        _keep(folder, run, task, fitted, seconds=time.monotonic() - started)
+        (folder / PENDING).unlink(missing_ok=True)
+        shutil.rmtree(RunFolder(folder).checkpoints, ignore_errors=True)
     return folder
 
 
-def _keep(
-    folder: Path,
-    run: RunFolder,
-    recipe: Recipe,
-    loaded: LoadedEncoder,
-    train: ImageSet,
-    test: ImageSet,
-    fitted: Fitted,
-    *,
-    seconds: float,
-) -> Path:
-    """Write the weights of a head, then its record, which makes it one; returns its folder."""
+def _begin(run: RunFolder, task: Task, *, transfer: bool, limit: int | None) -> Path:
+    """Make the folder of a head that can be gone on with."""
+    if unfinished := unfinished_probes(run):
+        task.talk.message(f"{unfinished[-1].name} is unfinished; go on with it by: cfamc probe {run.id} --resume")
+    folder = new_item(run.probes, task.recipe.probe.head)
+    pending = PendingProbe(
+        recipe=task.recipe.resolved(),
+        transfer=transfer,
+        limit=limit,
+        encoder_digest=task.loaded.digest,
+        train=task.train.used(),
+        test=task.test.used(),
+    )
+    save_record(folder / PENDING, pending)
+    return folder
+
+
+def _keep(folder: Path, run: RunFolder, task: Task, fitted: Fitted, *, seconds: float) -> None:
+    """Write the weights of a head, then its record, which makes it one."""
     from cfamc_cli.engine.checkpoint import digest_of
     from cfamc_cli.engine.device import describe
     from cfamc_cli.engine.heads import write_head
     from cfamc_cli.engine.probe import accuracy_by_class, confusion_of
 
-    settings, right, digest = recipe.probe, None, None
+    recipe, loaded, train, test = task.recipe, task.loaded, task.train, task.test
+    settings, accuracy, digest = recipe.probe, None, None
     finetuned = isinstance(settings, Finetune)
     # a frozen encoder that changed would make every number of this head worthless
     assert finetuned or digest_of(loaded.encoder) == loaded.digest, "fitting a head changed the encoder"
     if fitted.classifier is not None:
         digest = write_head(folder / HEAD, fitted.classifier, finetuned=finetuned)
     if fitted.train is not None:
-        right = int((fitted.train.cpu() == train.require_labels()).sum())
+        accuracy = Accuracy.of(int((fitted.train == task.labels()).sum()), len(train))
     assert test.labels is not None, "labelled() raises otherwise"
     confusion = confusion_of(test.labels, fitted.test.cpu(), classes=len(train.classes))
     record = ProbeRecord(
@@ -397,7 +370,7 @@ def _keep(
         data=recipe.data.model_dump(mode="json"),
         train=train.used(),
         test=test.used(),
-        train_accuracy=None if right is None else Accuracy.of(right, len(train)),
+        train_accuracy=accuracy,
         converged=fitted.converged,
         test_accuracy=Accuracy.of(sum(row[label] for label, row in enumerate(confusion)), len(test)),
         classes=accuracy_by_class(confusion, train.classes),
@@ -406,7 +379,6 @@ def _keep(
         environment=capture_environment(describe(loaded.device)),
     )
     save_record(folder / RECORD, record)
-    return folder
 
 
 # Foreign weights

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, assert_never
+from typing import assert_never
 
 import torch
 import torch.nn.functional as F
@@ -20,15 +20,13 @@ from cfamc_cli.engine import ball
 from cfamc_cli.engine import checkpoint as checkpoints
 from cfamc_cli.engine.adversary import ascend_loss
 from cfamc_cli.engine.checkpoint import Checkpoint
-from cfamc_cli.engine.data import ImageSet, to_device
 from cfamc_cli.engine.data import batch as gather
+from cfamc_cli.engine.data import to_device
 from cfamc_cli.engine.device import autocast, pick_precision
 from cfamc_cli.engine.heads import Classifier, feature_dim, stored
-from cfamc_cli.engine.models import Encoder
 from cfamc_cli.engine.optim import learning_rate
-from cfamc_cli.engine.probe import Fitted, classify, new_head, told
+from cfamc_cli.engine.probe import Fitted, Task, classify, new_head
 from cfamc_cli.engine.randomness import addressed_generator, epoch_order
-from cfamc_cli.engine.sink import Talk
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.recipe import Cosine, Finetune, RobustLinear, number
 
@@ -37,44 +35,16 @@ _TRADES_START = 1e-3  # deviation of the Gaussian that TRADES starts from, for i
 
 
 class SupervisedTrainer:
-    """A head, and for fine-tuning its encoder, under way.
+    """A head, and for fine-tuning its encoder, under way."""
 
-    Attributes:
-        classifier: What is trained.
-        step: Weight updates made.
-        updates: Weight updates in all.
-    """
-
-    def __init__(
-        self,
-        encoder: Encoder,
-        images: Tensor,
-        labels: Tensor,
-        *,
-        classes: int,
-        settings: RobustLinear | Finetune,
-        seed: int,
-        precision: Literal["auto", "float32", "bfloat16"],
-        device: torch.device,
-        talk: Talk,
-    ) -> None:
-        """Build the classifier in its initial state.
-
-        Args:
-            encoder: On `device`; changed by fine-tuning alone.
-            images: (N, 3, S, S) uint8, all training images.
-            labels: (N,) int64, on `device`.
-            classes: C.
-            settings: What to do.
-            seed: The recipe's seed.
-            precision: Of training passes.
-            device: Where to compute.
-            talk: Hears progress.
-        """
-        self.images, self.labels, self.settings = to_device(images, device=device), labels, settings
-        self.seed, self.device, self.talk = seed, device, talk
-        self.precision = pick_precision(precision, device)
-        head = new_head(feature_dim(encoder, settings.features), classes, seed=seed, device=device)
+    def __init__(self, task: Task, settings: RobustLinear | Finetune) -> None:
+        """Build the classifier of `settings` in its initial state; its encoder is changed by fine-tuning alone."""
+        self.task, self.settings = task, settings
+        self.seed, self.device, self.talk = task.recipe.seed, task.loaded.device, task.talk
+        self.images, self.labels = to_device(task.train.images, device=self.device), task.labels()
+        self.precision = pick_precision(task.recipe.train.precision, self.device)
+        encoder, classes = task.loaded.encoder, len(task.train.classes)
+        head = new_head(feature_dim(encoder, settings.features), classes, seed=self.seed, device=self.device)
         self.classifier = Classifier(encoder, head, features=settings.features).eval()
         self._saved = stored(self.classifier, finetuned=isinstance(settings, Finetune))
         parameters = list(head.parameters())
@@ -89,11 +59,11 @@ class SupervisedTrainer:
                     parameters, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
                 )
         self.parameters = parameters
-        count, size = len(images), settings.batch_size
+        count, size = len(self.images), settings.batch_size
         joins = count % size == 1 and count > size  # a single sample has no batch statistics: it joins the batch before
         self.per_epoch = math.ceil(count / size) - joins
-        self.updates = self.per_epoch * settings.epochs
-        self.step = 0
+        self.updates = self.per_epoch * settings.epochs  # in all
+        self.step = 0  # updates made
 
     def train(self, folder: Path, *, stop: Callable[[], int], seconds: Callable[[], float]) -> int:
         """Train to the end, or until `stop` returns a signal's number; saves each epoch and when it stops.
@@ -159,12 +129,12 @@ class SupervisedTrainer:
             self.optimizer.state[parameter][key] = own
         self.step = int(str(saved.progress["step"]))
 
-    def judged(self, train: ImageSet, test: ImageSet) -> Fitted:
+    def judged(self) -> Fitted:
         """The classifier as it stands, and what it answers on whole splits."""
-        classifier = self.classifier.eval()
+        classifier, task = self.classifier.eval(), self.task
         fitted, answers = (
-            classify(classifier, part.images, device=self.device, each=told(self.talk, f"judging on {part.split}"))
-            for part in (train, test)
+            classify(classifier, part.images, device=self.device, each=task.progress(f"judging on {part.split}"))
+            for part in (task.train, task.test)
         )
         return Fitted(classifier, fitted, answers)
 

@@ -30,19 +30,12 @@ _NONE = 2  # the smallest size of a layer that the weights lack
 
 @dataclass(frozen=True)
 class Foreign:
-    """An encoder that was read from a file.
+    """An encoder that was read from a file."""
 
-    Attributes:
-        model: Its architecture.
-        encoder: On the CPU; where there was no `pre_feature` or projector, those hold initial weights.
-        backbone_only: Whether there was no `pre_feature`.
-        notes: What a person should know: what did not fit, what is missing.
-    """
-
-    model: Model
-    encoder: Encoder
-    backbone_only: bool
-    notes: tuple[str, ...]
+    model: Model  # its architecture
+    encoder: Encoder  # on the CPU; where there was no `pre_feature` or projector, those hold initial weights
+    backbone_only: bool  # whether there was no `pre_feature`
+    notes: tuple[str, ...]  # what a person should know: what did not fit, what is missing
 
 
 def read_foreign(path: Path) -> Foreign:

@@ -49,19 +49,12 @@ class LinearHead(nn.Module):
 
 @dataclass(frozen=True)
 class CropSource:
-    """Which crops of a sample a head reads: fixed by seed, split and the sample's index, whoever else is in the batch.
+    """Which crops of a sample a head reads: fixed by seed, split and the index of the sample, whatever the batch."""
 
-    Attributes:
-        group: n and how the crops are cut.
-        augment: What happens to them then.
-        seed: Seed of the run.
-        split: "train" or "test".
-    """
-
-    group: Crops
-    augment: Augment
-    seed: int
-    split: str
+    group: Crops  # n and how the crops are cut
+    augment: Augment  # what happens to them then
+    seed: int  # of the run
+    split: str  # "train" or "test"
 
     def parameters(self, x: Tensor, indices: Tensor | None) -> CropParameters:
         """The crops of the images `x` (N, 3, H, W), which lie at `indices` (N,) of the split; None: at 0 to N - 1."""
@@ -168,23 +161,14 @@ def _sum_over_crops(encoder: Encoder, crops: Tensor, *, features: Features) -> T
 
 @dataclass(frozen=True)
 class LoadedEncoder:
-    """An encoder as a run left it.
+    """An encoder as a run left it."""
 
-    Attributes:
-        encoder: On `device`, in eval mode, without gradients.
-        device: Where to compute.
-        digest: SHA-256 of its parameters and buffers.
-        path: The checkpoint.
-        warnings: What was wrong with newer checkpoints, one line each.
-        backbone_only: Whether it was imported without `pre_feature`, which then holds nothing of worth.
-    """
-
-    encoder: Encoder
+    encoder: Encoder  # on `device`, in eval mode, without gradients
     device: torch.device
-    digest: str
-    path: Path
-    warnings: tuple[str, ...]
-    backbone_only: bool
+    digest: str  # SHA-256 of its parameters and buffers
+    path: Path  # the checkpoint
+    warnings: tuple[str, ...]  # what was wrong with newer checkpoints, one line each
+    backbone_only: bool  # whether it was imported without `pre_feature`, which then holds nothing of worth
 
 
 def load_encoder(folder: Path, model: Model, *, device: torch.device) -> LoadedEncoder:

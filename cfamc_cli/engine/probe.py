@@ -16,7 +16,15 @@ from torch import Tensor
 
 from cfamc_cli.engine.data import ImageSet
 from cfamc_cli.engine.device import full_precision
-from cfamc_cli.engine.heads import Classifier, CropSource, LinearHead, crop_source, feature_dim, read_features
+from cfamc_cli.engine.heads import (
+    Classifier,
+    CropSource,
+    LinearHead,
+    LoadedEncoder,
+    crop_source,
+    feature_dim,
+    read_features,
+)
 from cfamc_cli.engine.models import Encoder
 from cfamc_cli.engine.optim import learning_rate
 from cfamc_cli.engine.randomness import addressed_generator, epoch_order
@@ -32,59 +40,49 @@ CONVERGED = 1e-4  # largest entry of the gradient at which a head counts as conv
 Each = Callable[[int, int], None]  # told how many of how many are done
 
 
-def told(talk: Talk, task: str) -> Each:
-    """A person who hears how far a task is."""
-    return lambda done, total: talk.progress(task, done, total, {})
-
-
 def _silent(_done: int, _total: int) -> None:
     """Nobody listens."""
 
 
 @dataclass(frozen=True)
+class Task:
+    """A head that is to be fitted to an encoder, and judged."""
+
+    loaded: LoadedEncoder
+    recipe: Recipe  # [probe] says which head; the seed, and the crops of an aggregated one, are of the whole
+    train: ImageSet  # labelled
+    test: ImageSet  # labelled
+    talk: Talk  # hears progress, and of a head that did not converge
+
+    def labels(self) -> Tensor:
+        """(N,) int64 of the training images, where the encoder is."""
+        return self.train.require_labels().to(self.loaded.device)
+
+    def progress(self, what: str) -> Each:
+        """Tells how far a part of the task is."""
+        return lambda done, total: self.talk.progress(what, done, total, {})
+
+
+@dataclass(frozen=True)
 class Fitted:
-    """A head that is done, and what it answers.
+    """A head that is done, and what it answers."""
 
-    Attributes:
-        classifier: Encoder and head; None for knn, which has no weights.
-        train: (N,) predicted labels of the images that it was fitted to; None for knn.
-        test: (M,) predicted labels of the images that it is judged on.
-        converged: Whether the protocol "converged" came to the optimum; None for the others.
-    """
-
-    classifier: Classifier | None
-    train: Tensor | None
-    test: Tensor
-    converged: bool | None = None
+    classifier: Classifier | None  # None for knn, which has no weights
+    train: Tensor | None  # (N,) predicted labels of the images that it was fitted to; None for knn
+    test: Tensor  # (M,) predicted labels of the images that it is judged on
+    converged: bool | None = None  # whether the protocol "converged" came to the optimum; None for the others
 
 
-def fit_on_features(
-    encoder: Encoder,
-    settings: Linear | AggregatedCrops | Knn,
-    recipe: Recipe,
-    train: ImageSet,
-    test: ImageSet,
-    *,
-    device: torch.device,
-    talk: Talk,
-) -> Fitted:
-    """Extract the features of whole splits once, and fit a head to them.
-
-    Args:
-        encoder: On `device`; left as it was.
-        settings: Which head.
-        recipe: Its seed, and the crops of an aggregated head.
-        train: Labelled images to fit it to.
-        test: Images to judge it on.
-        device: Where to compute.
-        talk: Hears progress, and of a head that did not converge.
+def fit_on_features(task: Task, settings: Linear | AggregatedCrops | Knn) -> Fitted:
+    """Extract the features of whole splits once, and fit the head of `settings` to them.
 
     Raises:
         CfamcError: Exit 3; the head diverged.
     """
+    encoder, device, seed, classes = task.loaded.encoder, task.loaded.device, task.recipe.seed, len(task.train.classes)
     crops: dict[str, CropSource | None] = {"train": None, "test": None}
     if isinstance(settings, AggregatedCrops):
-        crops = {split: crop_source(recipe, settings, split=split) for split in crops}
+        crops = {split: crop_source(task.recipe, settings, split=split) for split in crops}
     features, queries = (
         extract_features(
             encoder,
@@ -92,12 +90,11 @@ def fit_on_features(
             device=device,
             features=settings.features,
             crops=crops[part.split],
-            each=told(talk, f"features of {part.split}"),
+            each=task.progress(f"features of {part.split}"),
         )
-        for part in (train, test)
+        for part in (task.train, task.test)
     )
-    labels, classes, seed = train.require_labels().to(device), len(train.classes), recipe.seed
-    each = told(talk, f"fitting the {settings.head} head")
+    labels, each = task.labels(), task.progress(f"fitting the {settings.head} head")
     if isinstance(settings, Knn):
         k, temperature = settings.k, settings.temperature
         nearest = weighted_knn(features, labels, queries, classes=classes, k=k, temperature=temperature, each=each)
@@ -109,7 +106,7 @@ def fit_on_features(
         gradient = fit_converged(head, features, labels, l2=settings.l2, each=each)
         converged = gradient <= CONVERGED
         if not converged:
-            talk.warning(f"the head had not converged when its time was up: gradient {gradient:.2g}")
+            task.talk.warning(f"the head had not converged when its time was up: gradient {gradient:.2g}")
     else:
         fit_by_batches(head, features, labels, settings=settings, seed=seed, each=each)
     classifier = Classifier(encoder, head, features=settings.features, crops=crops["test"])
