@@ -335,8 +335,6 @@ def test_another_class_nan_and_another_shape_are_differences(found: Tensor, text
             constant(torch.tensor([1.0 + 1e-6, 1.0])),
             lambda x: found.expand(len(x), -1),
             images,
-            data=USED,
-            reader="a reader",
             name="x",
         )
 
@@ -350,7 +348,7 @@ def test_the_check_uses_different_images_in_batches_of_1_2_and_7() -> None:
         seen.append(x)
         return torch.ones(len(x), 2)
 
-    export.compare(constant(torch.ones(2), "features"), forward, TEST.images[:10], data=USED, reader="", name="")
+    export.compare(constant(torch.ones(2), "features"), forward, TEST.images[:10], name="x")
     assert [len(x) for x in seen] == [1, 2, 7]
     assert torch.equal(torch.cat(seen), IMAGES)
 

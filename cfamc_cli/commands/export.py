@@ -11,12 +11,11 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, assert_never
 
 from cfamc_cli import __version__, render
-from cfamc_cli.commands.common import Options, Session, interruption, session
+from cfamc_cli.commands.common import Options, Session, interruption, invalid, session
 from cfamc_cli.dashboards import by_kind, comma_separated, events
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.files import explained, staged_folder, write_bytes, write_text
@@ -25,7 +24,6 @@ from cfamc_cli.recipe import Recipe
 from cfamc_cli.records import (
     AttackRecord,
     Dashboard,
-    DataUsed,
     ExportRecord,
     Format,
     InputSpec,
@@ -42,14 +40,13 @@ from cfamc_cli.records import (
     read_metrics,
     save_record,
 )
-from cfamc_cli.store import HEAD, LATEST, RunFolder, cache_folder, find_run
+from cfamc_cli.store import HEAD, LATEST, RECORD, RunFolder, cache_folder, find_run
 
 if TYPE_CHECKING:
-    from cfamc_cli.engine.data import ImageSet
     from cfamc_cli.engine.export import Subject
 
 
-RECORD, CARD = "export.json", "README.md"
+EXPORT, CARD = "export.json", "README.md"
 
 
 def export(
@@ -99,61 +96,46 @@ def _refuse_idle(*, part: Weights | None, wanted: Format | None, head: str | Non
     """Refuse options that would have no effect."""
     given = {"--part": part, "--format": wanted, "--head": head}
     if metrics is not None and (idle := [name for name, value in given.items() if value is not None]):
-        raise CfamcError(
-            f"--metrics hands over no weights, so {', '.join(idle)} would have no effect",
-            hint="export weights and metrics one after the other",
-            exit_code=ExitCode.INVALID,
-        )
+        message = f"--metrics hands over no weights, so {', '.join(idle)} would have no effect"
+        raise invalid(message, "export weights and metrics one after the other")
     if head is not None and part != "classifier":
-        raise CfamcError(
-            f"--head has no effect on --part {part or 'backbone'}",
-            hint="ask for --part classifier",
-            exit_code=ExitCode.INVALID,
-        )
+        raise invalid(f"--head has no effect on --part {part or 'backbone'}", "ask for --part classifier")
 
 
 # Weights
-
-
-@dataclass(frozen=True)
-class _Choice:
-    """What is exported, with what is known about it."""
-
-    subject: Subject
-    source: Source
-    probe: ProbeRecord | None
 
 
 def _export_weights(
     run: RunFolder, part: Weights, wanted: Format, head: str | None, target: Path, *, force: bool, working: Session
 ) -> ExportRecord:
     _refuse_taken(target, force=force)
-    record = load_record(run.run_json, RunRecord)
+    record, talk = run.record(), working.talk
     from cfamc_cli.engine import data as datasets
     from cfamc_cli.engine import export as engine
     from cfamc_cli.engine.device import out_of_memory
 
     engine.require(wanted)
-    talk = working.talk
     with out_of_memory():
         recipe = run.recipe()
         if record.status != "finished":
             talk.warning(f"run {run.id} is not finished ({record.status}); its newest checkpoint is exported")
-        chosen = _choose(run, record, recipe, part, head, working)
+        subject, source, probe = _chosen(run, record, recipe, part, head, working)
         trained_on = datasets.load(recipe.data, "train", seed=recipe.seed, cache=cache_folder(), talk=talk)
         images, licence = trained_on, trained_on.licence
-        if chosen.probe is not None:
+        if probe is not None:
             from cfamc_cli.commands.probe import load_test_images
 
-            images = load_test_images(run, chosen.probe, talk=talk)  # a head may read other data than the encoder
+            images = load_test_images(run, probe, talk=talk)  # a head may read other data than the encoder
             if images.dataset != trained_on.dataset:
                 both = (trained_on, images)
                 licence = "; ".join(f"{part.dataset}: {part.licence or 'not known'}" for part in both)
-        results = measured(run, chosen.source, part, warn=talk.warning)
-        sample = engine.some_images(images.images)
+        probes, attacks = measured(run, source, warn=talk.warning)
+        sample, shared = engine.some_images(images.images), portable(recipe)
         with _staged(target, force=force) as staged:
             path = staged / f"{part}.{wanted}"
-            check = engine.write(chosen.subject, path, sample, data=_looked_at(images), wanted=wanted)
+            looked_at = images.used().model_copy(update={"n": min(len(images), len(sample))})
+            check = engine.write(subject, path, sample, data=looked_at, wanted=wanted)
+            height, width = sample.shape[2:]
             made = ExportRecord(
                 cfamc=__version__,
                 created=now(),
@@ -161,98 +143,128 @@ def _export_weights(
                 format=wanted,
                 files=_files(staged),
                 input=InputSpec(
-                    name=engine.INPUT,
-                    channels="RGB",
-                    height=sample.shape[2],
-                    width=sample.shape[3],
-                    dtype="float32",
-                    range=(0.0, 1.0),
+                    name=engine.INPUT, channels="RGB", height=height, width=width, dtype="float32", range=(0.0, 1.0)
                 ),
-                output=chosen.subject.output,
-                classes=None if chosen.probe is None else tuple(entry.name for entry in chosen.probe.classes),
-                source=chosen.source,
-                recipe=portable(recipe).resolved(),
+                output=subject.output,
+                classes=None if probe is None else tuple(entry.name for entry in probe.classes),
+                source=source,
+                recipe=shared.resolved(),
                 data=record.data,
                 licence=licence,
                 check=check,
-                probes=results.probes,
-                attacks=results.attacks,
+                probes=probes,
+                attacks=attacks,
             )
-            save_record(staged / RECORD, made)
-            write_text(staged / CARD, card(made, portable(recipe), record))
+            save_record(staged / EXPORT, made)
+            write_text(staged / CARD, card(made, shared, record))
     talk.message(
-        f"{path.name}: read back by {check.reader}, differs by at most "
-        f"{check.largest_difference:.2g} from the live model at batch "
-        f"{', '.join(map(str, check.batches))}"
+        f"{path.name}: read back by {check.reader}, differs by at most {check.largest_difference:.2g} "
+        f"from the live model at batch {', '.join(map(str, check.batches))}"
     )
     return made
 
 
-def _choose(
-    run: RunFolder,
-    record: RunRecord,
-    recipe: Recipe,
-    part: Weights,
-    head: str | None,
-    working: Session,
-) -> _Choice:
-    """Read the part of a run that is asked for."""
+def _chosen(
+    run: RunFolder, record: RunRecord, recipe: Recipe, part: Weights, head: str | None, working: Session
+) -> tuple[Subject, Source, ProbeRecord | None]:
+    """Read the part of a run that is asked for; a classifier comes with the record of its head."""
     from cfamc_cli.commands.probe import ensure_head, load_encoder
     from cfamc_cli.engine import export as engine
     from cfamc_cli.engine.heads import load_classifier
 
-    device, model, probe = working.device, recipe.model, None
+    model, device, probe = recipe.model, working.device, None
     loaded = load_encoder(run, recipe, working)
     match part:
         case "backbone":
             subject = engine.backbone_of(loaded.encoder, model, device=device)
         case "encoder":
             if loaded.backbone_only:
-                raise CfamcError(
-                    f"run {run.id} was imported without pre_feature, so there is only a backbone to export",
-                    hint="ask for --part backbone",
-                    exit_code=ExitCode.INVALID,
-                )
+                message = f"run {run.id} was imported without pre_feature, so there is only a backbone to export"
+                raise invalid(message, "ask for --part backbone")
             subject = engine.encoder_of(loaded.encoder, model, device=device)
         case "classifier":
             folder = ensure_head(run, loaded, working, probe=head)
-            probe = load_record(folder / "record.json", ProbeRecord)
+            probe = load_record(folder / RECORD, ProbeRecord)
             classifier = load_classifier(loaded, probe, folder / HEAD, recipe)
             subject = engine.classifier_of(classifier, model, device=device)
         case _:
             assert_never(part)
     source = Source(
-        id=record.id,
-        name=record.name,
-        status=record.status,
-        seed=record.seed,
-        created=record.created,
+        **record.model_dump(include={"id", "name", "status", "seed", "created", "recipe_digest"}),
         checkpoint=loaded.path.name,
-        recipe_digest=record.recipe_digest,
         encoder_digest=loaded.digest,
         head=None if probe is None else probe.id,
         head_digest=None if probe is None else probe.head_digest,
     )
-    return _Choice(subject, source, probe)
-
-
-def _looked_at(images: ImageSet) -> DataUsed:
-    """The images that a check looks at."""
-    from cfamc_cli.engine.export import IMAGES
-
-    n = min(IMAGES, len(images))
-    return DataUsed(dataset=images.dataset, split=images.split, n=n, fingerprint=images.fingerprint)
+    return subject, source, probe
 
 
 def portable(recipe: Recipe) -> Recipe:
     """The recipe without the paths of the machine that trained it; whoever gets it learns nothing of that machine."""
     init = recipe.train.init
-    return recipe.model_copy(
-        update={
-            "data": recipe.data.model_copy(update={"root": None}),
-            "train": recipe.train.model_copy(update={"init": None if init is None else Path(init).name}),
-        }
-    )
+    data = recipe.data.model_copy(update={"root": None})
+    train = recipe.train.model_copy(update={"init": None if init is None else Path(init).name})
+    return recipe.model_copy(update={"data": data, "train": train})
+
+
+def measured(
+    run: RunFolder, source: Source, *, warn: Callable[[str], None]
+) -> tuple[tuple[ProbeRecord, ...], tuple[AttackRecord, ...]]:
+    """Collect the probes and attacks on exactly these weights; results of others are named and left out.
+
+    A classifier has the results of its own head, an encoder or backbone those of every head on it.
+    """
+    probes, attacks = _read_all(run.probes, ProbeRecord, warn), _read_all(run.attacks, AttackRecord, warn)
+    results: list[ProbeRecord | AttackRecord] = [*probes, *attacks]
+    if stale := [item.id for item in results if item.encoder_digest != source.encoder_digest]:
+        warn(f"left out of the model card, measured on other weights: {', '.join(stale)}")
+    kept = []
+    for probe in probes:
+        own = probe.head != "finetune" if source.head is None else probe.id == source.head  # fine-tuned weights differ
+        if own and probe.encoder_digest == source.encoder_digest:
+            data = {key: value for key, value in probe.data.items() if key != "root"}
+            kept.append(probe.model_copy(update={"data": data}))
+    heads = {(source.encoder_digest, probe.id, probe.head_digest) for probe in kept}
+    return tuple(kept), tuple(item for item in attacks if (item.encoder_digest, item.probe, item.head_digest) in heads)
+
+
+def _read_all(folder: Path, model: type[R], warn: Callable[[str], None]) -> list[R]:
+    found = []
+    for path in sorted(folder.glob(f"*/{RECORD}")):
+        try:
+            found.append(load_record(path, model))
+        except CfamcError as error:
+            warn(f"left out of the model card: {error.message}")
+    return found
+
+
+# Metrics
+
+
+def _export_metrics(run: RunFolder, wanted: Dashboard, target: Path, *, force: bool) -> MetricsRecord:
+    record, lines = run.record(), read_metrics(run.metrics)
+    if not lines:
+        raise CfamcError(f"run {run.id} has no metrics yet", exit_code=ExitCode.BAD_DATA)
+    match wanted:
+        case "csv":
+            contents = {f"{kind}.csv": comma_separated(rows) for kind, rows in by_kind(lines).items()}
+        case "tensorboard":
+            began = record.created.timestamp()
+            contents = {f"events.out.tfevents.{int(began)}.cfamc": events(lines, began=began)}
+        case _:
+            assert_never(wanted)
+    with _staged(target, force=force) as staged:
+        for name, data in contents.items():
+            write_bytes(staged / name, data)
+        files = _files(staged)
+        made = MetricsRecord(
+            cfamc=__version__, created=now(), format=wanted, files=files, run=run.id, records=len(lines)
+        )
+        save_record(staged / EXPORT, made)
+    return made
+
+
+# Folders
 
 
 def _files(folder: Path) -> tuple[Written, ...]:
@@ -264,23 +276,17 @@ def _files(folder: Path) -> tuple[Written, ...]:
     return tuple(written)
 
 
-# Folders
-
-
 def _refuse_taken(target: Path, *, force: bool) -> None:
     """Refuse a folder that is in use, before any work is done; an empty one is free."""
     with explained(target):
-        if not os.path.lexists(target) or (target.is_dir() and not target.is_symlink() and not any(target.iterdir())):
+        folder = target.is_dir() and not target.is_symlink()
+        if not os.path.lexists(target) or (folder and not any(target.iterdir())):
             return
-        replaceable = target.is_dir() and not target.is_symlink() and (target / RECORD).is_file()
-    if not replaceable:
-        raise CfamcError(
-            f"{target} exists and is no export", hint="name another folder with --out", exit_code=ExitCode.INVALID
-        )
+        earlier = folder and (target / EXPORT).is_file()
+    if not earlier:
+        raise invalid(f"{target} exists and is no export", "name another folder with --out")
     if not force:
-        raise CfamcError(
-            f"{target} exists", hint="--force replaces it; or name another with --out", exit_code=ExitCode.INVALID
-        )
+        raise invalid(f"{target} exists", "--force replaces it; or name another with --out")
 
 
 @contextmanager
@@ -300,90 +306,3 @@ def _staged(target: Path, *, force: bool) -> Iterator[Path]:
             aside.rename(target)
         raise
     shutil.rmtree(aside, ignore_errors=True)
-
-
-# What was measured
-
-
-@dataclass(frozen=True)
-class Results:
-    """Probes and attacks on the weights that are exported."""
-
-    probes: tuple[ProbeRecord, ...]
-    attacks: tuple[AttackRecord, ...]
-
-
-def measured(run: RunFolder, source: Source, part: Weights, *, warn: Callable[[str], None]) -> Results:
-    """Collect what was measured on exactly these weights; results of others are named and left out.
-
-    Args:
-        run: The run.
-        source: What is exported.
-        part: A classifier has the results of its own head, an encoder or backbone those of every head on it.
-        warn: Told what was left out.
-    """
-    probes = [_without_paths(probe) for probe in _read_all(run.probes, ProbeRecord, warn)]
-    attacks = list(_read_all(run.attacks, AttackRecord, warn))
-    heads = {(probe.id, probe.head_digest) for probe in probes if _speaks_of(probe, source, part)}
-    kept_probes = tuple(probe for probe in probes if (probe.id, probe.head_digest) in heads)
-    kept_attacks = tuple(
-        attack
-        for attack in attacks
-        if attack.encoder_digest == source.encoder_digest and (attack.probe, attack.head_digest) in heads
-    )
-    digests = {item.id: item.encoder_digest for item in probes} | {item.id: item.encoder_digest for item in attacks}
-    stale = [name for name, digest in digests.items() if digest != source.encoder_digest]
-    if stale:
-        warn(f"left out of the model card, measured on other weights: {', '.join(stale)}")
-    return Results(kept_probes, kept_attacks)
-
-
-def _without_paths(probe: ProbeRecord) -> ProbeRecord:
-    return probe.model_copy(update={"data": {key: value for key, value in probe.data.items() if key != "root"}})
-
-
-def _speaks_of(probe: ProbeRecord, source: Source, part: Weights) -> bool:
-    if probe.encoder_digest != source.encoder_digest:
-        return False
-    match part:
-        case "backbone" | "encoder":
-            return probe.head != "finetune"  # which changed the weights
-        case "classifier":
-            return probe.id == source.head
-        case _:
-            assert_never(part)
-
-
-def _read_all(folder: Path, model: type[R], warn: Callable[[str], None]) -> Iterator[R]:
-    paths = sorted(folder.glob("*/record.json")) if folder.is_dir() else []
-    for path in paths:
-        try:
-            yield load_record(path, model)
-        except CfamcError as error:
-            warn(f"left out of the model card: {error.message}")
-
-
-# Metrics
-
-
-def _export_metrics(run: RunFolder, wanted: Dashboard, target: Path, *, force: bool) -> MetricsRecord:
-    record = load_record(run.run_json, RunRecord)
-    lines = read_metrics(run.metrics)
-    if not lines:
-        raise CfamcError(f"run {run.id} has no metrics yet", exit_code=ExitCode.BAD_DATA)
-    match wanted:
-        case "csv":
-            contents = {f"{kind}.csv": comma_separated(rows) for kind, rows in by_kind(lines).items()}
-        case "tensorboard":
-            began = record.created.timestamp()
-            contents = {f"events.out.tfevents.{int(began)}.cfamc": events(lines, began=began)}
-        case _:
-            assert_never(wanted)
-    with _staged(target, force=force) as staged:
-        for name, data in contents.items():
-            write_bytes(staged / name, data)
-        made = MetricsRecord(
-            cfamc=__version__, created=now(), format=wanted, files=_files(staged), run=run.id, records=len(lines)
-        )
-        save_record(staged / RECORD, made)
-    return made

@@ -22,7 +22,7 @@ from cfamc_cli.engine import checkpoint
 from cfamc_cli.engine.device import full_precision
 from cfamc_cli.engine.heads import Classifier, LinearHead, feature_dim
 from cfamc_cli.engine.models import Encoder
-from cfamc_cli.errors import CfamcError, ExitCode
+from cfamc_cli.errors import CfamcError, ExitCode, missing_library
 from cfamc_cli.recipe import DEPTHS, Model
 from cfamc_cli.records import CheckRecord, DataUsed, Format, OutputSpec
 
@@ -32,7 +32,6 @@ RTOL, ATOL = 1e-3, 1e-5
 BATCHES = (1, 2, 7)
 IMAGES = sum(BATCHES)  # that a check looks at
 INPUT = "images"
-OUTPUTS: dict[str, str] = {"backbone": "features", "encoder": "features", "classifier": "logits"}
 _ONNX_LIMIT = 3 * 2**29  # bytes of weights; a protocol buffer ends at 2 GiB, so larger weights lie in a second file
 
 
@@ -58,20 +57,12 @@ class Stack(nn.Module):
 
 @dataclass(frozen=True)
 class Subject:
-    """What is handed over.
+    """What is handed over."""
 
-    Attributes:
-        model: The recipe's [model].
-        module: The weights under the names that they get, on the CPU, in eval mode.
-        live: What the files are held against: the part of the encoder or classifier itself.
-        device: Where `live` computes.
-        output: What comes out.
-    """
-
-    model: Model
-    module: nn.Module
-    live: Forward
-    device: torch.device
+    model: Model  # the recipe's
+    module: nn.Module  # the weights under the names that they get, on the CPU, in eval mode
+    live: Forward  # what the files are held against: the part of the encoder or classifier itself
+    device: torch.device  # where `live` computes
     output: OutputSpec
 
 
@@ -100,11 +91,9 @@ def classifier_of(classifier: Classifier, model: Model, *, device: torch.device)
             hint="export --part encoder, or name a linear, robust-linear or finetune head with --head",
             exit_code=ExitCode.INVALID,
         )
-    encoder = classifier.encoder
-    pre_feature = encoder.pre_feature if classifier.features == "pre_feature" else None
-    head = _plain_linear(classifier.head)
-    module = _portable(Stack(encoder.backbone, pre_feature, head))
-    return Subject(model, module, classifier, device, OutputSpec(name="logits", dim=head.out_features))
+    encoder, head = classifier.encoder, _plain_linear(classifier.head)
+    module = Stack(encoder.backbone, encoder.pre_feature if classifier.features == "pre_feature" else None, head)
+    return Subject(model, _portable(module), classifier, device, OutputSpec(name="logits", dim=head.out_features))
 
 
 def require(wanted: Format) -> None:
@@ -114,13 +103,8 @@ def require(wanted: Format) -> None:
         CfamcError: Exit 2, with how to install them.
     """
     needed = ("onnx", "onnxscript", "onnxruntime") if wanted == "onnx" else ()
-    missing = [name for name in needed if find_spec(name) is None]
-    if missing:
-        raise CfamcError(
-            f"--format {wanted} needs {', '.join(missing)}",
-            hint=f"pip install 'cfamc[{wanted}]'",
-            exit_code=ExitCode.INVALID,
-        )
+    if missing := [name for name in needed if find_spec(name) is None]:
+        raise missing_library(f"--format {wanted} needs {', '.join(missing)}", extra=wanted)
 
 
 def write(subject: Subject, path: Path, images: Tensor, *, data: DataUsed, wanted: Format) -> CheckRecord:
@@ -142,22 +126,22 @@ def write(subject: Subject, path: Path, images: Tensor, *, data: DataUsed, wante
     except Exception as error:  # whatever a library raises at a file that it cannot read
         cause = " ".join(str(error).split())[:200] or type(error).__name__
         raise CfamcError(f"{path.name} cannot be read back: {cause}") from error
-    return compare(subject, forward, images, data=data, reader=reader, name=path.name)
+    largest = compare(subject, forward, images, name=f"{path.name}, read back by {reader},")
+    return CheckRecord(reader=reader, batches=BATCHES, rtol=RTOL, atol=ATOL, largest_difference=largest, data=data)
 
 
 @torch.no_grad()
-def compare(
-    subject: Subject, forward: Forward, images: Tensor, *, data: DataUsed, reader: str, name: str
-) -> CheckRecord:
+def compare(subject: Subject, forward: Forward, images: Tensor, *, name: str) -> float:
     """Hold what was read back against the live model on batches of 1, 2 and 7 different images.
 
     Args:
         subject: The live model.
         forward: What was read back: (n, 3, S, S) in [0, 1] on the CPU to (n, F) or (n, C).
         images: uint8, (IMAGES, 3, S, S).
-        data: Where they are from.
-        reader: Who read it.
-        name: What messages call the file.
+        name: What messages call it.
+
+    Returns:
+        The largest difference of an output.
 
     Raises:
         CfamcError: Exit 1; some output is further off than RTOL and ATOL allow, or another class has the highest
@@ -169,7 +153,7 @@ def compare(
         with full_precision(subject.device):
             wanted = subject.live(x.to(subject.device)).float().cpu()
         found = forward(x)
-        where = f"{name}, read back by {reader}, differs from the live model at batch {len(x)}"
+        where = f"{name} differs from the live model at batch {len(x)}"
         if found.shape != wanted.shape:
             raise CfamcError(f"{where}: shape {tuple(found.shape)} where {tuple(wanted.shape)} is right")
         difference = float((found - wanted).abs().max())
@@ -181,7 +165,7 @@ def compare(
         if subject.output.name == "logits" and not torch.equal(found.argmax(1), wanted.argmax(1)):
             raise CfamcError(f"{where}: another class", hint="nothing was handed over")
         largest = max(largest, difference)
-    return CheckRecord(reader=reader, batches=BATCHES, rtol=RTOL, atol=ATOL, largest_difference=largest, data=data)
+    return largest
 
 
 def some_images(images: Tensor) -> Tensor:
@@ -196,13 +180,8 @@ def _save(subject: Subject, path: Path, images: Tensor, *, wanted: Format) -> No
         case "pt2":
             torch.export.save(_traced(subject.module, images), path)
         case "onnx":
-            program = torch.onnx.export(
-                _traced(subject.module, images),
-                dynamo=True,
-                input_names=[INPUT],
-                output_names=[subject.output.name],
-                verbose=False,
-            )
+            traced, outputs = _traced(subject.module, images), [subject.output.name]
+            program = torch.onnx.export(traced, dynamo=True, input_names=[INPUT], output_names=outputs, verbose=False)
             assert program is not None, "dynamo returns a program"
             weights = sum(tensor.nbytes for tensor in subject.module.state_dict().values())
             program.save(path, external_data=weights > _ONNX_LIMIT)
@@ -230,9 +209,9 @@ def read_back(subject: Subject, path: Path, *, wanted: Format) -> tuple[str, For
     """
     match wanted:
         case "safetensors":
-            reader, twin = _twin(subject)
+            twin = _twin(subject)
             twin.load_state_dict(checkpoint.read_tensors(path))
-            return reader, twin.eval()
+            return _version("torchvision"), twin.eval()
         case "pt2":
             return _version("torch"), torch.export.load(path).module()
         case "onnx":
@@ -252,19 +231,19 @@ def _onnx_session(path: Path) -> Forward:
     return lambda x: torch.from_numpy(session.run(None, {INPUT: x.numpy()})[0])
 
 
-def _twin(subject: Subject) -> tuple[str, nn.Module]:
+def _twin(subject: Subject) -> nn.Module:
     """Other modules of the same names: torchvision's backbone, and plain layers on it."""
     with torch.random.fork_rng(devices=[]):  # the initial weights are drawn, and overwritten
-        twin = backbone = torchvision_backbone(subject.model)
-        if isinstance(subject.module, Stack):
-            pre_feature, head = subject.module.pre_feature, subject.module.head
-            if pre_feature is not None:
-                weight, hidden = pre_feature.state_dict()["0.weight"], subject.model.hidden_dim
-                pre_feature = nn.Sequential(nn.Linear(weight.shape[1], hidden), nn.BatchNorm1d(hidden), nn.ReLU())
-            if isinstance(head, nn.Linear):
-                head = nn.Linear(head.in_features, head.out_features)
-            twin = Stack(backbone, pre_feature, head)
-    return _version("torchvision"), twin
+        backbone, stack = torchvision_backbone(subject.model), subject.module
+        if not isinstance(stack, Stack):
+            return backbone
+        pre_feature, head, hidden = None, None, subject.model.hidden_dim
+        if stack.pre_feature is not None:
+            dim = stack.pre_feature.state_dict()["0.weight"].shape[1]
+            pre_feature = nn.Sequential(nn.Linear(dim, hidden), nn.BatchNorm1d(hidden), nn.ReLU())
+        if isinstance(stack.head, nn.Linear):
+            head = nn.Linear(stack.head.in_features, stack.head.out_features)
+        return Stack(backbone, pre_feature, head)
 
 
 def torchvision_backbone(model: Model) -> nn.Module:
