@@ -260,8 +260,8 @@ class _Reader:
             attack = (evaluation.attack, "")
         data = record.data.model_copy(update={"split": "held-out part of train"})
         where = self._condition(data, ONLINE, "pre_feature", threat, attack)
-        clean, robust = evaluation.clean, evaluation.robust
-        self.found.entries.append(Entry(run, "run.json", where, (), record.updated, clean, robust))
+        entry = Entry(run, "run.json", where, (), record.updated, evaluation.clean, evaluation.robust)
+        self.found.entries.append(entry)
 
     def _condition(
         self,

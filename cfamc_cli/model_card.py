@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import assert_never
 
 from cfamc_cli import recipe_file, render
-from cfamc_cli.recipe import DEPTHS, Model, Recipe, number
+from cfamc_cli.recipe import DEPTHS, Recipe, number
 from cfamc_cli.records import AttackRecord, ExportRecord, ProbeRecord, RunRecord
 from cfamc_cli.sheets import markdown_table, markdown_text
 
@@ -21,99 +20,25 @@ def card(made: ExportRecord, recipe: Recipe, run: RunRecord) -> str:
     """
     environment = render.templates()
     environment.filters |= {"plain": markdown_text, "duration": render.duration}
+    read = [probe.features for probe in made.probes if probe.id == made.source.head]
     written = [(file.name, f"{file.size:,}", file.sha256) for file in made.files]
     toml = "\n".join(render.clean(line) for line in recipe_file.to_toml(recipe).splitlines())
     return environment.get_template("card.md").render(
         made=made,
         recipe=recipe,
         run=run,
-        loading=loading(made, recipe),
+        file=f"{made.part}.{made.format}",
+        library_width=_LIBRARY_WIDTH,
+        depths=DEPTHS[recipe.model.backbone],
+        backbone_dim=recipe.model.width * (32 if recipe.model.backbone == "resnet50" else 8),
+        pre_feature=made.part == "encoder" or "pre_feature" in read,
         probes=markdown_table(("probe", "head", "features", "data", "n", "accuracy"), map(_probe_row, made.probes)),
         attacks=markdown_table(_ATTACK_COLUMNS, map(_attack_row, made.attacks)),
         notes=list(dict.fromkeys(note for attack in made.attacks for note in attack.notes)),
         gaps=not_measured(made),
         files=markdown_table(("file", "bytes", "SHA-256"), written),
-        toml=_fence(toml, "toml"),
+        toml=_fenced(toml),
     )
-
-
-def loading(made: ExportRecord, recipe: Recipe) -> str:
-    """How to load the file, as fenced Python."""
-    name, value = f"{made.part}.{made.format}", made.output.name
-    match made.format:
-        case "pt2":
-            code = [
-                "import torch",
-                "",
-                f'net = torch.export.load("{name}").module()',
-                f"{value} = net(images)",
-            ]
-        case "onnx":
-            code = [
-                "import onnxruntime",
-                "",
-                f'session = onnxruntime.InferenceSession("{name}")',
-                f'({value},) = session.run(None, {{"{made.input.name}": images}})  # a float32 numpy array',
-            ]
-        case "safetensors":
-            code = _safetensors_code(made, recipe, name)
-        case _:
-            assert_never(made.format)
-    return _fence("\n".join(code), "python")
-
-
-def _safetensors_code(made: ExportRecord, recipe: Recipe, name: str) -> list[str]:
-    model, net = recipe.model, _torchvision_code(recipe.model)
-    imports = ["import torch, torchvision", "from safetensors.torch import load_file"]
-    if made.part == "backbone":
-        return [*imports, "", *net, f'net.load_state_dict(load_file("{name}"))', "features = net.eval()(images)"]
-    dim = model.width * (32 if model.backbone == "resnet50" else 8)
-    parts, reads, call = ['"backbone": net'], dim, 'parts["backbone"](images)'
-    if made.part == "encoder" or _reads_pre_feature(made):
-        layers = [f"Linear({dim}, {model.hidden_dim})", f"BatchNorm1d({model.hidden_dim})", "ReLU()"]
-        parts.append(f'"pre_feature": torch.nn.Sequential({", ".join(f"torch.nn.{layer}" for layer in layers)})')
-        reads, call = model.hidden_dim, f'parts["pre_feature"]({call})'
-    if made.part == "classifier":
-        parts.append(f'"head": torch.nn.Linear({reads}, {made.output.dim})')
-        call = f'parts["head"]({call})'
-    return [
-        *imports,
-        "",
-        *net,
-        "parts = torch.nn.ModuleDict({",
-        *(f"    {part}," for part in parts),
-        "})",
-        f'parts.load_state_dict(load_file("{name}"))',
-        "parts.eval()",
-        f"{made.output.name} = {call}",
-    ]
-
-
-def _torchvision_code(model: Model) -> list[str]:
-    """Lines that make `net`; at other widths than torchvision's own, its stages are built anew."""
-    width = model.width
-    line = f"net = torchvision.models.{model.backbone}()"
-    small = f"torch.nn.Conv2d(3, {width}, 3, 1, 1, bias=False)"
-    cifar = model.stem == "cifar"
-    if width == _LIBRARY_WIDTH:
-        code = [f"{line}  # timm.create_model({model.backbone!r}) takes them as well"]
-        code += [f"net.conv1, net.maxpool = {small}, torch.nn.Identity()"] if cifar else []
-    else:
-        conv = small if cifar else f"torch.nn.Conv2d(3, {width}, 7, 2, 3, bias=False)"
-        code = [
-            f"{line}  # of width {_LIBRARY_WIDTH}; the next lines make it {width}",
-            f"net.inplanes, net.conv1, net.bn1 = {width}, {conv}, torch.nn.BatchNorm2d({width})",
-            "block = type(net.layer1[0])",
-        ]
-        for stage, depth in enumerate(DEPTHS[model.backbone], start=1):
-            stride = ", stride=2" if stage > 1 else ""
-            code.append(f"net.layer{stage} = net._make_layer(block, {width * 2 ** (stage - 1)}, {depth}{stride})")
-        code += ["net.maxpool = torch.nn.Identity()"] if cifar else []
-    return [*code, "net.fc = torch.nn.Identity()"]
-
-
-def _reads_pre_feature(made: ExportRecord) -> bool:
-    return any(probe.id == made.source.head and probe.features == "pre_feature" for probe in made.probes)
 
 
 def _probe_row(probe: ProbeRecord) -> tuple[str, ...]:
@@ -142,27 +67,22 @@ def _attack_row(attack: AttackRecord) -> tuple[str, ...]:
 
 def not_measured(made: ExportRecord) -> list[str]:
     """What a reader might take for granted and nobody looked at."""
-    gaps = []
-    if not made.probes:
-        gaps.append("Accuracy on clean images.")
-    image_space = [attack for attack in made.attacks if attack.threat.space == "image"]
-    standard = [a for a in image_space if a.attack == "autoattack" and a.settings.get("version") == "standard"]
+    gaps = [] if made.probes else ["Accuracy on clean images."]
     if not made.attacks:
         gaps.append("Accuracy under any attack: nothing is known about robustness.")
     else:
-        if not image_space:
+        whole = [attack for attack in made.attacks if attack.threat.space == "image"]
+        if not whole:
             gaps.append("Accuracy under an attack on whole images; an attack on single crops says nothing about it.")
-        if not standard:
+        if ("autoattack", "standard") not in [(attack.attack, attack.settings.get("version")) for attack in whole]:
             gaps.append("The standard AutoAttack: a stronger attack may find lower accuracies than those above.")
-        norms = sorted({attack.threat.norm for attack in made.attacks})
         by_size = sorted((attack.threat for attack in made.attacks), key=lambda threat: number(threat.eps))
-        sizes = {threat.norm: f"{threat.norm} {threat.eps}" for threat in by_size}.values()  # the largest of each norm
-        others = [norm for norm in ("linf", "l2") if norm not in norms]
+        sizes = {threat.norm: f"{threat.norm} {threat.eps}" for threat in by_size}  # the largest of each norm
+        others = [norm for norm in ("linf", "l2") if norm not in sizes]
         if others:
             gaps.append(f"Perturbations in {' and '.join(others)}.")
-        gaps.append(
-            f"Perturbations larger than {' and '.join(map(markdown_text, sizes))}, unrestricted ones and patches."
-        )
+        largest = " and ".join(map(markdown_text, sizes.values()))
+        gaps.append(f"Perturbations larger than {largest}, unrestricted ones and patches.")
         behind = [attack.id for attack in made.attacks if any(flag.verdict == "skipped" for flag in attack.flags)]
         if behind:
             gaps.append(f"Some of the checks of {', '.join(map(markdown_text, behind))}.")
@@ -174,8 +94,8 @@ def not_measured(made: ExportRecord) -> list[str]:
     return gaps
 
 
-def _fence(text: str, language: str) -> str:
-    """A fenced block that no line of the text can end."""
+def _fenced(text: str) -> str:
+    """A block of TOML that no line of the text can end."""
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
-    return f"{fence}{language}\n{text}\n{fence}"
+    return f"{fence}toml\n{text}\n{fence}"

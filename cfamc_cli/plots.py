@@ -27,8 +27,8 @@ _COLOURS = (
 )
 MOST_LINES = len(_COLOURS)  # rows that a picture shows as lines or names
 _CLEAN = "clean accuracy (%)"
+_FRONT, _BY_EPS, _BY_TIME = "Clean against robust accuracy", "Accuracy against eps", "Accuracy against training time"
 _LOSS, _ACCURACY = "Training loss", "Online accuracy while training"
-_UNITS = {_LOSS: "loss", _ACCURACY: _CLEAN}
 _STYLE: dict[Any, Any] = {
     "axes.grid": True,
     "axes.spines.right": False,
@@ -107,13 +107,16 @@ def panels(tables: Sequence[ComparedTable], curves: Curves) -> dict[str, Panel]:
     made: dict[str, Panel] = {}
     looks = _looks(leading.rows)
     if leading.condition.attack:
-        made["Clean against robust accuracy"] = partial(_scatter, table=leading, looks=looks)
+        made[_FRONT] = partial(_scatter, table=leading, looks=looks)
     if by_eps := _eps_curves(tables, leading):
-        made["Accuracy against eps"] = partial(_eps, lines=by_eps, looks=looks)
+        made[_BY_EPS] = partial(
+            _lines, lines=by_eps, looks=looks, title=_BY_EPS, labels=("eps (255ths)", "accuracy (%)"), marker="o"
+        )
     for title, lines in curves.items():
         if lines:
-            made[title] = partial(_learning, lines=lines, looks=looks, title=title)
-    made["Accuracy against training time"] = partial(_time, table=leading, looks=looks)
+            unit = "loss" if title == _LOSS else _CLEAN
+            made[title] = partial(_lines, lines=lines, looks=looks, title=title, labels=("epoch", unit), marker="")
+    made[_BY_TIME] = partial(_time, table=leading, looks=looks)
     return made
 
 
@@ -124,12 +127,10 @@ def _leading(tables: Sequence[ComparedTable]) -> ComparedTable | None:
 
 def _looks(rows: Sequence[Row]) -> dict[str, Look]:
     """A name and a colour for each of the first rows, the same in all panels; a name that is not unique is an id."""
-    rows = rows[:MOST_LINES]
-    names = [row.run.name if len(row.entries) == 1 else row.label for row in rows]
-    return {
-        row.label: (_label(name if names.count(name) == 1 else row.label), _COLOURS[index % len(_COLOURS)])
-        for index, (row, name) in enumerate(zip(rows, names, strict=True))
-    }
+    names = [row.run.name if len(row.entries) == 1 else row.label for row in rows[:MOST_LINES]]
+    told = [name if names.count(name) == 1 else row.label for row, name in zip(rows, names, strict=False)]
+    labels = [f" {clean(name)[:60]}" for name in told]  # a legend hides those that begin with an underscore
+    return {row.label: (name, colour) for row, name, colour in zip(rows, labels, _COLOURS, strict=False)}
 
 
 def draw(drawn: Sequence[Panel], suffix: str) -> bytes:
@@ -169,7 +170,7 @@ def _scatter(axes: Axes, *, table: ComparedTable, looks: Mapping[str, Look]) -> 
     if len(front) > 1:  # to the left of each point nothing better is known
         axes.plot(*zip(*front, strict=True), "--", drawstyle="steps-pre", color="0.6", linewidth=1, zorder=0)
     robust = f"robust accuracy (%), {_attack(table)}"
-    axes.set(xlabel=_CLEAN, ylabel=robust, title="Clean against robust accuracy")
+    axes.set(xlabel=_CLEAN, ylabel=robust, title=_FRONT)
 
 
 def _time(axes: Axes, *, table: ComparedTable, looks: Mapping[str, Look]) -> None:
@@ -179,7 +180,7 @@ def _time(axes: Axes, *, table: ComparedTable, looks: Mapping[str, Look]) -> Non
         if row.robust is not None:
             _point(axes, row, looks, x=minutes, figure=row.robust)
     shown = f"accuracy (%): clean hollow, robust filled\n{_attack(table)}" if table.condition.attack else _CLEAN
-    axes.set(xlabel="training time (min)", ylabel=shown, title="Accuracy against training time")
+    axes.set(xlabel="training time (min)", ylabel=shown, title=_BY_TIME)
     axes.set_xlim(0, 1.05 * axes.dataLim.x1 or 1)
 
 
@@ -230,18 +231,10 @@ def _eps_curves(tables: Sequence[ComparedTable], leading: ComparedTable) -> dict
     return {label: [sorted(curve.items())] for label, curve in curves.items() if len(curve) > 2}
 
 
-def _eps(axes: Axes, *, lines: Lines, looks: Mapping[str, Look]) -> None:
-    _lines(axes, lines, looks, marker="o")
-    axes.set(xlabel="eps (255ths)", ylabel="accuracy (%)", title="Accuracy against eps")
-    axes.set_ylim(bottom=0)
-
-
-def _learning(axes: Axes, *, lines: Lines, looks: Mapping[str, Look], title: str) -> None:
-    _lines(axes, lines, looks, marker="")
-    axes.set(xlabel="epoch", ylabel=_UNITS[title], title=title)
-
-
-def _lines(axes: Axes, lines: Lines, looks: Mapping[str, Look], *, marker: str) -> None:
+def _lines(
+    axes: Axes, *, lines: Lines, looks: Mapping[str, Look], title: str, labels: tuple[str, str], marker: str
+) -> None:
+    axes.set(xlabel=labels[0], ylabel=labels[1], title=title)
     for label, seeds in lines.items():
         name, colour = looks.get(label, (None, ""))
         for index, points in enumerate(seeds if name else ()):
@@ -253,14 +246,10 @@ def _lines(axes: Axes, lines: Lines, looks: Mapping[str, Look], *, marker: str) 
                 label=name if index == 0 else None,
                 color=colour,
             )
+    if title == _BY_EPS:
+        axes.set_ylim(bottom=0)
 
 
 def _attack(table: ComparedTable) -> str:
     condition = table.condition
     return f"{clean(condition.attack)[:20]} {condition.norm} {clean(condition.eps)[:12]}"
-
-
-def _label(text: str) -> str:
-    """A legend hides labels that begin with an underscore."""
-    short = clean(text)
-    return f" {short[:60]}"
