@@ -23,19 +23,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """Where and how to work; nothing here changes a number.
+    """Where and how to work; nothing here changes a number."""
 
-    Attributes:
-        device: "auto", "cpu", "cuda", "cuda:0" or "mps".
-        runs: The run store; None for CFAMC_RUNS, else ./runs.
-        quiet: Say only warnings and errors.
-        as_json: Whether stdout gets one JSON object.
-    """
-
-    device: str = "auto"
-    runs: Path | None = None
-    quiet: bool = False
-    as_json: bool = False
+    device: str = "auto"  # "auto", "cpu", "cuda", "cuda:0" or "mps"
+    runs: Path | None = None  # the run store; None for CFAMC_RUNS, else ./runs
+    quiet: bool = False  # say only warnings and errors
+    as_json: bool = False  # whether stdout gets one JSON object
 
     @property
     def store(self) -> Path:

@@ -16,19 +16,12 @@ FASHION_MINI_FINGERPRINTS = {
 
 
 class KnownSet(NamedTuple):
-    """What is known about a data set before any of its files are read.
+    """What is known about a data set before any of its files are read."""
 
-    Attributes:
-        train: Number of training images; for `stl10` the unlabelled ones are part of it.
-        test: Number of test images.
-        size: Height and width in pixels.
-        classes: Number of classes.
-    """
-
-    train: int
-    test: int
-    size: int
-    classes: int
+    train: int  # number of training images; for `stl10` the unlabelled ones are part of it
+    test: int  # number of test images
+    size: int  # height and width in pixels
+    classes: int  # number of classes
 
 
 KNOWN_SETS: dict[str, KnownSet] = {

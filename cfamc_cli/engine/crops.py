@@ -25,27 +25,16 @@ _LUMA = (0.2989, 0.587, 0.114)
 
 @dataclass(frozen=True)
 class CropParameters:
-    """Everything random about a group of crops, on the CPU; (V, B) each unless noted.
+    """Everything random about a group of crops, on the CPU; (V, B) each unless noted."""
 
-    Attributes:
-        box: Top, left, height and width in source pixels, (V, B, 4), whole numbers as float.
-        flip: Whether the crop is mirrored.
-        jittered: Whether the four colour operations are applied.
-        order: The order of brightness 0, contrast 1, saturation 2 and hue 3, (V, B, 4).
-        factors: Their strengths, (V, B, 4): three factors around 1 and a hue shift in [-0.5, 0.5].
-        grayscale: Whether the crop loses its colour.
-        sigma: Standard deviation of the Gaussian blur in pixels, 0 where there is none.
-        solarized: Whether values of 128/255 and above are inverted.
-    """
-
-    box: Tensor
-    flip: Tensor
-    jittered: Tensor
-    order: Tensor
-    factors: Tensor
-    grayscale: Tensor
-    sigma: Tensor
-    solarized: Tensor
+    box: Tensor  # top, left, height and width in source pixels, (V, B, 4), whole numbers as float
+    flip: Tensor  # whether the crop is mirrored
+    jittered: Tensor  # whether the four colour operations are applied
+    order: Tensor  # the order of brightness 0, contrast 1, saturation 2 and hue 3, (V, B, 4)
+    factors: Tensor  # their strengths, (V, B, 4): three factors around 1 and a hue shift in [-0.5, 0.5]
+    grayscale: Tensor  # whether the crop loses its colour
+    sigma: Tensor  # standard deviation of the Gaussian blur in pixels, 0 where there is none
+    solarized: Tensor  # whether values of 128/255 and above are inverted
 
     def images(self, first: int, last: int) -> CropParameters:
         """The parameters of images first to last - 1 of the batch: a process's own share."""

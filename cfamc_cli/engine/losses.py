@@ -19,15 +19,10 @@ from cfamc_cli.recipe import EmpSsl, SimClr, SupCon
 
 @dataclass(frozen=True)
 class Terms:
-    """A loss and the parts that a person watches.
+    """A loss and the parts that a person watches."""
 
-    Attributes:
-        loss: Scalar to minimise, with its graph.
-        parts: Detached scalars by name.
-    """
-
-    loss: Tensor
-    parts: dict[str, Tensor]
+    loss: Tensor  # scalar to minimise, with its graph
+    parts: dict[str, Tensor]  # detached scalars by name
 
 
 def objective_loss(z: Tensor, labels: Tensor | None, *, objective: EmpSsl | SimClr | SupCon) -> Terms:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cfamc_cli.engine.attacks.objectives import Loss, loss_of, ranked_targets
-from cfamc_cli.engine.attacks.search import Predict, Region, Roster, blend, climb, fooled, logits_at, take
+from cfamc_cli.engine.attacks.search import Predict, Region, Roster, blend, climb, fooled, logits_at
 from cfamc_cli.engine.ball import norms, per_sample, steepest
 
 _MOMENTUM = 0.75  # alpha of the paper: the share of the new step
@@ -143,11 +143,9 @@ def _run(
     missed |= fooled(logits, y)
     marks, last_mark = checkpoints(steps), 0
     for step in range(1, steps + 1):
-        rows = roster.settle(s.points, s.done, step=step - 1)
-        if rows is not None:
-            s = take(s, rows)
-            if len(rows) == 0:
-                break
+        s = roster.settle(s, step=step - 1)
+        if len(s.done) == 0:
+            break
 
         ahead = s.region.project(s.points + per_sample(s.eta, s.points) * steepest(s.grad, norm=norm))
         if step > 1:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cfamc_cli.engine.attacks.objectives import ranked_targets
-from cfamc_cli.engine.attacks.search import Predict, Region, Roster, blend, climb, fooled, logits_at, take
+from cfamc_cli.engine.attacks.search import Predict, Region, Roster, blend, climb, fooled, logits_at
 from cfamc_cli.engine.ball import norms, per_sample
 from cfamc_cli.recipe import Norm
 
@@ -115,11 +115,9 @@ def _run(predict: Predict, region: Region, y: Tensor, target: Tensor, steps: int
         s.done = s.done | (within & _crossed(predict, s.points, s.y, within))
         missed[roster.index] = s.done
         s.points = blend(within | s.done, s.points, s.region.x + _BETA * (s.points - s.region.x))
-        rows = roster.settle(s.points, s.done, step=step)
-        if rows is not None:
-            s = take(s, rows)
-            if len(rows) == 0:
-                break
+        s = roster.settle(s, step=step)
+        if len(s.done) == 0:
+            break
     return roster.close(blend(s.done, s.points, s.region.x)), missed
 
 

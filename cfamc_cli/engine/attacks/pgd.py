@@ -7,6 +7,7 @@ misclassifies it, and stops there: more steps can never help the defender, and e
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -20,6 +21,15 @@ from cfamc_cli.engine.ball import norms, per_sample, random_start, steepest
 Start = Literal["zero", "random"]
 Objective = Callable[[Tensor, Tensor], Tensor]  # samples (n,) and their outputs -> one value each, (n,)
 Look = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # samples, points, outputs, values -> who is done, (n,) bool
+
+
+@dataclass
+class _Climb:
+    """Per-sample state of an ascent, n rows."""
+
+    region: Region
+    points: Tensor
+    done: Tensor
 
 
 def projected_ascent(
@@ -49,23 +59,19 @@ def projected_ascent(
     Source: Madry et al., arXiv:1706.06083.
     """
     roster = Roster(region.x)
-    points = region.project(points)
-    done = torch.zeros(len(points), dtype=torch.bool, device=points.device)
-    for step in range(steps + 1):
-        samples = roster.index
-        if step == steps:
-            outputs = logits_at(predict, points)
-            look(samples, points, outputs, objective(samples, outputs))
+    s = _Climb(region, region.project(points), torch.zeros(len(points), dtype=torch.bool, device=points.device))
+    for step in range(steps):
+        outputs, values, grad = climb(predict, s.points, partial(objective, roster.index))
+        s.done = s.done | look(roster.index, s.points, outputs, values)
+        ahead = s.region.project(s.points + step_size * steepest(grad, norm=region.norm))
+        s.points = blend(s.done, s.points, ahead)
+        s = roster.settle(s, step=step)
+        if len(s.done) == 0:
             break
-        outputs, values, grad = climb(predict, points, partial(objective, samples))
-        done = done | look(samples, points, outputs, values)
-        points = blend(done, points, region.project(points + step_size * steepest(grad, norm=region.norm)))
-        rows = roster.settle(points, done, step=step)
-        if rows is not None:
-            region, points, done = region.take(rows), points[rows], done[rows]
-            if len(rows) == 0:
-                break
-    return roster.close(points)
+    else:
+        outputs = logits_at(predict, s.points)
+        look(roster.index, s.points, outputs, objective(roster.index, outputs))
+    return roster.close(s.points)
 
 
 def fgsm(predict: Predict, region: Region, y: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,6 @@ from cfamc_cli.engine.ball import norms, per_sample, project
 from cfamc_cli.recipe import Norm
 
 Predict = Callable[[Tensor], Tensor]  # images in [0, 1], (N, C, H, W) -> logits (N, classes)
-Rows = TypeVar("Rows")
 
 _SETTLE_EVERY = 8  # steps between looks at who is done on an accelerator, where each look waits for the device
 _WORTH_MOVING = 16  # the state is compacted once one sample in this many is done
@@ -53,11 +52,21 @@ class Region:
         return dataclasses.replace(self, x=self.x[rows], low=self.low[rows], high=self.high[rows])
 
 
+class State(Protocol):
+    """What an attack knows of the samples it still works on: a dataclass of tensors and regions, a row for each.
+
+    The attack freezes the point of a sample that is done.
+    """
+
+    points: Tensor  # (n, C, H, W)
+    done: Tensor  # which need no more work, (n,) bool
+
+
+Rows = TypeVar("Rows", bound=State)
+
+
 class Roster:
     """The samples an attack still works on, and the point it will return for each sample it was given.
-
-    The attack keeps its state in tensors with one row per remaining sample. It freezes the point of a sample that is
-    done, and `settle` says when it is worth dropping those rows.
 
     Attributes:
         result: The points to be returned, (N, C, H, W).
@@ -68,43 +77,37 @@ class Roster:
         self.result = x.clone()
         self.index = torch.arange(len(x), device=x.device)
 
-    def settle(self, points: Tensor, done: Tensor, *, step: int) -> Tensor | None:
-        """Put away the points of samples that are done.
+    def settle(self, state: Rows, *, step: int) -> Rows:
+        """Put away the points of samples that are done, where dropping their rows is worth it.
 
         Args:
-            points: Current points of the remaining samples, (n, C, H, W).
-            done: Which of them need no more work, (n,) bool.
+            state: Of the remaining samples.
             step: The number of the step, so that an accelerator is waited for only now and then.
 
         Returns:
-            The rows that go on, or None while all rows stay. May be empty.
+            The state of the samples that go on, which may be none.
         """
+        done = state.done
         if done.device.type != "cpu" and step % _SETTLE_EVERY:
-            return None
+            return state
         count = int(done.sum())
         if count == 0 or (count < len(done) and count * _WORTH_MOVING < len(done)):
-            return None
-        finished = done.nonzero().flatten()
-        self.result[self.index[finished]] = points[finished]
-        rows = (~done).nonzero().flatten()
+            return state
+        finished, rows = done.nonzero().flatten(), (~done).nonzero().flatten()
+        self.result[self.index[finished]] = state.points[finished]
         self.index = self.index[rows]
-        return rows
+        assert dataclasses.is_dataclass(state)
+        assert not isinstance(state, type)
+        parts: dict[str, object] = {}
+        for field in dataclasses.fields(state):
+            value = getattr(state, field.name)
+            parts[field.name] = value.take(rows) if isinstance(value, Region) else value[rows]
+        return dataclasses.replace(state, **parts)
 
     def close(self, points: Tensor) -> Tensor:
         """Put away what is left and return a point for every sample, (N, C, H, W)."""
         self.result[self.index] = points
         return self.result
-
-
-def take(state: Rows, rows: Tensor) -> Rows:
-    """The given rows of each tensor (and region) of a dataclass of per-sample state."""
-    assert dataclasses.is_dataclass(state)
-    assert not isinstance(state, type)
-    parts: dict[str, object] = {}
-    for field in dataclasses.fields(state):
-        value = getattr(state, field.name)
-        parts[field.name] = value.take(rows) if isinstance(value, Region) else value[rows]
-    return dataclasses.replace(state, **parts)
 
 
 def logits_at(predict: Predict, points: Tensor) -> Tensor:

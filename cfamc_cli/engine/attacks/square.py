@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cfamc_cli.engine.attacks.objectives import label_margin
-from cfamc_cli.engine.attacks.search import Predict, Region, Roster, blend, logits_at, take
+from cfamc_cli.engine.attacks.search import Predict, Region, Roster, blend, logits_at
 from cfamc_cli.engine.ball import norms, per_sample
 
 _P_INIT = 0.8
@@ -68,11 +68,9 @@ def square(predict: Predict, region: Region, y: Tensor, *, queries: int, generat
     roster = Roster(x)
     draws = torch.empty(0)
     for query in range(1, queries):
-        rows = roster.settle(s.points, s.done, step=query - 1)
-        if rows is not None:
-            s = take(s, rows)
-            if len(rows) == 0:
-                break
+        s = roster.settle(s, step=query - 1)
+        if len(s.done) == 0:
+            break
         at = (query - 1) % _DRAWN_AT_ONCE
         if at == 0:
             draws = torch.rand((_DRAWN_AT_ONCE, n, 5 + channels), generator=generator).to(x.device)
