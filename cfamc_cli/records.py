@@ -14,6 +14,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -51,6 +52,7 @@ Status = Literal["created", "running", "finished", "diverged", "interrupted", "f
 Weights = Literal["backbone", "encoder", "classifier"]
 Format = Literal["safetensors", "pt2", "onnx"]
 Dashboard = Literal["csv", "tensorboard"]
+Space = Literal["image", "crops"]  # where an attacker acts
 HeadKind = Literal["linear", "robust-linear", "crops", "knn", "finetune"]
 
 
@@ -246,7 +248,7 @@ class PendingProbe(Record):
 class ThreatModel(Part):
     """What the attacker may do: where it acts, how distance is measured, and how far it may go (exact text)."""
 
-    space: Literal["image", "crops"]
+    space: Space
     norm: Norm
     eps: str
 
@@ -318,6 +320,26 @@ class AttackRecord(AttackResult):
     forward: Count  # forward passes of single samples; `backward` likewise
     backward: Count
     environment: Environment
+
+
+Mask = tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One finished stage of one block: what is committed, and enough to go on from. A mask has a bit per sample."""
+
+    block: int  # number of the block; it begins at sample block * block_size of the order
+    stage: int  # 0 for the clean predictions, then the stages of the plan from 1
+    name: str  # "clean" for stage 0
+    standing: Mask  # classified right, steadily and finitely under this stage and all before it
+    broken: Mask  # newly lost to a verified example, wrong at whatever batch size (for stage 0: misclassified)
+    not_finite: Mask  # newly lost to a prediction that is not finite
+    unsteady: Mask  # whose logits, clean or attacked, changed with their batch by more than rounding
+    invalid: Mask  # whose example left the ball or the box, or was no image; it is no success
+    forward: int  # passes of single samples
+    backward: int
+    seconds: float  # wall time
 
 
 class StageOutcome(Part):

@@ -18,8 +18,8 @@ from stages import ensemble
 from tiny import recipe_text, tiny_recipe
 
 from cfamc_cli import cli
+from cfamc_cli.attack_ledger import Ledger
 from cfamc_cli.commands import attack as command
-from cfamc_cli.commands.attack_records import Ledger
 from cfamc_cli.commands.attack_report import Result, curves
 from cfamc_cli.commands.attack_settings import Flags, asked_attacks
 from cfamc_cli.commands.common import Options, session
@@ -33,11 +33,19 @@ from cfamc_cli.engine.data import ImageSet
 from cfamc_cli.engine.heads import Classifier
 from cfamc_cli.engine.pictures import loss_by_step
 from cfamc_cli.engine.randomness import balanced_order
-from cfamc_cli.engine.robust import Outcome
 from cfamc_cli.engine.sink import NullTalk
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.recipe import AutoAttackAttack, Stage
-from cfamc_cli.records import Accuracy, AttackRecord, ClassRobustness, Outcomes, ProbeRecord, load_record, unpack_bits
+from cfamc_cli.records import (
+    Accuracy,
+    AttackRecord,
+    ClassRobustness,
+    Outcome,
+    Outcomes,
+    ProbeRecord,
+    load_record,
+    unpack_bits,
+)
 from cfamc_cli.store import HEAD, RunFolder, list_runs, lock
 
 BLOCK = 8

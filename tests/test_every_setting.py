@@ -29,10 +29,11 @@ from torch import Tensor, nn
 from cfamc_cli import cli, recipe_file
 from cfamc_cli.engine.attacks.autoattack import plan
 from cfamc_cli.engine.attacks.verify import Predictor
-from cfamc_cli.engine.robust import Examples, Outcome, evaluate
+from cfamc_cli.engine.robust import Examples, evaluate
 from cfamc_cli.engine.sink import NullTalk
 from cfamc_cli.errors import CfamcError
 from cfamc_cli.recipe import Attack, Probe, Recipe, Table
+from cfamc_cli.records import Outcome
 
 # Runs of two batches that together make every setting of training effective
 BASE: dict[str, Any] = {

@@ -17,9 +17,10 @@ from cfamc_cli.engine.attacks.search import Predict
 from cfamc_cli.engine.attacks.verify import Meter, Predictor, in_region, look, undisturbed
 from cfamc_cli.engine.ball import norms
 from cfamc_cli.engine.randomness import balanced_order
-from cfamc_cli.engine.robust import Evaluation, Examples, Outcome, evaluate
+from cfamc_cli.engine.robust import Evaluation, Examples, evaluate
 from cfamc_cli.engine.sink import NullTalk
 from cfamc_cli.recipe import Norm, Stage
+from cfamc_cli.records import Outcome
 from cfamc_cli.records import Stage as StageTotal
 
 CPU = torch.device("cpu")

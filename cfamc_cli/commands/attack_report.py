@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,14 +25,7 @@ _CURVE_WIDTH = 40
 
 @dataclass(frozen=True)
 class Result:
-    """One finished evaluation.
-
-    Attributes:
-        folder: Where it lies.
-        record: Its record.
-        clean: Which samples are classified right without an attack.
-        robust: Which of them stand under it.
-    """
+    """One finished evaluation: which samples are classified right without an attack, and which stand under it."""
 
     folder: Path
     record: AttackRecord
@@ -41,31 +33,31 @@ class Result:
     robust: tuple[bool, ...]
 
     @property
-    def trusted(self) -> bool:
-        """Whether no check failed."""
-        return not self.failed
+    def failed(self) -> list[Flag]:
+        """The checks that say not to trust it."""
+        return [flag for flag in self.record.flags if flag.verdict == "failed"]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One evaluation of a curve."""
+
+    result: Result
+    worst: Accuracy  # over the samples that stand here and at every smaller radius of the curve
 
     @property
-    def failed(self) -> list[Flag]:
-        return [flag for flag in self.record.flags if flag.verdict == "failed"]
+    def record(self) -> AttackRecord:
+        return self.result.record
+
+    @property
+    def place(self) -> float:
+        """Its radius in 255ths."""
+        return 255 * float(fraction(self.record.threat.eps))
 
 
 def lacks_audit(record: AttackRecord) -> bool:
     """Whether the full audit was not made."""
     return any(flag.name == NOT_AUDITED and flag.verdict == "skipped" for flag in record.flags)
-
-
-@dataclass(frozen=True)
-class Point:
-    """One evaluation of a curve.
-
-    Attributes:
-        result: The evaluation.
-        worst: Accuracy over the samples that stand here and at every smaller radius of the curve.
-    """
-
-    result: Result
-    worst: Accuracy
 
 
 def curves(results: Sequence[Result]) -> list[list[Point]]:
@@ -77,52 +69,39 @@ def curves(results: Sequence[Result]) -> list[list[Point]]:
     groups: dict[tuple[str, str], list[Result]] = {}
     for result in results:
         groups.setdefault((result.record.threat.space, result.record.threat.norm), []).append(result)
-    made = []
-    for group in groups.values():
-        points: list[Point] = []
-        standing = list(group[0].clean)
-        for _, tied in groupby(sorted(group, key=_radius), key=_radius):
-            same = list(tied)
-            for result in same:
-                standing = [a and b for a, b in zip(standing, result.robust, strict=True)]
-            worst = Accuracy.of(sum(standing), len(standing))
-            points += [Point(result, worst) for result in same]
-        made.append(points)
-    return made
+    return [list(_curve(group)) for group in groups.values()]
 
 
-def _radius(result: Result) -> Fraction:
-    return fraction(result.record.threat.eps)
+def _curve(group: list[Result]) -> Iterator[Point]:
+    standing = list(group[0].clean)
+    ordered = sorted(group, key=lambda result: fraction(result.record.threat.eps))
+    for _, tied in groupby(ordered, key=lambda result: fraction(result.record.threat.eps)):
+        same = list(tied)
+        standing = [all(bits) for bits in zip(standing, *(result.robust for result in same), strict=True)]
+        worst = Accuracy.of(sum(standing), len(standing))
+        yield from (Point(result, worst) for result in same)
 
 
 def tell(run: RunFolder, results: Sequence[Result], drawn: Sequence[Path], *, strict: bool, options: Options) -> None:
-    """Say what came out: talk to stderr, the table or one JSON object to stdout."""
-    points = [point for group in curves(results) for point in group]
-    untrusted = [result for result in results if not result.trusted]
-    say = render.talk()
-    for result in results:
-        for flag in result.failed:
-            figure = "" if flag.figure is None else f" {render.number(flag.figure)}, at most {flag.limit:g}"
-            say.say(f"warning: {result.record.id}: check {flag.name} failed:{figure}: {flag.text}")
-    if not options.quiet:
-        for note in dict.fromkeys(note for result in results for note in result.record.notes):
-            say.say(f"note: {note}")
-        for path in drawn:
-            say.say(f"drawn: {path}")
-        for group in curves(results):
-            if len({point.result.record.threat.eps for point in group}) > 1:
-                for line in _curve_lines(group):
-                    say.say(line)
+    """Say what came out: talk to stderr, the table or one JSON object to stdout.
+
+    Raises:
+        CfamcError: Exit 5; a check failed, and `strict` refuses that.
+    """
+    groups = curves(results)
+    points = [point for group in groups for point in group]
+    _talk(results, drawn, groups, quiet=options.quiet)
+    failed = dict.fromkeys(flag.name for result in results for flag in result.failed)
     answer = {
         "run": run.id,
         "path": str(run.path),
         "probe": results[0].record.probe,
-        "trusted": not untrusted,
+        "trusted": not failed,
         "results": [
             {
-                **point.result.record.model_dump(mode="json"),
+                **point.record.model_dump(mode="json"),
                 "path": str(point.result.folder),
-                "trusted": point.result.trusted,
+                "trusted": not point.result.failed,
                 "worst_case": point.worst.model_dump(mode="json"),
             }
             for point in points
@@ -130,10 +109,9 @@ def tell(run: RunFolder, results: Sequence[Result], drawn: Sequence[Path], *, st
     }
     if not options.as_json:
         _print_table(points)
-    if strict and untrusted:
-        names = ", ".join(dict.fromkeys(flag.name for result in untrusted for flag in result.failed))
+    if strict and failed:
         raise CfamcError(
-            f"the evaluation cannot be trusted: {names}",
+            f"the evaluation cannot be trusted: {', '.join(failed)}",
             hint="each failed check and its figure is in the record's flags; leave --strict out to accept the numbers",
             exit_code=ExitCode.UNTRUSTED,
             details=answer,
@@ -142,35 +120,44 @@ def tell(run: RunFolder, results: Sequence[Result], drawn: Sequence[Path], *, st
         render.print_json(answer)
 
 
+def _talk(results: Sequence[Result], drawn: Sequence[Path], groups: list[list[Point]], *, quiet: bool) -> None:
+    say = render.talk().say
+    for result in results:
+        for flag in result.failed:
+            figure = "" if flag.figure is None else f" {render.number(flag.figure)}, at most {flag.limit:g}"
+            say(f"warning: {result.record.id}: check {flag.name} failed:{figure}: {flag.text}")
+    if quiet:
+        return
+    for note in dict.fromkeys(note for result in results for note in result.record.notes):
+        say(f"note: {note}")
+    for path in drawn:
+        say(f"drawn: {path}")
+    for group in groups:
+        by_eps = {point.record.threat.eps: point.worst for point in group}
+        if len(by_eps) > 1:
+            record = group[0].record
+            say(f"accuracy against {record.threat.norm} eps (a sample broken at a smaller eps stays broken):")
+            width = max(map(len, by_eps))
+            for eps, accuracy in ({"0": record.clean} | by_eps).items():
+                bar = "#" * round(_CURVE_WIDTH * accuracy.value)
+                say(f"  {eps:>{width}} |{bar:<{_CURVE_WIDTH}}| {render.interval(accuracy)}")
+
+
 def _print_table(points: Sequence[Point]) -> None:
-    first = points[0].result.record
+    first = points[0].record
     rows = []
     for point in points:
-        record, threat = point.result.record, point.result.record.threat
+        record = point.record
+        if failed := point.result.failed:
+            verdict = "failed: " + ", ".join(flag.name for flag in failed)
+        else:
+            made = sum(flag.verdict == "passed" for flag in record.flags)
+            verdict = f"{made} passed" + (", no audit" if lacks_audit(record) else "")
         shares = (render.interval(record.clean), render.interval(record.robust), render.percent(point.worst.value))
-        rows.append((record.attack, f"{threat.norm} {threat.eps}", *shares, _verdict(point.result), record.id))
+        rows.append((record.attack, f"{record.threat.norm} {record.threat.eps}", *shares, verdict, record.id))
     title = f"{first.run}, head {first.probe}: {first.subset}; % with 95 % intervals"
     columns = ("attack", "threat", "clean", "robust", "worst case", "checks", "kept as")
     render.print_rows(title, columns, rows, right=(2, 3, 4))
-
-
-def _verdict(result: Result) -> str:
-    if not result.trusted:
-        return "failed: " + ", ".join(flag.name for flag in result.failed)
-    made = sum(flag.verdict == "passed" for flag in result.record.flags)
-    return f"{made} passed" + (", no audit" if lacks_audit(result.record) else "")
-
-
-def _curve_lines(group: Sequence[Point]) -> list[str]:
-    """Worst-case accuracy against eps, as bars of characters."""
-    record = group[0].result.record
-    by_eps = {"0": record.clean} | {point.result.record.threat.eps: point.worst for point in group}
-    width = max(map(len, by_eps))
-    lines = [f"accuracy against {record.threat.norm} eps (a sample broken at a smaller eps stays broken):"]
-    for eps, accuracy in by_eps.items():
-        bar = "#" * round(_CURVE_WIDTH * accuracy.value)
-        lines.append(f"  {eps:>{width}} |{bar:<{_CURVE_WIDTH}}| {render.interval(accuracy)}")
-    return lines
 
 
 def draw_loss(losses: Sequence[float], right: Sequence[float], *, title: str) -> bytes:
@@ -192,27 +179,22 @@ def draw_loss(losses: Sequence[float], right: Sequence[float], *, title: str) ->
 
 def draw_accuracy(group: Sequence[Point]) -> bytes:
     """Draw the worst case against eps, with its interval, and each attack's own figures, as a PNG."""
-    record = group[0].result.record
+    record = group[0].record
     title = f"{record.run}, {record.probe}, {record.threat.norm}, n = {record.clean.n}"
-    worst = [(0.0, record.clean), *((_place(point), point.worst) for point in group)]
+    at = [0.0, *(point.place for point in group)]
+    worst = [record.clean, *(point.worst for point in group)]
 
     def panel(axes: Axes) -> None:
         axes.set_title(render.clean(title), fontsize=9)
         axes.set_xlabel("eps (255ths of the image range)")
-        at = [x for x, _ in worst]
-        low, high = [100 * a.low for _, a in worst], [100 * a.high for _, a in worst]
+        low, high = [100 * accuracy.low for accuracy in worst], [100 * accuracy.high for accuracy in worst]
         axes.fill_between(at, low, high, alpha=0.2, color="#0072B2")
-        axes.plot(at, [100 * a.value for _, a in worst], color="#0072B2", label="worst case up to eps")
-        for name in dict.fromkeys(point.result.record.attack for point in group):
-            own = [point for point in group if point.result.record.attack == name]
-            values = [100 * point.result.record.robust.value for point in own]
-            axes.plot([_place(point) for point in own], values, "o", label=render.clean(name))
+        axes.plot(at, [100 * accuracy.value for accuracy in worst], color="#0072B2", label="worst case up to eps")
+        for name in dict.fromkeys(point.record.attack for point in group):
+            own = [point for point in group if point.record.attack == name]
+            values = [100 * point.record.robust.value for point in own]
+            axes.plot([point.place for point in own], values, "o", label=render.clean(name))
         axes.set_ylabel("accuracy (%)")
         axes.set_ylim(bottom=0)
 
     return draw([panel], ".png")
-
-
-def _place(point: Point) -> float:
-    """Its radius in 255ths."""
-    return 255 * float(_radius(point.result))

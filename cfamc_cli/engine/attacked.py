@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, assert_never
+from typing import assert_never
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from cfamc_cli.engine.attacks.fast import frozen_copy
 from cfamc_cli.engine.attacks.verify import Predictor
 from cfamc_cli.engine.heads import Classifier
-
-Space = Literal["image", "crops"]
+from cfamc_cli.records import Space
 
 
 class _Network(nn.Module):

@@ -20,30 +20,11 @@ from cfamc_cli.engine.attacks.search import logits_at
 from cfamc_cli.engine.attacks.verify import BATCHES, Meter, Predictor, in_region, look, undisturbed
 from cfamc_cli.engine.randomness import addressed_generator, addressed_seed
 from cfamc_cli.engine.sink import Talk
-from cfamc_cli.records import Flag, Stage
+from cfamc_cli.records import Flag, Mask, Outcome, Stage
 
 BLOCK = 250  # samples; divides 500, 1,000 and 10,000, and its gradients fit a laptop
 _PROBED = 64  # samples that the cheap checks look at
 _HEARTBEAT = 1.0  # seconds between two reports within a stage
-
-Mask = tuple[bool, ...]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """One finished stage of one block: what is committed, and enough to go on from. A mask has a bit per sample."""
-
-    block: int  # number of the block; it begins at sample block * block_size of the order
-    stage: int  # 0 for the clean predictions, then the stages of the plan from 1
-    name: str  # "clean" for stage 0
-    standing: Mask  # classified right, steadily and finitely under this stage and all before it
-    broken: Mask  # newly lost to a verified example, wrong at whatever batch size (for stage 0: misclassified)
-    not_finite: Mask  # newly lost to a prediction that is not finite
-    unsteady: Mask  # whose logits, clean or attacked, changed with their batch by more than rounding
-    invalid: Mask  # whose example left the ball or the box, or was no image; it is no success
-    forward: int  # passes of single samples
-    backward: int
-    seconds: float  # wall time
 
 
 @dataclass(frozen=True)
