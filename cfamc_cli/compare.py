@@ -28,20 +28,13 @@ CHANCE = 0.05  # a p-value above it is called chance
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A fraction of one run with its Wilson 95 % interval, or the mean of several seeds with their spread.
-
-    Attributes:
-        n: Samples of each run.
-        runs: How many runs the value is the mean of.
-        std: Sample standard deviation over runs; None for one run.
-        low: Lower end of the interval; None for several runs, as is `high`.
-    """
+    """A fraction of one run with its Wilson 95 % interval, or the mean of several seeds with their spread."""
 
     value: float
-    n: int
-    runs: int
-    std: float | None
-    low: float | None
+    n: int  # samples of each run
+    runs: int  # how many the value is the mean of
+    std: float | None  # sample standard deviation over runs; None for one
+    low: float | None  # end of the interval, as `high`; None for several runs
     high: float | None
 
     @classmethod
@@ -57,20 +50,13 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """How far a result lies from another, as a fraction.
+    """How far a result lies from another, as a fraction."""
 
-    Attributes:
-        value: Positive where the first is better.
-        shared: Samples that both were measured on; None where they could not be paired.
-        gained: Samples that only the first got right; `lost` those that only the other did.
-        p: Two-sided p-value of McNemar's exact test.
-    """
-
-    value: float
-    shared: int | None = None
-    gained: int | None = None
-    lost: int | None = None
-    p: float | None = None
+    value: float  # positive where the first is better
+    shared: int | None = None  # samples that both were measured on; None where they could not be paired
+    gained: int | None = None  # samples that only the first got right
+    lost: int | None = None  # samples that only the other did
+    p: float | None = None  # two-sided, of McNemar's exact test
 
 
 def paired(first: int, second: int, *, n: int) -> Difference:
@@ -126,25 +112,18 @@ def probability(p: float) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """What two results must share to be compared.
-
-    Attributes:
-        fingerprint: Digest of the samples' whole split.
-        head: Kind of head, read from `features`.
-        space: Where the attack acts; empty, as all below, where nothing was attacked.
-        settings: All other settings of the attack, as "key value" pairs.
-    """
+    """What two results must share to be compared."""
 
     dataset: str
     split: str
-    fingerprint: str
-    head: str
+    fingerprint: str  # digest of the samples' whole split
+    head: str  # its kind, read from `features`
     features: str
-    space: str = ""
+    space: str = ""  # where the attack acts; empty, as all below, where nothing was attacked
     norm: str = ""
     eps: str = ""
     attack: str = ""
-    settings: str = ""
+    settings: str = ""  # all others of the attack, as "key value" pairs
 
     def title(self) -> str:
         """The condition in one line."""
@@ -173,53 +152,36 @@ class Condition:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What a comparison needs to know of a run.
-
-    Attributes:
-        family: Equal for the seeds of one recipe on the same training data from the same start.
-        recipe: What makes the encoder in its resolved recipe, flat: "adversary.name", "crops.0.count".
-        seconds: Wall time of pretraining.
-        knn: Accuracy of nearest neighbours in the last online evaluation.
-        asked: What only a filter or a sort key asks for: "loss", "memory", the rest of the recipe.
-    """
+    """What a comparison needs to know of a run."""
 
     id: str
     name: str
     seed: int
-    family: str
-    recipe: Mapping[str, Scalar]
+    family: str  # equal for the seeds of one recipe on the same training data from the same start
+    recipe: Mapping[str, Scalar]  # what makes the encoder, flat: "adversary.name", "crops.0.count"
     epochs: float
     steps: int
     view_passes: int
-    seconds: float
-    knn: float | None = None
-    asked: Mapping[str, Scalar] = field(default_factory=dict)
+    seconds: float  # wall time of pretraining
+    knn: float | None = None  # accuracy of nearest neighbours in the last online evaluation
+    asked: Mapping[str, Scalar] = field(default_factory=dict)  # what only a filter or a sort key asks for: "loss"
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One measured result of a run.
-
-    Attributes:
-        result: Its name in the run, such as "attacks/pgd-001".
-        head: Settings of the head, as ("head.epochs", 20).
-        order: Digest of the order that the samples were taken from; empty where outcomes were not kept.
-        failed: Names of the checks that say the number cannot be trusted.
-        attack: Settings of the attack, as ("steps", 20).
-        whole: The result as it was measured, where this is a part of its samples.
-    """
+    """One measured result of a run."""
 
     run: Run
-    result: str
+    result: str  # its name in the run, such as "attacks/pgd-001"
     condition: Condition
-    head: Settings
+    head: Settings  # settings, as ("head.epochs", 20)
     created: datetime
     clean: Accuracy
     robust: Accuracy | None = None
-    order: str = ""
-    failed: tuple[str, ...] = ()
-    attack: Settings = ()
-    whole: Entry | None = None
+    order: str = ""  # digest of the order of the samples; empty where outcomes were not kept
+    failed: tuple[str, ...] = ()  # checks that say the number cannot be trusted
+    attack: Settings = ()  # settings, as ("steps", 20)
+    whole: Entry | None = None  # the result as it was measured, where this is a part of its samples
 
     @property
     def n(self) -> int:
@@ -232,22 +194,15 @@ OutcomesOf: TypeAlias = Callable[[Entry], Outcomes | None]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of a table: a run, or the seeds of one recipe.
+    """One line of a table: a run, or the seeds of one recipe."""
 
-    Attributes:
-        entries: The results behind it, by seed.
-        label: How a person tells it from the others: the id of one run, the name of several.
-        front: Whether no other row of the table is at least as good in clean and robust accuracy and better in one.
-        against: Differences to the baseline, where the table has one.
-    """
-
-    entries: tuple[Entry, ...]
-    label: str
+    entries: tuple[Entry, ...]  # the results behind it, by seed
+    label: str  # tells it from the others: the id of one run, the name of several
     clean: Figure
     robust: Figure | None
-    front: bool = False
+    front: bool = False  # no other row is at least as good in clean and robust accuracy and better in one
     baseline: bool = False
-    against: Mapping[Which, Difference] | None = None
+    against: Mapping[Which, Difference] | None = None  # differences to the baseline, where the table has one
 
     @property
     def run(self) -> Run:
@@ -285,21 +240,14 @@ Keep: TypeAlias = Callable[[Row], bool]
 
 @dataclass(frozen=True, slots=True)
 class ComparedTable:
-    """Rows that may be ranked.
-
-    Attributes:
-        keys: Recipe keys in which the rows differ.
-        verdict: Who leads and whether that is more than chance, in one sentence; empty for a single row.
-        apart: Why it may not be compared with the first table; empty for that one.
-        notes: What else a reader must know, in sentences.
-    """
+    """Rows that may be ranked."""
 
     condition: Condition
     rows: tuple[Row, ...]
-    keys: tuple[str, ...]
-    verdict: str
-    apart: str
-    notes: tuple[str, ...] = ()
+    keys: tuple[str, ...]  # of the recipe, in which the rows differ
+    verdict: str  # who leads and whether that is more than chance, in one sentence; empty for a single row
+    apart: str  # why it may not be compared with the first table; empty for that one
+    notes: tuple[str, ...] = ()  # what else a reader must know, in sentences
 
 
 def tabulate(
@@ -326,7 +274,7 @@ def tabulate(
     conditions: dict[Condition, list[Entry]] = defaultdict(list)
     for entry in entries:
         conditions[entry.condition].append(entry)
-    groups: list[tuple[str, list[Row], list[str]]] = []
+    tables: list[ComparedTable] = []
     for members in conditions.values():
         for apart, group in _on_shared_samples(members, outcomes_of).items():
             rows = _rows(group, fold=fold)
@@ -336,15 +284,18 @@ def tabulate(
                 rows = [row for row in rows if row.baseline or keep(row)]
             n, cut = group[0].n, any(entry.whole for entry in group)
             shared = f"All rows on the first {n:,} samples, which they share: --where 'n>{n}' compares those with more."
+            notes = [shared] if cut else []
+            if baseline is not None and not any(row.baseline for row in rows):
+                notes.append(f"No differences: there is no result of the baseline {baseline} among these.")
             if rows:
-                groups.append((apart, rows, [shared] if cut else []))
-    groups.sort(key=lambda group: (bool(group[0]), -len(group[1]), *group[1][0].condition.rank()))
-    tables: list[ComparedTable] = []
-    for apart, rows, notes in groups:
-        differences = rows[0].condition.differences(groups[0][1][0].condition)
-        why = "; ".join([*differences, *filter(None, [apart])]) if tables else ""
-        tables.append(_table(rows, why, notes, baseline=baseline, outcomes_of=outcomes_of, order=order))
-    return tables
+                tables.append(_table(rows, apart, notes, outcomes_of, order))
+    tables.sort(key=lambda table: (bool(table.apart), -len(table.rows), *table.condition.rank()))
+    return [replace(table, apart=_apart(table, tables[0])) for table in tables]
+
+
+def _apart(table: ComparedTable, first: ComparedTable) -> str:
+    reasons = [*table.condition.differences(first.condition), table.apart]
+    return "" if table is first else "; ".join(filter(None, reasons))
 
 
 def find_superseded(entries: Sequence[Entry], *, fold: bool) -> dict[int, str]:
@@ -410,13 +361,7 @@ def _rows(entries: Sequence[Entry], *, fold: bool) -> list[Row]:
 
 
 def _table(
-    rows: list[Row],
-    apart: str,
-    notes: list[str],
-    *,
-    baseline: str | None,
-    outcomes_of: OutcomesOf,
-    order: SortKey | None,
+    rows: list[Row], apart: str, notes: list[str], outcomes_of: OutcomesOf, order: SortKey | None
 ) -> ComparedTable:
     trusted = [row for row in rows if not row.failed]
     verdict = _verdict(trusted, outcomes_of) if len(trusted) > 1 else ""
@@ -426,8 +371,6 @@ def _table(
         rows = [replace(row, front=row.label in front) for row in rows]
     if order is not None:
         rows = sorted(rows, key=order)
-    if baseline is not None and not any(row.baseline for row in rows):
-        notes = [*notes, f"No differences: there is no result of the baseline {baseline} among these."]
     keys = differing_keys([row.entries[0] for row in rows])
     return ComparedTable(rows[0].condition, tuple(rows), keys, verdict, apart, tuple(notes))
 

@@ -8,7 +8,7 @@ import math
 import os
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from fractions import Fraction
@@ -45,17 +45,11 @@ _NOT_THE_ATTACK = ("seed", "name", "eps", "norm", "space")  # they have a field 
 
 @dataclass
 class Gathered:
-    """What was found.
+    """What was found."""
 
-    Attributes:
-        entries: Every result of every run that can be read.
-        left_out: What could not be used, and why.
-        folders: Folder of each run, by id.
-    """
-
-    entries: list[Entry] = field(default_factory=list)
+    entries: list[Entry] = field(default_factory=list)  # every result of every run that can be read
     left_out: list[LeftOut] = field(default_factory=list)
-    folders: dict[str, RunFolder] = field(default_factory=dict)
+    folders: dict[str, RunFolder] = field(default_factory=dict)  # by id of the run
 
 
 def gather(references: Sequence[str], store: Path, *, keys: Collection[str] = ()) -> Gathered:
@@ -70,10 +64,14 @@ def gather(references: Sequence[str], store: Path, *, keys: Collection[str] = ()
         CfamcError: A reference means nothing; exit code 2.
     """
     reader = _Reader(keys)
-    with _uncollected():
+    gc.disable()  # records hold no cycles; looking for some takes a third of the time, then and later
+    try:
         for reference in references or [str(store)]:
             for run in _runs(reference, store):
                 reader.read(run)
+    finally:
+        gc.freeze()
+        gc.enable()
     return reader.found
 
 
@@ -105,19 +103,6 @@ class KeptOutcomes:
             self.left_out.append((f"{run} {result}", "compared without pairs: outcomes.json is not of this record"))
             return None
         return outcomes
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Records hold no cycles; looking for some again and again takes a third of the time, then and later."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        if enabled:
-            gc.enable()
 
 
 def _runs(reference: str, store: Path) -> list[RunFolder]:
@@ -159,12 +144,9 @@ class _Reader:
                 self._leave_out(folder.id, f"{record.status} after {step:,} of {total:,} weight updates")
                 return
             run = self._run(folder, record)
-        except CfamcError as error:
+        except (CfamcError, OSError) as error:
             missing = not folder.run_json.exists()
-            self._leave_out(folder.id, "no run.json: not a run, or not yet one" if missing else error.message)
-            return
-        except OSError as error:
-            self._leave_out(folder.id, str(error))
+            self._leave_out(folder.id, "no run.json: not a run, or not yet one" if missing else str(error))
             return
         self.found.folders[run.id] = folder
         before = len(self.found.entries)
@@ -254,10 +236,9 @@ class _Reader:
         if evaluation is None or evaluation.clean is None or record.data is None:
             self._leave_out(run.id, "nothing was measured on it yet: cfamc attack")
             return
-        threat, attack = None, ("", "")
-        if evaluation.robust is not None:
-            threat = ThreatModel(space="image", norm="linf", eps=evaluation.eps)
-            attack = (evaluation.attack, "")
+        attacked = evaluation.robust is not None
+        threat = ThreatModel(space="image", norm="linf", eps=evaluation.eps) if attacked else None
+        attack = (evaluation.attack if attacked else "", "")
         data = record.data.model_copy(update={"split": "held-out part of train"})
         where = self._condition(data, ONLINE, "pre_feature", threat, attack)
         entry = Entry(run, "run.json", where, (), record.updated, evaluation.clean, evaluation.robust)

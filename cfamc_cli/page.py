@@ -11,7 +11,7 @@ from cfamc_cli.compare import ComparedTable
 from cfamc_cli.errors import CfamcError
 from cfamc_cli.files import read_bytes
 from cfamc_cli.gather import Gathered, LeftOut
-from cfamc_cli.plots import Curves, pictures
+from cfamc_cli.plots import Curves, draw, panels
 from cfamc_cli.records import RunRecord, load_record, now
 from cfamc_cli.render import clean, templates
 from cfamc_cli.sheets import sheets
@@ -48,7 +48,7 @@ def page(
 
     drawn, missing = {}, None
     try:
-        drawn = pictures(tables, curves)
+        drawn = {title: draw([panel], ".svg") for title, panel in panels(tables, curves).items()}
     except CfamcError as error:
         missing = error
     runs = list(dict.fromkeys(entry.run.id for table in tables for row in table.rows for entry in row.entries))

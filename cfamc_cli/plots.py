@@ -73,32 +73,6 @@ def _points(lines: Sequence[MetricLine]) -> dict[str, Line]:
     return {_LOSS: [point for point in losses if math.isfinite(point[1])], _ACCURACY: shares}  # a lost step has no loss
 
 
-def overview(tables: Sequence[ComparedTable], curves: Curves, *, suffix: str) -> bytes:
-    """Draw all panels of a comparison on one sheet.
-
-    Args:
-        tables: The comparison.
-        curves: Learning curves of its rows.
-        suffix: ".png", ".svg" or ".pdf".
-
-    Raises:
-        CfamcError: There is nothing to draw, or matplotlib is missing.
-    """
-    drawn = list(panels(tables, curves).values())
-    if not drawn:
-        raise CfamcError("there is nothing to draw", exit_code=ExitCode.INVALID)
-    return draw(drawn, suffix)
-
-
-def pictures(tables: Sequence[ComparedTable], curves: Curves) -> dict[str, bytes]:
-    """Draw each panel of a comparison as an SVG of its own, by title.
-
-    Raises:
-        CfamcError: matplotlib is missing.
-    """
-    return {title: draw([panel], ".svg") for title, panel in panels(tables, curves).items()}
-
-
 def panels(tables: Sequence[ComparedTable], curves: Curves) -> dict[str, Panel]:
     """Return the panels that there are numbers for, by title."""
     leading = _leading(tables)
@@ -134,11 +108,13 @@ def _looks(rows: Sequence[Row]) -> dict[str, Look]:
 
 
 def draw(drawn: Sequence[Panel], suffix: str) -> bytes:
-    """Draw panels beside and below each other, with one legend.
+    """Draw panels beside and below each other, with one legend, in the format of a suffix: .png, .svg or .pdf.
 
     Raises:
-        CfamcError: matplotlib is missing.
+        CfamcError: There is nothing to draw, or matplotlib is missing.
     """
+    if not drawn:
+        raise CfamcError("there is nothing to draw", exit_code=ExitCode.INVALID)
     try:
         import matplotlib
         from matplotlib.figure import Figure as Canvas

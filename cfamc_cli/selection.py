@@ -31,16 +31,12 @@ _LARGEST_FIRST = ("clean", "robust", "knn", "clean_diff", "robust_diff")
 
 @dataclass(frozen=True)
 class Filter:
-    """A condition on results, or on rows where its key is a difference to the baseline.
-
-    Attributes:
-        text: As it was written.
-    """
+    """A condition on results, or on rows where its key is a difference to the baseline."""
 
     key: str
     operator: str
     value: str
-    text: str
+    text: str  # as it was written
 
     @classmethod
     def parse(cls, text: str) -> Filter:

@@ -34,21 +34,14 @@ DISPENSABLE = (*SAID, "views", "epochs", "time")  # in the order in which a narr
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table of text.
-
-    Attributes:
-        title: What it is about.
-        columns: Headings; `right` says which are numbers.
-        notes: Sentences that belong below.
-        more: Rows that were left out.
-    """
+    """A table of text."""
 
     title: str
-    columns: tuple[str, ...]
-    right: tuple[int, ...]
+    columns: tuple[str, ...]  # headings
+    right: tuple[int, ...]  # columns of numbers
     rows: tuple[tuple[str, ...], ...]
-    notes: tuple[str, ...] = ()
-    more: int = 0
+    notes: tuple[str, ...] = ()  # sentences that belong below
+    more: int = 0  # rows that were left out
 
     def without(self, name: str) -> Sheet:
         """The same rows without a column; itself where there is no such column."""

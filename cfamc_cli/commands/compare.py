@@ -78,7 +78,7 @@ def compare(
     )
     left_out += outcomes_of.left_out
     if plot is not None or html is not None:
-        from cfamc_cli.plots import learning_curves, overview
+        from cfamc_cli.plots import draw, learning_curves, panels
 
         curves, without = learning_curves(tables, found.folders)
         left_out += without
@@ -88,7 +88,7 @@ def compare(
     if not entries:
         console.say("nothing to compare: no finished run with a measured result")
     if plot is not None:  # files first: where one cannot be written, stdout has nothing but the error
-        write_bytes(plot, overview(tables, curves, suffix=plot.suffix))
+        write_bytes(plot, draw(list(panels(tables, curves).values()), plot.suffix))
     if html is not None:
         from cfamc_cli.page import page
 
