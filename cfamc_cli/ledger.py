@@ -21,7 +21,6 @@ from cfamc_cli.records import (
     Totals,
     TrainLine,
     capture_environment,
-    load_record,
     now,
     read_metrics,
     save_record,
@@ -55,7 +54,7 @@ def found(run: RunFolder, recipe: Recipe, *, device: str) -> RunRecord:
 def found_again(run: RunFolder, *, device: str) -> RunRecord:
     """The record of a run that goes on, here and now."""
     changes = {"updated": now(), "environment": capture_environment(device), "failure": None}
-    return load_record(run.run_json, RunRecord).model_copy(update=changes)
+    return run.record().model_copy(update=changes)
 
 
 class RunLedger:

@@ -376,6 +376,22 @@ def test_replacing_needs_force_and_an_earlier_export(
     assert left(exports) == ["empty", "mine"]
 
 
+def test_a_folder_that_was_filled_while_the_export_worked_is_left_alone(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = export.write
+
+    def slow(*arguments: Any, **named: Any) -> Any:
+        (tmp_path / "exports/out").mkdir()
+        (tmp_path / "exports/out/thesis.tex").touch()
+        return right(*arguments, **named)
+
+    monkeypatch.setattr(export, "write", slow)
+    assert made.export(tmp_path / "exports/out", "--force") == ExitCode.INVALID
+    assert left(tmp_path / "exports") == ["out"]
+    assert left(tmp_path / "exports/out") == ["thesis.tex"]
+
+
 # Sidecar and card
 
 

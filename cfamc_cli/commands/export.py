@@ -76,16 +76,21 @@ def export(
         CfamcError: With the exit code of its cause; then nothing was written.
     """
     _refuse_idle(part=part, wanted=wanted, head=head, metrics=metrics)
+    chosen, form = part or "backbone", wanted or "safetensors"
+
+    def fits(run: RunFolder) -> bool:
+        return any(run.checkpoints.glob("step-*")) if metrics is None else run.metrics.is_file()
+
     with session(options) as working, interruption(message="interrupted; nothing was handed over"):
-        if metrics is not None:
-            run = find_run(options.store, reference or LATEST, accept=lambda run: run.metrics.is_file())
-            target = out or Path(f"{run.id}-{metrics}")
-            record: Record = _export_metrics(run, metrics, target, force=force)
-        else:
-            run = find_run(options.store, reference or LATEST, accept=lambda run: any(run.checkpoints.glob("step-*")))
-            chosen, form = part or "backbone", wanted or "safetensors"
-            target = out or Path(f"{run.id}-{chosen}-{form}")
-            record = _export_weights(run, chosen, form, head, target, force=force, working=working)
+        run = find_run(options.store, reference or LATEST, accept=fits)
+        target = out or Path(f"{run.id}-{metrics or f'{chosen}-{form}'}")
+        with _staged(target, force=force) as staged:
+            record: Record
+            if metrics is None:
+                record = _weights(run, chosen, form, head, staged, working)
+            else:
+                record = _metrics(run, metrics, staged)
+            save_record(staged / EXPORT, record)
     if options.as_json:
         render.print_json({"path": str(target.absolute()), **record.model_dump(mode="json")})
     else:
@@ -105,11 +110,12 @@ def _refuse_idle(*, part: Weights | None, wanted: Format | None, head: str | Non
 # Weights
 
 
-def _export_weights(
-    run: RunFolder, part: Weights, wanted: Format, head: str | None, target: Path, *, force: bool, working: Session
+def _weights(
+    run: RunFolder, part: Weights, wanted: Format, head: str | None, staged: Path, working: Session
 ) -> ExportRecord:
-    _refuse_taken(target, force=force)
+    """Write the weights and their card."""
     record, talk = run.record(), working.talk
+    from cfamc_cli.commands.probe import load_test_images
     from cfamc_cli.engine import data as datasets
     from cfamc_cli.engine import export as engine
     from cfamc_cli.engine.device import out_of_memory
@@ -120,43 +126,39 @@ def _export_weights(
         if record.status != "finished":
             talk.warning(f"run {run.id} is not finished ({record.status}); its newest checkpoint is exported")
         subject, source, probe = _chosen(run, record, recipe, part, head, working)
-        trained_on = datasets.load(recipe.data, "train", seed=recipe.seed, cache=cache_folder(), talk=talk)
-        images, licence = trained_on, trained_on.licence
+        images = datasets.load(recipe.data, "train", seed=recipe.seed, cache=cache_folder(), talk=talk)
+        licence = images.licence
         if probe is not None:
-            from cfamc_cli.commands.probe import load_test_images
-
-            images = load_test_images(run, probe, talk=talk)  # a head may read other data than the encoder
+            trained_on, images = images, load_test_images(run, probe, talk=talk)  # a head may read other data
             if images.dataset != trained_on.dataset:
                 both = (trained_on, images)
                 licence = "; ".join(f"{part.dataset}: {part.licence or 'not known'}" for part in both)
         probes, attacks = measured(run, source, warn=talk.warning)
-        sample, shared = engine.some_images(images.images), portable(recipe)
-        with _staged(target, force=force) as staged:
-            path = staged / f"{part}.{wanted}"
-            looked_at = images.used().model_copy(update={"n": min(len(images), len(sample))})
-            check = engine.write(subject, path, sample, data=looked_at, wanted=wanted)
-            height, width = sample.shape[2:]
-            made = ExportRecord(
-                cfamc=__version__,
-                created=now(),
-                part=part,
-                format=wanted,
-                files=_files(staged),
-                input=InputSpec(
-                    name=engine.INPUT, channels="RGB", height=height, width=width, dtype="float32", range=(0.0, 1.0)
-                ),
-                output=subject.output,
-                classes=None if probe is None else tuple(entry.name for entry in probe.classes),
-                source=source,
-                recipe=shared.resolved(),
-                data=record.data,
-                licence=licence,
-                check=check,
-                probes=probes,
-                attacks=attacks,
-            )
-            save_record(staged / EXPORT, made)
-            write_text(staged / CARD, card(made, shared, record))
+        sample = engine.some_images(images.images)
+        path, looked_at = staged / f"{part}.{wanted}", min(len(images), len(sample))
+        data = images.used().model_copy(update={"n": looked_at})
+        check = engine.write(subject, path, sample, data=data, wanted=wanted)
+    height, width = sample.shape[2:]
+    made = ExportRecord(
+        cfamc=__version__,
+        created=now(),
+        part=part,
+        format=wanted,
+        files=_files(staged),
+        input=InputSpec(
+            name=engine.INPUT, channels="RGB", height=height, width=width, dtype="float32", range=(0.0, 1.0)
+        ),
+        output=subject.output,
+        classes=None if probe is None else tuple(entry.name for entry in probe.classes),
+        source=source,
+        recipe=portable(recipe).resolved(),
+        data=record.data,
+        licence=licence,
+        check=check,
+        probes=probes,
+        attacks=attacks,
+    )
+    write_text(staged / CARD, card(made, portable(recipe), record))
     talk.message(
         f"{path.name}: read back by {check.reader}, differs by at most {check.largest_difference:.2g} "
         f"from the live model at batch {', '.join(map(str, check.batches))}"
@@ -241,27 +243,21 @@ def _read_all(folder: Path, model: type[R], warn: Callable[[str], None]) -> list
 # Metrics
 
 
-def _export_metrics(run: RunFolder, wanted: Dashboard, target: Path, *, force: bool) -> MetricsRecord:
+def _metrics(run: RunFolder, wanted: Dashboard, staged: Path) -> MetricsRecord:
     record, lines = run.record(), read_metrics(run.metrics)
     if not lines:
         raise CfamcError(f"run {run.id} has no metrics yet", exit_code=ExitCode.BAD_DATA)
     match wanted:
         case "csv":
-            contents = {f"{kind}.csv": comma_separated(rows) for kind, rows in by_kind(lines).items()}
+            for kind, rows in by_kind(lines).items():
+                write_bytes(staged / f"{kind}.csv", comma_separated(rows))
         case "tensorboard":
             began = record.created.timestamp()
-            contents = {f"events.out.tfevents.{int(began)}.cfamc": events(lines, began=began)}
+            write_bytes(staged / f"events.out.tfevents.{int(began)}.cfamc", events(lines, began=began))
         case _:
             assert_never(wanted)
-    with _staged(target, force=force) as staged:
-        for name, data in contents.items():
-            write_bytes(staged / name, data)
-        files = _files(staged)
-        made = MetricsRecord(
-            cfamc=__version__, created=now(), format=wanted, files=files, run=run.id, records=len(lines)
-        )
-        save_record(staged / EXPORT, made)
-    return made
+    written, count = _files(staged), len(lines)
+    return MetricsRecord(cfamc=__version__, created=now(), format=wanted, files=written, run=run.id, records=count)
 
 
 # Folders
@@ -277,7 +273,7 @@ def _files(folder: Path) -> tuple[Written, ...]:
 
 
 def _refuse_taken(target: Path, *, force: bool) -> None:
-    """Refuse a folder that is in use, before any work is done; an empty one is free."""
+    """Refuse a folder that is in use; an empty one is free."""
     with explained(target):
         folder = target.is_dir() and not target.is_symlink()
         if not os.path.lexists(target) or (folder and not any(target.iterdir())):
@@ -292,13 +288,14 @@ def _refuse_taken(target: Path, *, force: bool) -> None:
 @contextmanager
 def _staged(target: Path, *, force: bool) -> Iterator[Path]:
     """Fill a folder that takes its name when it is complete, in place of an earlier export only then."""
-    _refuse_taken(target, force=force)
+    _refuse_taken(target, force=force)  # before any work is done
     with explained(target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.parent / f".replaced-{secrets.token_hex(4)}"
     try:
         with staged_folder(target) as staged:
             yield staged
+            _refuse_taken(target, force=force)  # the work took its time
             if force and target.exists():
                 target.rename(aside)
     except BaseException:

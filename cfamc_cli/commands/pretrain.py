@@ -19,7 +19,7 @@ from cfamc_cli.files import sweep
 from cfamc_cli.ledger import RunLedger, found, found_again
 from cfamc_cli.plan import Plan, plan
 from cfamc_cli.recipe import Recipe
-from cfamc_cli.records import Progress, RunRecord, Totals, load_record, now
+from cfamc_cli.records import Progress, RunRecord, Totals, now
 from cfamc_cli.store import RunFolder, cache_folder, create_run, find_run, lock
 
 if TYPE_CHECKING:
@@ -165,8 +165,7 @@ def _resume(reference: str, wanted: Recipe | None, options: Options) -> list[Run
             hint="start a new run",
             exit_code=ExitCode.BAD_DATA,
         )
-    status = load_record(run.run_json, RunRecord).status
-    recipe = recipe_file.load(str(run.recipe_toml))
+    status, recipe = run.record().status, recipe_file.load(str(run.recipe_toml))
     if wanted is not None and (differing := recipe_file.differing_keys(recipe, wanted)):
         hint = "leave the recipe out to go on with the run's own, or start a new run"
         error = invalid(f"run {run.id} was started with another recipe: {', '.join(differing)}", hint)
