@@ -6,12 +6,17 @@ import math
 from pathlib import Path
 
 import pytest
-from tiny import tiny_recipe
+from tiny import recipe_text, tiny_recipe
 
 from cfamc_cli import files
-from cfamc_cli.engine.sink import NullLedger
+from cfamc_cli.commands.common import Options
+from cfamc_cli.commands.pretrain import pretrain
+from cfamc_cli.engine.checkpoint import read_tensors
+from cfamc_cli.engine.data import load as load_images
+from cfamc_cli.engine.sink import NullLedger, NullTalk
 from cfamc_cli.errors import CfamcError, ExitCode, Interrupted
 from cfamc_cli.ledger import RunLedger, found, found_again
+from cfamc_cli.recipe_file import load
 from cfamc_cli.records import (
     DataUsed,
     EvaluationLine,
@@ -25,7 +30,7 @@ from cfamc_cli.records import (
     read_metrics,
     read_timing,
 )
-from cfamc_cli.store import RunFolder
+from cfamc_cli.store import RunFolder, list_runs
 
 USED = DataUsed(dataset="tiny", split="train", n=24, fingerprint="ab" * 32)
 TOTALS = Totals(steps=12, view_passes=960, parameters=77)
@@ -153,3 +158,23 @@ def test_a_cut_ledger_forgets_the_evaluations_beyond_the_checkpoint(tmp_path: Pa
     assert read_metrics(kept.run.metrics) == [first]
     with pytest.raises(CfamcError, match="where a checkpoint counts on"):
         kept.cut_back({"metrics.jsonl": 10**6})
+
+
+def test_the_record_of_a_training_is_that_of_what_was_trained(tmp_path: Path) -> None:
+    path, options = tmp_path / "tiny.toml", Options(device="cpu", runs=tmp_path / "runs", quiet=True)
+    path.write_text(recipe_text("emp-ssl", "free"))
+    pretrain(str(path), overrides=["data.limit=70"], seeds=[3], resume=None, dry_run=False, options=options)
+    (run,) = list_runs(tmp_path / "runs")
+    record, recipe = run.record(), load(str(path), overrides=["data.limit=70"], seed=3)
+    updates = 8 * 3  # 70 images make 8 whole batches, each replayed three times
+    tensors = read_tensors(run.checkpoints / f"step-{updates:08d}" / "model.safetensors")
+    buffers = ("running_mean", "running_var", "tracked")
+    weights = sum(value.numel() for name, value in tensors.items() if not name.endswith(buffers))
+    assert record.status == "finished"
+    assert record.totals == Totals(steps=updates, view_passes=updates * 8 * 4, parameters=weights)
+    assert record.progress == Progress(batch=8, step=updates, epoch=1.0, total=updates)
+    assert (record.recipe_digest, record.seed, record.name) == (recipe.digest(), 3, "tiny")
+    assert (run.recipe(), load(str(run.recipe_toml))) == (recipe, recipe)
+    images = load_images(recipe.data, "train", seed=3, cache=tmp_path, talk=NullTalk())
+    assert record.data == images.used()
+    assert record.data.n == 70

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import probe_record, run_record, tiny_recipe, write_record
 
 from cfamc_cli import files, store
 from cfamc_cli.errors import CfamcError, ExitCode
@@ -300,3 +301,39 @@ def test_16_writers_are_never_read_torn(tmp_path: Path) -> None:
     for process in processes:
         process.join(timeout=120)
     assert [len(files.read_jsonl(path)) for path in paths] == [200] * 16
+
+
+# Reading a run
+
+
+def test_what_a_run_holds_is_read_in_one_place(tmp_path: Path) -> None:
+    run, recipe = RunFolder(tmp_path / "a"), tiny_recipe()
+    write_record(run.run_json, run_record(status="interrupted"))
+    files.write_json(run.resolved_json, recipe.resolved())
+    probes = [
+        probe_record(id=name, head=name[:-4], created=NOON + timedelta(minutes=age))
+        for age, name in enumerate(("linear-002", "knn-001", "linear-001"))
+    ]
+    for record in reversed(probes):  # the time of a file says nothing
+        write_record(run.probes / record.id / "record.json", record)
+    (run.probes / "knn-002").mkdir()
+    (run.probes / "knn-002" / "record.json").write_text("{}")
+    assert (run.recipe(), run.status) == (recipe, "interrupted")
+    assert [record for _, record in store.finished_probes(run)] == probes, "oldest first, without the unreadable"
+    assert store.find_probe(run, "linear").name == "linear-001"
+    assert store.find_probe(run, "linear-002").name == "linear-002"
+    with pytest.raises(CfamcError, match="has no probe 'finetune'") as caught:
+        store.find_probe(run, "finetune")
+    assert caught.value.hint == "it has linear-002, knn-001, linear-001"
+
+
+def test_heads_that_were_begun_come_oldest_first(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    for age, name in enumerate(("finetune-002", "finetune-001", "done-001")):
+        pending = run.probes / name / "pending.json"
+        pending.parent.mkdir(parents=True)
+        pending.write_text("{}")
+        os.utime(pending, (1000 + age, 1000 + age))
+    (run.probes / "empty-001").mkdir()
+    (run.probes / "done-001" / "record.json").write_text("{}")
+    assert [folder.name for folder in store.unfinished_probes(run)] == ["finetune-002", "finetune-001"]
