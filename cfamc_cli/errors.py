@@ -39,15 +39,23 @@ class CfamcError(Exception):
         details: Mapping[str, object] | None = None,
     ) -> None:
         super().__init__(message)
-        self.message = message
-        self.hint = hint
-        self.exit_code = exit_code
+        self.message, self.hint, self.exit_code = message, hint, exit_code
         self.details = dict(details or {})
+
+
+def invalid(message: str, hint: str = "") -> CfamcError:
+    """What was asked for makes no sense."""
+    return CfamcError(message, hint=hint, exit_code=ExitCode.INVALID)
+
+
+def bad_data(message: str, hint: str = "") -> CfamcError:
+    """What was read cannot be used: a data set, a checkpoint, a record."""
+    return CfamcError(message, hint=hint, exit_code=ExitCode.BAD_DATA)
 
 
 def missing_library(need: str, *, extra: str) -> CfamcError:
     """The error of a library that only an extra of the package installs; `need` says what for."""
-    return CfamcError(need, hint=f"pip install 'cfamc[{extra}]'", exit_code=ExitCode.INVALID)
+    return invalid(need, f"pip install 'cfamc[{extra}]'")
 
 
 class Interrupted(BaseException):

@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from hashlib import blake2s
 from pathlib import Path
 
-from cfamc_cli.errors import CfamcError, ExitCode
+from cfamc_cli.errors import CfamcError, bad_data
 
 MAX_READ = 256 * 2**20  # bytes; no file that is read whole comes near it
 _TEMP = re.compile(r"\.tmp-([0-9a-f]{8})-(\d+)-(\d+)-[0-9a-f]{8}")
@@ -78,9 +78,9 @@ def read_bytes(path: Path | str, *, limit: int = MAX_READ) -> bytes:
         try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
-                raise CfamcError(f"cannot use {path}: not a regular file", exit_code=ExitCode.BAD_DATA)
+                raise bad_data(f"cannot use {path}: not a regular file")
             if status.st_size > limit:
-                raise CfamcError(f"cannot use {path}: larger than {limit:,} bytes", exit_code=ExitCode.BAD_DATA)
+                raise bad_data(f"cannot use {path}: larger than {limit:,} bytes")
             with open(descriptor, "rb", closefd=False) as file:
                 return file.read(status.st_size)  # what a writer adds meanwhile is for the next reader
         finally:
@@ -247,9 +247,7 @@ def cut(path: Path, size: int) -> None:
     with explained(path):
         found = path.stat().st_size if path.exists() else 0
         if found < size:
-            raise CfamcError(
-                f"{path} has {found:,} bytes where a checkpoint counts on {size:,}", exit_code=ExitCode.BAD_DATA
-            )
+            raise bad_data(f"{path} has {found:,} bytes where a checkpoint counts on {size:,}")
         if found > size:
             os.truncate(path, size)
             sync(path)
@@ -268,7 +266,7 @@ def read_jsonl(path: Path) -> list[dict[str, object]]:
         except (ValueError, RecursionError):
             record = None
         if not isinstance(record, dict):
-            raise CfamcError(f"{path}:{number}: not a JSON object", exit_code=ExitCode.BAD_DATA)
+            raise bad_data(f"{path}:{number}: not a JSON object")
         records.append(record)
     return records
 

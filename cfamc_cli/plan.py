@@ -71,11 +71,8 @@ def plan(recipe: Recipe, images: int | None = None) -> Plan:
 
     parameters, backbone_parameters = parameter_counts(recipe.model)
     activation = 4 if recipe.train.precision == "float32" else 2
-    activation_bytes = (
-        activation
-        * batch
-        * sum(group.count * activations_per_view(recipe.model, size=group.size) for group in recipe.crops)
-    )
+    kept = sum(group.count * activations_per_view(recipe.model, size=group.size) for group in recipe.crops)
+    activation_bytes = activation * batch * kept
     pixels = sum(batch * group.count * 3 * group.size**2 for group in recipe.crops)
     kept_pixels = 1 if isinstance(recipe.adversary, NoAdversary) else 3  # crops; with delta and its gradient
     known = KNOWN_SETS.get(recipe.data.dataset)
@@ -109,12 +106,16 @@ class _Conv(NamedTuple):
     kernel: int
     size: int  # side of what comes out
 
+    @property
+    def weights(self) -> int:
+        return self.inputs * self.outputs * self.kernel**2
+
 
 def _convolutions(model: Model, *, size: int) -> Iterator[_Conv]:
     """The backbone's convolutions, for crops of `size` pixels, in order."""
-    stem = _Conv(3, model.width, 3, size) if model.stem == "cifar" else _Conv(3, model.width, 7, _halved(size))
-    yield stem
-    side = stem.size if model.stem == "cifar" else _halved(stem.size)  # max-pooling, kernel 3, stride 2
+    side = size if model.stem == "cifar" else _halved(size)
+    yield _Conv(3, model.width, 3 if model.stem == "cifar" else 7, side)
+    side = side if model.stem == "cifar" else _halved(side)  # max-pooling, kernel 3, stride 2
     inputs = model.width
     for stage, depth in enumerate(DEPTHS[model.backbone]):
         width = model.width * 2**stage
@@ -147,18 +148,14 @@ def _linears(model: Model) -> tuple[tuple[int, int], ...]:
 
 def parameter_counts(model: Model) -> tuple[int, int]:
     """Trained numbers of the whole encoder, and of its backbone."""
-    backbone = sum(
-        conv.inputs * conv.outputs * conv.kernel**2 + 2 * conv.outputs for conv in _convolutions(model, size=32)
-    )
+    backbone = sum(conv.weights + 2 * conv.outputs for conv in _convolutions(model, size=32))
     heads = sum((inputs + 1) * outputs for inputs, outputs in _linears(model)) + 2 * 2 * model.hidden_dim
     return backbone + heads, backbone
 
 
 def flops_per_view(model: Model, *, size: int) -> int:
     """Floating-point operations of one view, forward and backward: 2 per multiply-add, backward twice the forward."""
-    convolved = sum(
-        conv.inputs * conv.outputs * conv.kernel**2 * conv.size**2 for conv in _convolutions(model, size=size)
-    )
+    convolved = sum(conv.weights * conv.size**2 for conv in _convolutions(model, size=size))
     return 3 * 2 * (convolved + sum(inputs * outputs for inputs, outputs in _linears(model)))
 
 

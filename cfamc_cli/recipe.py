@@ -30,7 +30,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from cfamc_cli.datasets import KNOWN_SETS
-from cfamc_cli.errors import CfamcError, ExitCode
+from cfamc_cli.errors import invalid
 
 # Blocks of the four stages of a ResNet.
 DEPTHS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3)}
@@ -120,11 +120,6 @@ def _without_nul(text: str) -> str:
     return text
 
 
-def _at(field: str, message: str) -> PydanticCustomError:
-    """The error of one field that only a look at the whole table can find."""
-    return PydanticCustomError("at_field", "{message}", {"fields": {field: message}, "message": message})
-
-
 Norm = Literal["linf", "l2"]
 Features = Literal["pre_feature", "backbone"]  # what a head reads
 Exact = Annotated[str, BeforeValidator(exact)]
@@ -163,9 +158,15 @@ class Table(BaseModel):
         """The fields that have no effect beside the others of this table, and why."""
         return {}
 
+    def fault(self) -> tuple[str, str] | None:
+        """A field that cannot be what it is beside the others of this table, and what is wrong with it."""
+        return None
+
     @model_validator(mode="after")
-    def _refuse_idle(self) -> Self:
+    def _refuse_idle_and_faulty(self) -> Self:
         given = {field: f"has no effect: {why}" for field, why in self.idle().items() if field in self.model_fields_set}
+        if not given and (fault := self.fault()) is not None:
+            given = dict([fault])
         if given:
             message = "; ".join(f"{field} {why}" for field, why in given.items())
             raise PydanticCustomError("at_field", "{message}", {"fields": given, "message": message})
@@ -186,11 +187,9 @@ class Data(Table):
     size: Annotated[int, Field(ge=8, le=1024)] | None = None  # pixels; resize the shorter side, then centre crop
     limit: Count | None = None  # the first images of a seeded shuffle of the training split
 
-    @model_validator(mode="after")
-    def _folder_has_root(self) -> Data:
-        if self.dataset == "folder" and self.root is None:
-            raise _at("root", 'missing; dataset "folder" needs the folder that holds train/ and test/')
-        return self
+    def fault(self) -> tuple[str, str] | None:
+        missing = "root", 'missing; dataset "folder" needs the folder that holds train/ and test/'
+        return missing if self.dataset == "folder" and self.root is None else None
 
     @property
     def known_images(self) -> int | None:
@@ -245,11 +244,9 @@ class EmpSsl(Table):
     def idle(self) -> dict[str, str]:
         return {"tcr_eps": "tcr_weight is 0"} if self.tcr_weight == 0 else {}
 
-    @model_validator(mode="after")
-    def _has_a_term(self) -> EmpSsl:
-        if self.invariance_weight == 0 and self.tcr_weight == 0:
-            raise _at("invariance_weight", "must not be 0 where tcr_weight is 0: nothing would be learnt")
-        return self
+    def fault(self) -> tuple[str, str] | None:
+        no_term = "invariance_weight", "must not be 0 where tcr_weight is 0: nothing would be learnt"
+        return no_term if self.invariance_weight == 0 and self.tcr_weight == 0 else None
 
 
 class SimClr(Table):
@@ -305,11 +302,9 @@ class Lars(Table):
     trust_coefficient: Positive = 0.005
     clip: bool = True
 
-    @model_validator(mode="after")
-    def _nesterov_needs_momentum(self) -> Lars:
-        if self.nesterov and self.momentum == 0:
-            raise _at("nesterov", "has no effect: momentum is 0 (set nesterov = false)")
-        return self
+    def fault(self) -> tuple[str, str] | None:
+        still = "nesterov", "has no effect: momentum is 0 (set nesterov = false)"
+        return still if self.nesterov and self.momentum == 0 else None
 
 
 class Cosine(Table):
@@ -433,15 +428,12 @@ class EpsAttack(Table):
             return raw
         return {key: value for key, value in _L2_DEFAULTS.items() if key in cls.model_fields} | raw
 
-    @model_validator(mode="after")
-    def _lengths_of_the_norm(self) -> Self:
+    def fault(self) -> tuple[str, str] | None:
         lengths = {key: getattr(self, key) for key in _L2_DEFAULTS if key in type(self).model_fields}
         for key, text in lengths.items():
             if self.norm == "linf" and fraction(text) > 1:
-                raise _at(key, _beyond_a_pixel(text))
-        if fraction(lengths.get("step_size", "1")) == 0:
-            raise _at("step_size", "must be above 0")
-        return self
+                return key, _beyond_a_pixel(text)
+        return ("step_size", "must be above 0") if fraction(lengths.get("step_size", "1")) == 0 else None
 
 
 _L2_DEFAULTS = {"eps": "128/255", "step_size": "0.1"}
@@ -571,7 +563,7 @@ class Recipe(Table):
             CfamcError: A batch is larger than the data or does not divide, or warm-up takes all updates.
         """
         for key, wrong, hint in self.misfits(images, processes=processes):
-            raise CfamcError(f"{key}: {wrong}", hint=hint, exit_code=ExitCode.INVALID)
+            raise invalid(f"{key}: {wrong}", hint)
 
     def resolved(self) -> dict[str, Any]:
         """Every setting with its value, as plain JSON values."""

@@ -21,7 +21,7 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from cfamc_cli.datasets import KNOWN_SETS
-from cfamc_cli.errors import CfamcError, ExitCode
+from cfamc_cli.errors import CfamcError, ExitCode, invalid
 from cfamc_cli.recipe import (
     NoAdversary,
     Outside,
@@ -109,10 +109,9 @@ def find(reference: str) -> Path:
         return known[short.stem]
     close = difflib.get_close_matches(short.stem[:60], known, n=1)
     hint = f'did you mean "{close[0]}"? ' if close else ""
-    raise CfamcError(
+    raise invalid(
         f'no recipe "{_plain(reference)}": neither a file nor the name of a shipped recipe',
-        hint=f"{hint}`cfamc recipes list` shows what ships",
-        exit_code=ExitCode.INVALID,
+        f"{hint}`cfamc recipes list` shows what ships",
     )
 
 
@@ -128,7 +127,7 @@ def read(path: Path, *, label: str) -> str:
     """
 
     def refused(why: str, hint: str = "a recipe is a TOML file of at most 1 MiB") -> CfamcError:
-        return CfamcError(f"{_plain(label)}: {why}", hint=hint, exit_code=ExitCode.INVALID)
+        return invalid(f"{_plain(label)}: {why}", hint)
 
     try:
         mode = path.stat().st_mode
@@ -166,7 +165,7 @@ def parse(text: str, *, label: str) -> dict[str, Any]:
     except ValueError as error:
         is_syntax = isinstance(error, tomllib.TOMLDecodeError)  # else more digits than Python converts
         why = f"not TOML: {_plain(str(error))}" if is_syntax else "a number is too long"
-    raise CfamcError(f"{_plain(label)}: {why}", exit_code=ExitCode.INVALID)
+    raise invalid(f"{_plain(label)}: {why}")
 
 
 def validate(raw: Mapping[str, Any], *, label: str, before: Sequence[Problem] = ()) -> Recipe:

@@ -31,7 +31,7 @@ from pydantic import (
 )
 
 from cfamc_cli import __version__
-from cfamc_cli.errors import CfamcError, ExitCode
+from cfamc_cli.errors import bad_data
 from cfamc_cli.files import read_bytes, read_jsonl, write_bytes
 from cfamc_cli.recipe import Features, Norm
 
@@ -572,7 +572,7 @@ def _read_lines(path: Path, schema: TypeAdapter[L]) -> list[L]:
             problem = min(error.errors(include_url=False), key=lambda problem: problem["type"] == "missing")
             key = str(problem["loc"][-1]) if problem["loc"] else "kind"
         value = f"{raw[key]!r:.20}" if key in raw else "missing"
-        raise CfamcError(f"{path}:{number}: {key} is {value}", exit_code=ExitCode.BAD_DATA)
+        raise bad_data(f"{path}:{number}: {key} is {value}")
     return lines
 
 
@@ -608,15 +608,10 @@ def load_record(path: Path | str, model: type[R]) -> R:
         problem = error.errors(include_url=False, include_context=False)[0]
         where = ".".join(map(str, problem["loc"]))
         if where == "schema_version":
-            raise CfamcError(
-                f"{path}: schema version {problem['input']!r:.20}, where {SCHEMA_VERSION} is known",
-                hint="read it with the version of cfamc that wrote it, or a newer one",
-                exit_code=ExitCode.BAD_DATA,
-            ) from error
+            found = f"{path}: schema version {problem['input']!r:.20}, where {SCHEMA_VERSION} is known"
+            raise bad_data(found, "read it with the version of cfamc that wrote it, or a newer one") from error
         cause = " ".join(problem["msg"].split())
-        raise CfamcError(
-            f"{path}: {where + ': ' if where else ''}{cause}"[:500], exit_code=ExitCode.BAD_DATA
-        ) from error
+        raise bad_data(f"{path}: {where + ': ' if where else ''}{cause}"[:500]) from error
 
 
 def save_record(path: Path, record: Record) -> None:

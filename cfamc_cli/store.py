@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from cfamc_cli.errors import CfamcError, ExitCode
+from cfamc_cli.errors import CfamcError, ExitCode, invalid
 from cfamc_cli.files import explained, sync
 from cfamc_cli.recipe import Recipe
 from cfamc_cli.records import ProbeRecord, RunRecord, Status, load_record
@@ -176,15 +176,15 @@ def find_run(store: Path, reference: str, *, accept: Callable[[RunFolder], bool]
         if (run := next(newest, None)) is not None:
             return run
         found = "no run" if not runs else f"none of the {len(runs)} runs fits"
-        raise _invalid(f"{found} in {store}", "start one with: cfamc pretrain recipes/quickstart.toml")
+        raise invalid(f"{found} in {store}", "start one with: cfamc pretrain recipes/quickstart.toml")
     matches = [run for run in runs if run.id == reference] or [
         run for run in runs if reference and run.id.startswith(reference)
     ]
     if len(matches) == 1:
         return matches[0]
     if matches:
-        raise _invalid(f"{reference!r} means {len(matches)} runs in {store}", _listed("one of", matches))
-    raise _invalid(f"no run {reference!r:.200} in {store}", _listed("newest", runs[::-1]) if runs else "")
+        raise invalid(f"{reference!r} means {len(matches)} runs in {store}", _listed("one of", matches))
+    raise invalid(f"no run {reference!r:.200} in {store}", _listed("newest", runs[::-1]) if runs else "")
 
 
 def finished_probes(run: RunFolder) -> list[tuple[Path, ProbeRecord]]:
@@ -214,7 +214,7 @@ def find_probe(run: RunFolder, reference: str) -> Path:
             return folder
     names = ", ".join(folder.name for folder, _ in probes)
     hint = f"it has {names}" if names else f"fit one with: cfamc probe {run.id}"
-    raise _invalid(f"run {run.id} has no probe {reference!r:.100}", hint)
+    raise invalid(f"run {run.id} has no probe {reference!r:.100}", hint)
 
 
 def standard_probe(run: RunFolder, encoder_digest: str) -> Path | None:
@@ -312,14 +312,10 @@ def _by_path(reference: str) -> RunFolder | None:
     except (OSError, ValueError):  # too long a name, a NUL
         return None
     if os.sep in reference:
-        raise _invalid(f"{path} is no run: it holds no run.json", "")
+        raise invalid(f"{path} is no run: it holds no run.json", "")
     return None
 
 
 def _listed(label: str, runs: list[RunFolder]) -> str:
     more = f" and {len(runs) - _LISTED} more" if len(runs) > _LISTED else ""
     return f"{label}: {', '.join(run.id for run in runs[:_LISTED])}{more}"
-
-
-def _invalid(message: str, hint: str) -> CfamcError:
-    return CfamcError(message, hint=hint, exit_code=ExitCode.INVALID)

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from cfamc_cli import recipe_file
-from cfamc_cli.errors import CfamcError, ExitCode
+from cfamc_cli.errors import invalid
 from cfamc_cli.files import write_text
 
 
@@ -52,8 +52,6 @@ def copy(reference: str, target: Path | None = None, *, force: bool = False) -> 
     if target.is_dir():
         target = target / source.name
     if os.path.lexists(target) and not force:
-        raise CfamcError(
-            f"{target} exists", hint="--force replaces it; or name another file", exit_code=ExitCode.INVALID
-        )
+        raise invalid(f"{target} exists", "--force replaces it; or name another file")
     write_text(target, text)
     return target

@@ -29,7 +29,7 @@ from cfamc_cli.engine.models import build_encoder, frozen_statistics
 from cfamc_cli.engine.optim import LarsOptimizer, learning_rate
 from cfamc_cli.engine.randomness import addressed_generator, epoch_order
 from cfamc_cli.engine.sink import Ledger, Talk
-from cfamc_cli.errors import CfamcError, ExitCode
+from cfamc_cli.errors import bad_data
 from cfamc_cli.recipe import FreeAdversary, Recipe
 
 
@@ -235,7 +235,7 @@ class Trainer:
             self.step = step
         except (LookupError, RuntimeError, TypeError, ValueError, AssertionError) as error:
             cause = f"{path}: its state does not fit the recipe"
-            raise CfamcError(cause, exit_code=ExitCode.BAD_DATA) from error
+            raise bad_data(cause) from error
 
 
 def _channels_last(crops: Tensor) -> Tensor:
