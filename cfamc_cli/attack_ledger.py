@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from cfamc_cli.errors import CfamcError, ExitCode
+from cfamc_cli.errors import CfamcError, bad_data
 from cfamc_cli.files import JsonLines, explained, read_jsonl, staged_folder, sweep
 from cfamc_cli.records import (
     AttackRecord,
@@ -64,10 +64,9 @@ class Ledger:
             self.outcomes[outcome.block, outcome.stage] = outcome
             save_record(self.folder / OUTCOMES, self.as_record())
         elif known != replace(outcome, forward=known.forward, backward=known.backward, seconds=known.seconds):
-            raise CfamcError(
+            raise bad_data(
                 f"{self.folder / OUTCOMES}: {outcome.name} of block {outcome.block} came out differently this time",
-                hint=f"remove {self.folder} to evaluate anew",
-                exit_code=ExitCode.BAD_DATA,
+                f"remove {self.folder} to evaluate anew",
             )
 
     def in_order(self) -> list[Outcome]:
@@ -187,9 +186,8 @@ def _read(folder: Path, stored: Outcomes) -> list[Outcome]:
     for stage, part in enumerate((stored.predictions, *stored.stages) if stored.predictions else ()):
         sizes = sizes[: len(part.passes)]  # no block is further than in the stage before
         if part.done != sum(sizes) or len(sizes) != len(part.passes):
-            raise CfamcError(
-                f"{folder / OUTCOMES}: {part.name} is done with {part.done} samples in {len(part.passes)} blocks",
-                exit_code=ExitCode.BAD_DATA,
+            raise bad_data(
+                f"{folder / OUTCOMES}: {part.name} is done with {part.done} samples in {len(part.passes)} blocks"
             )
         texts = (part.robust, part.broken, part.not_finite, part.unsteady, part.invalid)
         masks = [unpack_bits(text, stored.n) for text in texts]

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, TypeAlias
 import typer
 from typer import Argument, Option
 
-from cfamc_cli.errors import CfamcError, ExitCode
+from cfamc_cli.errors import CfamcError, ExitCode, invalid
 
 app = typer.Typer(
     name="cfamc",
@@ -294,16 +294,16 @@ def copy_recipe(
 
 def _seeds(seed: int | None, seeds: str | None) -> list[int]:
     if seed is not None and seeds is not None:
-        raise CfamcError("--seed and --seeds exclude each other", exit_code=ExitCode.INVALID)
+        raise invalid("--seed and --seeds exclude each other")
     if seeds is None:
         return [] if seed is None else [seed]
     try:
         listed = [int(part) for part in seeds.split(",")]
     except ValueError as error:
         message = f"--seeds: {seeds[:80]!r} is not a list of whole numbers"
-        raise CfamcError(message, hint="write it as: --seeds 0,1,2", exit_code=ExitCode.INVALID) from error
+        raise invalid(message, "write it as: --seeds 0,1,2") from error
     if len(set(listed)) < len(listed):
-        raise CfamcError(f"--seeds: {seeds[:80]!r} names a seed twice", exit_code=ExitCode.INVALID)
+        raise invalid(f"--seeds: {seeds[:80]!r} names a seed twice")
     return listed
 
 
@@ -335,7 +335,7 @@ def _explained(error: BaseException) -> CfamcError:
     describe = getattr(error, "format_message", None)  # how the parser of the command line words its complaints
     if describe is not None:
         message = " ".join(str(describe()).split()) or "nothing to do"
-        return CfamcError(message, hint="cfamc --help lists what there is", exit_code=ExitCode.INVALID)
+        return invalid(message, "cfamc --help lists what there is")
     if isinstance(error, MemoryError):
         return CfamcError("out of memory", hint="lower train.batch_size, crops.0.count or model.width")
     if isinstance(error, OSError):

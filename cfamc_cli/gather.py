@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TypeAlias, TypeVar
 
 from cfamc_cli.compare import Condition, Entry, Run, Scalar, Settings
-from cfamc_cli.errors import CfamcError, ExitCode
+from cfamc_cli.errors import CfamcError, bad_data, invalid
 from cfamc_cli.files import explained, read_bytes
 from cfamc_cli.recipe import Outside, outside
 from cfamc_cli.records import (
@@ -111,11 +111,7 @@ def _runs(reference: str, store: Path) -> list[RunFolder]:
         if folder.is_dir() and not RunFolder(folder).run_json.exists():
             return list_runs(folder)
     if reference == str(store) and not folder.exists():
-        raise CfamcError(
-            f"no runs: {store} does not exist",
-            hint="start one with: cfamc pretrain recipes/quickstart.toml",
-            exit_code=ExitCode.INVALID,
-        )
+        raise invalid(f"no runs: {store} does not exist", "start one with: cfamc pretrain recipes/quickstart.toml")
     return [find_run(store, reference)]
 
 
@@ -199,9 +195,9 @@ class _Reader:
         try:
             resolved = json.loads(read_bytes(path))
         except (ValueError, RecursionError) as error:
-            raise CfamcError(f"{path}: not JSON", exit_code=ExitCode.BAD_DATA) from error
+            raise bad_data(f"{path}: not JSON") from error
         if not isinstance(resolved, dict):
-            raise CfamcError(f"{path}: not a recipe", exit_code=ExitCode.BAD_DATA)
+            raise bad_data(f"{path}: not a recipe")
         return dict(pair for name, table in resolved.items() for pair in self._settings(table, name))
 
     def _probes(self, folder: RunFolder, run: Run, trained: RunRecord) -> dict[str, Settings]:

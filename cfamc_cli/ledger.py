@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 
 from cfamc_cli import recipe_file
-from cfamc_cli.errors import CfamcError, ExitCode, Interrupted
+from cfamc_cli.errors import CfamcError, ExitCode, Interrupted, bad_data
 from cfamc_cli.files import JsonLines, cut, write_json, write_text
 from cfamc_cli.recipe import Recipe
 from cfamc_cli.records import (
@@ -104,11 +104,10 @@ class RunLedger:
         """
         before = self.record.data
         if before is not None and before != data:
-            raise CfamcError(
+            raise bad_data(
                 f"the data changed since run {self.record.id} began: fingerprint {data.fingerprint[:12]}, "
                 f"not {before.fingerprint[:12]}",
-                hint="bring the data back, or start a new run",
-                exit_code=ExitCode.BAD_DATA,
+                "bring the data back, or start a new run",
             )
         self._change(status="running", data=data, totals=totals, progress=progress)
 

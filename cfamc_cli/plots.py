@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from cfamc_cli.compare import ComparedTable, Figure, Row, exact_number
-from cfamc_cli.errors import CfamcError, ExitCode, missing_library
+from cfamc_cli.errors import CfamcError, invalid, missing_library
 from cfamc_cli.gather import LeftOut
 from cfamc_cli.records import EvaluationLine, MetricLine, TrainLine, read_metrics
 from cfamc_cli.render import clean
@@ -114,7 +114,7 @@ def draw(drawn: Sequence[Panel], suffix: str) -> bytes:
         CfamcError: There is nothing to draw, or matplotlib is missing.
     """
     if not drawn:
-        raise CfamcError("there is nothing to draw", exit_code=ExitCode.INVALID)
+        raise invalid("there is nothing to draw")
     try:
         import matplotlib
         from matplotlib.figure import Figure as Canvas

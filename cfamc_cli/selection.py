@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from cfamc_cli.compare import Entry, Keep, Row, Scalar, SortKey, Which, exact_number
-from cfamc_cli.errors import CfamcError, ExitCode
+from cfamc_cli.errors import invalid
 
 _FILTER = re.compile(r"\s*([^=<>!\s]+)\s*(<=|>=|!=|=|<|>)\s*(.*?)\s*", re.DOTALL)
 _COMPARE: Mapping[str, Callable[[float, float], bool]] = {
@@ -47,7 +47,7 @@ class Filter:
         """
         found = _FILTER.fullmatch(text)
         if found is None:
-            raise _invalid(f"cannot read the filter {text!r:.200}", "write KEY=VALUE, with = != < <= > or >=")
+            raise invalid(f"cannot read the filter {text!r:.200}", "write KEY=VALUE, with = != < <= > or >=")
         return cls(found[1], found[2], found[3], text)
 
     def passes(self, mine: Scalar) -> bool:
@@ -58,7 +58,7 @@ class Filter:
         if number is not None and wanted is not None:
             return _COMPARE[self.operator](number, wanted)
         if self.operator not in ("=", "!="):
-            raise _invalid(
+            raise invalid(
                 f"cannot compare {str(mine)!r:.60} with {self.value!r:.60} in the filter {self.text!r:.200}",
                 "use = or !=",
             )
@@ -137,7 +137,7 @@ def sort_key(entries: Sequence[Entry], text: str, *, baseline: str | None = None
     key, _, direction = text.partition(":")
     direction = direction or ("desc" if key in _LARGEST_FIRST else "asc")
     if direction not in ("asc", "desc"):
-        raise _invalid(f"cannot sort in the direction {direction!r:.200}", "write KEY:asc or KEY:desc")
+        raise invalid(f"cannot sort in the direction {direction!r:.200}", "write KEY:asc or KEY:desc")
     _check(key, entries, baseline=baseline)
     sign = -1 if direction == "desc" else 1
 
@@ -179,12 +179,8 @@ def _number(value: Scalar) -> float | None:
 def _check(key: str, entries: Sequence[Entry] = (), *, baseline: str | None = None) -> None:
     """Refuse a key that no result has, or a difference where nothing is held against a baseline."""
     if key in _DIFFERENCES and baseline is None:
-        raise _invalid(f"{key} is a difference to a baseline, and there is none", "name one with --baseline RUN")
+        raise invalid(f"{key} is a difference to a baseline, and there is none", "name one with --baseline RUN")
     known = {*_DIFFERENCES, *(name for entry in entries for name in fields_of(entry))}
     if entries and key not in known:
         near = difflib.get_close_matches(key, known, n=3)
-        raise _invalid(f"no result has a key {key!r:.200}", f"did you mean {' or '.join(near)}?" if near else "")
-
-
-def _invalid(message: str, hint: str) -> CfamcError:
-    return CfamcError(message, hint=hint, exit_code=ExitCode.INVALID)
+        raise invalid(f"no result has a key {key!r:.200}", f"did you mean {' or '.join(near)}?" if near else "")

@@ -9,7 +9,7 @@ from typing import assert_never
 
 from cfamc_cli import render, sheets
 from cfamc_cli.compare import ComparedTable, Entry, find_superseded, tabulate
-from cfamc_cli.errors import CfamcError, ExitCode
+from cfamc_cli.errors import CfamcError, invalid
 from cfamc_cli.files import write_bytes, write_text
 from cfamc_cli.gather import Gathered, KeptOutcomes, LeftOut, gather
 from cfamc_cli.selection import Filter, filtered, row_filter, sort_key
@@ -53,7 +53,7 @@ def compare(
             written.
     """
     if plot is not None and plot.suffix not in _PICTURES:
-        raise CfamcError(f"cannot draw {plot.suffix!r:.20}", hint="use .png, .svg or .pdf", exit_code=ExitCode.INVALID)
+        raise invalid(f"cannot draw {plot.suffix!r:.20}", "use .png, .svg or .pdf")
     store = default_store(runs)
     filters = [Filter.parse(text) for text in where]
     found = gather(references, store, keys={sort.partition(":")[0], *(wanted.key for wanted in filters)})
@@ -104,9 +104,7 @@ def _baseline_id(reference: str | None, found: Gathered, store: Path) -> str | N
         folder = find_run(store, reference).path.resolve()
         matches = [run for run, other in found.folders.items() if other.path.resolve() == folder]
     if not matches:
-        raise CfamcError(
-            f"the baseline {reference!r:.200} is not among the runs that are compared", exit_code=ExitCode.INVALID
-        )
+        raise invalid(f"the baseline {reference!r:.200} is not among the runs that are compared")
     return matches[0]
 
 
@@ -118,9 +116,7 @@ def _no_row(baseline: str, found: Gathered, passing: Sequence[Entry], left_out: 
         hint = "name the other run, or keep both with --no-fold"
     elif any(entry.run.id == baseline for entry in found.entries):
         why, hint = "no result of it passes --where", "loosen the filters, or name another run"
-    return CfamcError(
-        f"there is nothing of the baseline {baseline} to compare with: {why}", hint=hint, exit_code=ExitCode.INVALID
-    )
+    return invalid(f"there is nothing of the baseline {baseline} to compare with: {why}", hint)
 
 
 def _write(

@@ -22,7 +22,7 @@ from cfamc_cli.engine import checkpoint
 from cfamc_cli.engine.device import full_precision
 from cfamc_cli.engine.heads import Classifier, LinearHead, feature_dim
 from cfamc_cli.engine.models import Encoder
-from cfamc_cli.errors import CfamcError, ExitCode, missing_library
+from cfamc_cli.errors import CfamcError, invalid, missing_library
 from cfamc_cli.recipe import DEPTHS, Model
 from cfamc_cli.records import CheckRecord, DataUsed, Format, OutputSpec
 
@@ -86,10 +86,9 @@ def classifier_of(classifier: Classifier, model: Model, *, device: torch.device)
         CfamcError: Exit 2; the head reads random crops of an image, which no file of weights can hold.
     """
     if classifier.crops is not None:
-        raise CfamcError(
+        raise invalid(
             "a head on aggregated crops reads random crops, which are no part of a network's weights",
-            hint="export --part encoder, or name a linear, robust-linear or finetune head with --head",
-            exit_code=ExitCode.INVALID,
+            "export --part encoder, or name a linear, robust-linear or finetune head with --head",
         )
     encoder, head = classifier.encoder, _plain_linear(classifier.head)
     module = Stack(encoder.backbone, encoder.pre_feature if classifier.features == "pre_feature" else None, head)

@@ -19,7 +19,7 @@ from torch import Tensor
 from cfamc_cli.engine import checkpoint
 from cfamc_cli.engine.models import Encoder, build_encoder
 from cfamc_cli.engine.randomness import addressed_generator
-from cfamc_cli.errors import CfamcError, ExitCode
+from cfamc_cli.errors import CfamcError, bad_data
 from cfamc_cli.recipe import DEPTHS, Model
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "encoder", "backbone")
@@ -158,4 +158,4 @@ def _architecture(path: Path, backbone: Mapping[str, Tensor]) -> dict[str, objec
 
 
 def _bad(path: Path, cause: str, *, hint: str = "") -> CfamcError:
-    return CfamcError(f"{path}: {cause}", hint=hint, exit_code=ExitCode.BAD_DATA)
+    return bad_data(f"{path}: {cause}", hint)
