@@ -51,35 +51,30 @@ class Remote:
 _TORONTO = "https://www.cs.toronto.edu/~kriz"
 _ZALANDO = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
 _STANFORD = "http://ufldl.stanford.edu/housenumbers"
+_COATES = "http://ai.stanford.edu/~acoates/stl10"
 _FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 
 
+_REMOTES: dict[tuple[Known, Split | None], tuple[Remote, ...]] = {  # None: one archive holds both splits
+    ("cifar10", None): (Remote(f"{_TORONTO}/cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"),),
+    ("cifar100", None): (Remote(f"{_TORONTO}/cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8"),),
+    ("fashion-mnist", "train"): (
+        Remote(f"{_ZALANDO}/train-images-idx3-ubyte.gz", "8d4fb7e6c68d591d4c3dfef9ec88bf0d"),
+        Remote(f"{_ZALANDO}/train-labels-idx1-ubyte.gz", "25c81989df183df01b3e8a0aad5dffbe"),
+    ),
+    ("fashion-mnist", "test"): (
+        Remote(f"{_ZALANDO}/t10k-images-idx3-ubyte.gz", "bef4ecab320f06d8554ea6380940ec79"),
+        Remote(f"{_ZALANDO}/t10k-labels-idx1-ubyte.gz", "bb300cfdad3c16e7a12a480ee83cd310"),
+    ),
+    ("svhn", "train"): (Remote(f"{_STANFORD}/train_32x32.mat", "e26dedcc434d2e4c54c9b2d4a06d8373"),),
+    ("svhn", "test"): (Remote(f"{_STANFORD}/test_32x32.mat", "eb5a983be6a315427106f1b164d9cef3"),),
+    ("stl10", None): (Remote(f"{_COATES}/stl10_binary.tar.gz", "91f7769df0f17e558f3565bffb0c7dfb"),),
+}
+
+
 def remote_files(dataset: Known, split: Split) -> tuple[Remote, ...]:
-    """Name the published files that hold a split; none for the embedded set."""
-    match dataset:
-        case "fashion-mini":
-            return ()
-        case "cifar10":
-            return (Remote(f"{_TORONTO}/cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"),)
-        case "cifar100":
-            return (Remote(f"{_TORONTO}/cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8"),)
-        case "fashion-mnist" if split == "train":
-            return (
-                Remote(f"{_ZALANDO}/train-images-idx3-ubyte.gz", "8d4fb7e6c68d591d4c3dfef9ec88bf0d"),
-                Remote(f"{_ZALANDO}/train-labels-idx1-ubyte.gz", "25c81989df183df01b3e8a0aad5dffbe"),
-            )
-        case "fashion-mnist":
-            return (
-                Remote(f"{_ZALANDO}/t10k-images-idx3-ubyte.gz", "bef4ecab320f06d8554ea6380940ec79"),
-                Remote(f"{_ZALANDO}/t10k-labels-idx1-ubyte.gz", "bb300cfdad3c16e7a12a480ee83cd310"),
-            )
-        case "svhn" if split == "train":
-            return (Remote(f"{_STANFORD}/train_32x32.mat", "e26dedcc434d2e4c54c9b2d4a06d8373"),)
-        case "svhn":
-            return (Remote(f"{_STANFORD}/test_32x32.mat", "eb5a983be6a315427106f1b164d9cef3"),)
-        case "stl10":
-            stl10 = "http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz"
-            return (Remote(stl10, "91f7769df0f17e558f3565bffb0c7dfb"),)
+    """Name the published files that hold a split of a set that is not embedded."""
+    return _REMOTES[dataset, None if (dataset, None) in _REMOTES else split]
 
 
 def fetch(remote: Remote, folder: Path, *, talk: Talk) -> Path:

@@ -80,7 +80,9 @@ def load(folder: Path) -> Checkpoint:
         digest = manifest.pop("sha256", None)  # the first runs had none
         if manifest.keys() != {"schema", "files", "progress"} or digest not in (None, _own_digest(manifest)):
             raise _bad(path, "its SHA-256 is not its own")
-        files = {name: (int(manifest["files"][name]["size"]), manifest["files"][name]["sha256"]) for name in _FILES}
+        files = {
+            name: (int(manifest["files"][name]["size"]), manifest["files"][name]["sha256"]) for name in (MODEL, STATE)
+        }
         progress = dict(manifest["progress"])
     except (ArithmeticError, AttributeError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise _bad(path, "not a manifest") from error
@@ -96,9 +98,6 @@ def load(folder: Path) -> Checkpoint:
         if not torch.isfinite(tensor).all():
             raise _bad(folder / MODEL, f"{name} is not finite")
     return Checkpoint(tensors[MODEL], tensors[STATE], progress)
-
-
-_FILES = (MODEL, STATE)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

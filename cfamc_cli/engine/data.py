@@ -38,15 +38,11 @@ _LICENCES = {
 
 
 @dataclass(frozen=True)
-class ImageSet:
+class ImageSet(Pack):
     """The images of one split."""
 
-    images: Tensor  # uint8, (N, 3, H, W), in host memory or mapped from a file
-    labels: Tensor | None  # int64, (N,), -1 for an image without a label; None where no image has one
-    classes: tuple[str, ...]  # by label
     dataset: str  # as in the recipe
     split: Literal["train", "test"]
-    fingerprint: str  # SHA-256 over pixels, labels and class names, hexadecimal; the same wherever the data lies
     licence: str  # what is known of the terms of use; empty where nothing is
 
     def __len__(self) -> int:
@@ -83,20 +79,18 @@ class ImageSet:
         missing = 0 if self.labels is None else int((self.labels < 0).sum())
         labels = self.labelled().labels
         assert labels is not None, "labelled() raises otherwise"
-        cause = hint = ""
+        empty = (torch.bincount(labels, minlength=len(self.classes)) == 0).nonzero().flatten().tolist()
         if missing:
-            cause = f"{missing:,} of {len(self):,} images have no label"
+            cause, hint = f"{missing:,} of {len(self):,} images have no label", ""
         elif len(self.classes) < 2:
             cause, hint = f"there is only one class, {', '.join(self.classes)}", "a classifier needs two or more"
+        elif empty:
+            names = ", ".join(self.classes[label] for label in empty[:5])
+            more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
+            cause, hint = f"no images of class {names}{more}", "add some, or remove the class folders"
         else:
-            empty = (torch.bincount(labels, minlength=len(self.classes)) == 0).nonzero().flatten().tolist()
-            if empty:
-                names = ", ".join(self.classes[label] for label in empty[:5])
-                more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
-                cause, hint = f"no images of class {names}{more}", "add some, or remove the class folders"
-        if cause:
-            raise CfamcError(f"{self.split} images of {self.dataset}: {cause}", hint=hint, exit_code=ExitCode.BAD_DATA)
-        return labels
+            return labels
+        raise CfamcError(f"{self.split} images of {self.dataset}: {cause}", hint=hint, exit_code=ExitCode.BAD_DATA)
 
     def take(self, indices: Tensor) -> ImageSet:
         """Return the images at `indices`, int64 (n,), as a set of its own, copied into memory."""
@@ -136,15 +130,8 @@ def load(data: Data, split: Literal["train", "test"], *, seed: int, cache: Path,
             pack = _fashion_mini(split, size=data.size)
         case known:
             pack = _known(known, split, size=data.size, root=root, cache=cache, talk=talk)
-    images = ImageSet(
-        images=pack.images,
-        labels=pack.labels,
-        classes=pack.classes,
-        dataset=data.dataset,
-        split=split,
-        fingerprint=pack.fingerprint,
-        licence=_LICENCES.get(data.dataset, ""),
-    )
+    licence = _LICENCES.get(data.dataset, "")
+    images = ImageSet(pack.images, pack.labels, pack.classes, pack.fingerprint, data.dataset, split, licence)
     if data.limit is None or split == "test":
         return images
     if data.limit > len(images):

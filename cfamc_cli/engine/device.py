@@ -145,7 +145,4 @@ def out_of_memory(*, hint: str = _LOWER) -> Iterator[None]:
         named = isinstance(error, torch.OutOfMemoryError | MemoryError)
         if not named and not any(words in text for words in _NO_MEMORY):
             raise
-        raise CfamcError(
-            f"out of memory: {text[:200] or type(error).__name__}",
-            hint=hint,
-        ) from error
+        raise CfamcError(f"out of memory: {text[:200] or type(error).__name__}", hint=hint) from error

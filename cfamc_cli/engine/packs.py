@@ -40,10 +40,10 @@ class Raw:
 class Pack:
     """A split, ready to be trained on."""
 
-    images: Tensor  # uint8, (N, 3, H, W), mapped from the file: pages are read when they are touched
+    images: Tensor  # uint8, (N, 3, H, W), mapped from a file (pages are read when they are touched) or in host memory
     labels: Tensor | None  # int64, (N,), -1 where an image has none; None where no image has one
     classes: tuple[str, ...]  # by label
-    fingerprint: str  # SHA-256, hexadecimal, as `fingerprint` computes it
+    fingerprint: str  # as `fingerprint` computes it; the same wherever the data lies
 
 
 def fingerprint(images: Tensor, labels: Tensor | None, classes: tuple[str, ...]) -> str:

@@ -49,7 +49,7 @@ def sheet(samples: Sequence[Shown], *, heading: Sequence[str], gain: float) -> b
     columns = min(_COLUMNS, len(samples))
     rows = -(-len(samples) // columns)
     font = ImageFont.load_default()
-    longest = max(_width(line, font) for line in heading)
+    longest = max(round(font.getlength(_plain(line))) for line in heading)
     top = _GAP + _LINE * (len(heading) + 1)
     canvas_w = max(columns * (cell_w + 2 * _GAP), longest + 2 * _GAP)
     canvas = Image.new("RGB", (canvas_w, top + rows * cell_h), _PAPER)
@@ -75,10 +75,6 @@ def sheet(samples: Sequence[Shown], *, heading: Sequence[str], gain: float) -> b
 
 
 _Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
-
-
-def _width(text: str, font: _Font) -> int:
-    return round(font.getlength(_plain(text)))
 
 
 def _fitting(text: str, width: int, font: _Font) -> str:

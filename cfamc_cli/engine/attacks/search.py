@@ -66,16 +66,11 @@ Rows = TypeVar("Rows", bound=State)
 
 
 class Roster:
-    """The samples an attack still works on, and the point it will return for each sample it was given.
-
-    Attributes:
-        result: The points to be returned, (N, C, H, W).
-        index: For each remaining row its place in `result`, (n,).
-    """
+    """The samples an attack still works on, and the point it will return for each sample it was given."""
 
     def __init__(self, x: Tensor) -> None:
-        self.result = x.clone()
-        self.index = torch.arange(len(x), device=x.device)
+        self.result = x.clone()  # (N, C, H, W)
+        self.index = torch.arange(len(x), device=x.device)  # for each remaining row its place in `result`, (n,)
 
     def settle(self, state: Rows, *, step: int) -> Rows:
         """Put away the points of samples that are done, where dropping their rows is worth it.

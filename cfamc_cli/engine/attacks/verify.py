@@ -35,12 +35,7 @@ class Predictor:
 
 
 class Meter:
-    """Counts forward and backward passes of single samples.
-
-    Attributes:
-        forward: Samples that went forward since the last `read`.
-        backward: Samples that went backward since then.
-    """
+    """Counts the single samples that went `forward` and `backward` since the last `read`."""
 
     def __init__(self, heard: Callable[[], None] = lambda: None) -> None:
         self.forward = 0
