@@ -109,10 +109,8 @@ def find(reference: str) -> Path:
         return known[short.stem]
     close = difflib.get_close_matches(short.stem[:60], known, n=1)
     hint = f'did you mean "{close[0]}"? ' if close else ""
-    raise invalid(
-        f'no recipe "{_plain(reference)}": neither a file nor the name of a shipped recipe',
-        f"{hint}`cfamc recipes list` shows what ships",
-    )
+    wrong = f'no recipe "{_plain(reference)}": neither a file nor the name of a shipped recipe'
+    raise invalid(wrong, f"{hint}`cfamc recipes list` shows what ships")
 
 
 def read(path: Path, *, label: str) -> str:

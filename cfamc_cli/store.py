@@ -10,7 +10,7 @@ import secrets
 import socket
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -177,9 +177,8 @@ def find_run(store: Path, reference: str, *, accept: Callable[[RunFolder], bool]
             return run
         found = "no run" if not runs else f"none of the {len(runs)} runs fits"
         raise invalid(f"{found} in {store}", "start one with: cfamc pretrain recipes/quickstart.toml")
-    matches = [run for run in runs if run.id == reference] or [
-        run for run in runs if reference and run.id.startswith(reference)
-    ]
+    begun = [run for run in runs if reference and run.id.startswith(reference)]
+    matches = [run for run in begun if run.id == reference] or begun
     if len(matches) == 1:
         return matches[0]
     if matches:
@@ -263,20 +262,17 @@ def lock(run: RunFolder) -> Iterator[None]:
 def _open_lock(path: Path, run: RunFolder) -> int:
     """Open and lock the file; a POSIX lock, for forked children do not inherit it and outlive their parent with it."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            holder = _holder(os.pread(descriptor, 4096, 0))
-            os.close(descriptor)
-            raise _locked(run, holder) from None
-        except BaseException:
-            os.close(descriptor)
-            raise
-        with suppress(FileNotFoundError):  # the last holder may have removed the file between the two calls
-            if os.fstat(descriptor).st_ino == path.stat().st_ino:
-                return descriptor
-        os.close(descriptor)
+        with ExitStack() as opened:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            opened.callback(os.close, descriptor)
+            try:
+                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                raise _locked(run, _holder(os.pread(descriptor, 4096, 0))) from None
+            with suppress(FileNotFoundError):  # the last holder may have removed the file between the two calls
+                if os.fstat(descriptor).st_ino == path.stat().st_ino:
+                    opened.pop_all()
+                    return descriptor
 
 
 def _holder(data: bytes) -> str:
@@ -288,9 +284,8 @@ def _holder(data: bytes) -> str:
 
 
 def _locked(run: RunFolder, holder: str) -> CfamcError:
-    return CfamcError(
-        f"run {run.id} is held by {holder}", hint="wait for it, or end it first", exit_code=ExitCode.LOCKED
-    )
+    text, hint = f"run {run.id} is held by {holder}", "wait for it, or end it first"
+    return CfamcError(text, hint=hint, exit_code=ExitCode.LOCKED)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
