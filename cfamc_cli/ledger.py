@@ -53,7 +53,7 @@ def found(run: RunFolder, recipe: Recipe, *, device: str) -> RunRecord:
 
 def found_again(run: RunFolder, *, device: str) -> RunRecord:
     """The record of a run that goes on, here and now."""
-    changes = {"updated": now(), "environment": capture_environment(device), "failure": None}
+    changes = {"environment": capture_environment(device), "failure": None}
     return run.record().model_copy(update=changes)
 
 
@@ -67,7 +67,7 @@ class RunLedger:
     def __init__(self, run: RunFolder, record: RunRecord) -> None:
         self.run, self.record = run, record
         self._before, self._started = record.wall_seconds, time.monotonic()  # seconds of earlier sittings, and of this
-        self._save()
+        self._change()
         self._metrics, self._timing = JsonLines(run.metrics), JsonLines(run.timing)
 
     def metrics(self, line: MetricLine) -> None:
@@ -153,8 +153,5 @@ class RunLedger:
     def _change(self, **changes: object) -> None:
         wall = self._before + time.monotonic() - self._started
         self.record = self.record.model_copy(update={"updated": now(), "wall_seconds": wall, **changes})
-        self._save()
-
-    def _save(self) -> None:
         save_record(self.run.run_json, self.record)
         self._written = time.monotonic()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -118,7 +118,7 @@ def _start(recipes: Sequence[Recipe], options: Options) -> list[RunRecord]:
                 plan(recipe, images=len(data.images))
                 _starting_weights(recipe, options.store)
                 run = create_run(options.store, recipe.name, now=now()) if world.leads else None
-                results += _train(recipe, data, run, working, world=world, fresh=True)
+                results += _train(recipe, data, run, working, world=world)
         except (CfamcError, Interrupted) as end:
             finished = [record.id for record in results]
             end.details |= {"finished": finished} if finished else {}
@@ -179,7 +179,7 @@ def _resume(reference: str, wanted: Recipe | None, options: Options) -> list[Run
     with session(options) as working, _world(working) as world:
         # What may differ, where the data lie and how checkpoints are kept, is taken from the recipe that was given.
         recipe = wanted or recipe
-        return _train(recipe, _load(recipe, working), run, working, world=world, fresh=False)
+        return _train(recipe, _load(recipe, working), run, working, world=world)
 
 
 @contextmanager
@@ -200,25 +200,19 @@ def _load(recipe: Recipe, session: Session) -> ImageSet:
     return load(recipe.data, "train", seed=recipe.seed, cache=cache_folder(), talk=session.talk)
 
 
-def _train(
-    recipe: Recipe, data: ImageSet, run: RunFolder | None, session: Session, *, world: World, fresh: bool
-) -> list[RunRecord]:
+def _train(recipe: Recipe, data: ImageSet, run: RunFolder | None, session: Session, *, world: World) -> list[RunRecord]:
     """Train a run to its end; those that do not lead read checkpoints, write and say nothing, and return no record."""
     from cfamc_cli.engine import checkpoint, distributed
     from cfamc_cli.engine.device import out_of_memory
     from cfamc_cli.engine.pretrain import Trainer
 
-    with ExitStack() as stack:
-        kept = (
-            stack.enter_context(_keeping(run, recipe, session, fresh=fresh))
-            if run is not None and world.leads
-            else None
-        )
-        stack.enter_context(distributed.peers(world))
-        stack.enter_context(out_of_memory())
+    keeping: AbstractContextManager[RunLedger | None] = nullcontext()
+    if run is not None and world.leads:
+        keeping = _keeping(run, recipe, session)
+    with keeping as kept, distributed.peers(world), out_of_memory():
         ledger = NullLedger() if kept is None else kept
         trainer = Trainer(recipe, data, device=session.device, world=world, talk=session.talk, ledger=ledger)
-        positions = _take_up(trainer, run, session, fresh=fresh)
+        positions = _take_up(trainer, run, session)
         if kept is not None:
             kept.cut_back(positions)
             passes = plan(recipe, images=len(data.images)).view_passes
@@ -238,7 +232,7 @@ def _train(
 
 
 @contextmanager
-def _keeping(run: RunFolder, recipe: Recipe, session: Session, *, fresh: bool) -> Iterator[RunLedger]:
+def _keeping(run: RunFolder, recipe: Recipe, session: Session) -> Iterator[RunLedger]:
     """Within, the run is held and its ledger open; what ends the work early says which run it was, and how to go on."""
     from cfamc_cli.engine.device import describe
 
@@ -250,8 +244,8 @@ def _keeping(run: RunFolder, recipe: Recipe, session: Session, *, fresh: bool) -
             sweep(run.path)
             sweep(run.checkpoints)
             device = describe(session.device)
-            record = found(run, recipe, device=device) if fresh else found_again(run, device=device)
-            kept = RunLedger(run, record)
+            begun = run.run_json.exists()
+            kept = RunLedger(run, found_again(run, device=device) if begun else found(run, recipe, device=device))
             with closing(kept), kept.failures():
                 yield kept
     except (CfamcError, Interrupted) as end:
@@ -259,7 +253,7 @@ def _keeping(run: RunFolder, recipe: Recipe, session: Session, *, fresh: bool) -
         raise
 
 
-def _take_up(trainer: Trainer, run: RunFolder | None, session: Session, *, fresh: bool) -> Mapping[str, object]:
+def _take_up(trainer: Trainer, run: RunFolder | None, session: Session) -> Mapping[str, object]:
     """Put the trainer where it starts from: a run's own checkpoint, another run's encoder, or nothing.
 
     Returns:
@@ -267,7 +261,7 @@ def _take_up(trainer: Trainer, run: RunFolder | None, session: Session, *, fresh
     """
     from cfamc_cli.engine import checkpoint
 
-    if not fresh and run is not None and checkpoint.list_checkpoints(run.checkpoints):
+    if run is not None and checkpoint.list_checkpoints(run.checkpoints):
         path, saved, problems = checkpoint.newest_valid(run.checkpoints)
         for problem in problems:
             session.talk.warning(f"{problem.message}; going back to {path.name}")
