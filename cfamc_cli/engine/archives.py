@@ -25,7 +25,7 @@ import numpy as np
 from cfamc_cli.datasets import KNOWN_SETS
 from cfamc_cli.engine.packs import Pixels, Raw, cached_file
 from cfamc_cli.engine.sink import Talk
-from cfamc_cli.errors import CfamcError, ExitCode
+from cfamc_cli.errors import CfamcError, bad_data
 
 Known = Literal["fashion-mini", "cifar10", "cifar100", "fashion-mnist", "svhn", "stl10"]
 Split = Literal["train", "test"]
@@ -110,11 +110,11 @@ def fetch(remote: Remote, folder: Path, *, talk: Talk) -> Path:
                     talk.progress(f"downloading {remote.name}", done, max(total, done), {})
         except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
             cause = getattr(error, "reason", None) or error
-            raise _bad(f"cannot download {remote.name}: {cause}", hint=hint) from error
+            raise bad_data(f"cannot download {remote.name}: {cause}", hint) from error
         if total and done < total:
-            raise _bad(f"the download of {remote.name} was cut at {done:,} of {total:,} bytes", hint=hint)
+            raise bad_data(f"the download of {remote.name} was cut at {done:,} of {total:,} bytes", hint)
         if digest.hexdigest() != remote.md5:
-            raise _bad(f"{remote.name} is not what was published: MD5 {digest.hexdigest()}", hint=hint)
+            raise bad_data(f"{remote.name} is not what was published: MD5 {digest.hexdigest()}", hint)
     return path
 
 
@@ -151,19 +151,15 @@ def read(dataset: Known, split: Split, files: tuple[Path, ...]) -> Raw:
     known = KNOWN_SETS[dataset]
     expected = known.train if split == "train" else known.test
     if raw.shape != (expected, 3, known.size, known.size) or raw.labels is None or len(raw.labels) != expected:
-        raise _bad(f"{path} does not hold the {expected:,} {split} images of {dataset}", hint="remove it and try again")
+        raise bad_data(f"{path} does not hold the {expected:,} {split} images of {dataset}", "remove it and try again")
     return raw
 
 
 _DAMAGED = (OSError, EOFError, KeyError, ValueError, IndexError, struct.error, tarfile.TarError, zlib.error)
 
 
-def _bad(message: str, *, hint: str = "") -> CfamcError:
-    return CfamcError(message, hint=hint, exit_code=ExitCode.BAD_DATA)
-
-
 def _damaged(path: Path, error: Exception) -> CfamcError:
-    return _bad(f"{path} is damaged: {error or type(error).__name__}", hint="remove it, and it is downloaded again")
+    return bad_data(f"{path} is damaged: {error or type(error).__name__}", "remove it, and it is downloaded again")
 
 
 def _member(archive: tarfile.TarFile, name: str) -> bytes:

@@ -19,7 +19,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from cfamc_cli.errors import CfamcError, ExitCode
+from cfamc_cli.errors import CfamcError, bad_data
 from cfamc_cli.files import MAX_READ, explained, read_bytes, staged_folder, write_bytes, write_json
 
 MODEL, STATE, MANIFEST = "model.safetensors", "state.safetensors", "manifest.json"
@@ -122,7 +122,7 @@ def newest_valid(folder: Path) -> tuple[Path, Checkpoint, list[CfamcError]]:
             problems.append(error)
     if problems:
         raise problems[0]
-    raise CfamcError(f"{folder} holds no checkpoint", exit_code=ExitCode.BAD_DATA)
+    raise bad_data(f"{folder} holds no checkpoint")
 
 
 def prune(folder: Path, *, newest: Path, keep: int) -> None:
@@ -225,8 +225,8 @@ def _read(path: Path, *, limit: int | None = None) -> bytes:
     except OSError as error:
         raise _bad(path, (error.strerror or str(error)).lower()) from error
     except CfamcError as error:
-        raise CfamcError(error.message, hint=error.hint, exit_code=ExitCode.BAD_DATA) from error
+        raise bad_data(error.message, error.hint) from error
 
 
 def _bad(path: Path, cause: str, *, hint: str = "") -> CfamcError:
-    return CfamcError(f"{path}: {cause}", hint=hint, exit_code=ExitCode.BAD_DATA)
+    return bad_data(f"{path}: {cause}", hint)

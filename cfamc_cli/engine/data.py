@@ -24,7 +24,7 @@ from cfamc_cli.engine import archives, folder
 from cfamc_cli.engine.packs import Pack, Pixels, Raw, fingerprint, packed
 from cfamc_cli.engine.randomness import addressed_generator, balanced_order
 from cfamc_cli.engine.sink import Talk
-from cfamc_cli.errors import CfamcError, ExitCode
+from cfamc_cli.errors import bad_data, invalid
 from cfamc_cli.recipe import Data
 from cfamc_cli.records import DataUsed
 
@@ -59,11 +59,8 @@ class ImageSet(Pack):
             CfamcError: No image has one.
         """
         if self.labels is None or not bool((self.labels >= 0).any()):
-            raise CfamcError(
-                f"the {self.split} images of {self.dataset} have no labels",
-                hint="labels come from class folders: train/<class>/ and test/<class>/",
-                exit_code=ExitCode.BAD_DATA,
-            )
+            hint = "labels come from class folders: train/<class>/ and test/<class>/"
+            raise bad_data(f"the {self.split} images of {self.dataset} have no labels", hint)
         keep = (self.labels >= 0).nonzero().flatten()
         return self if len(keep) == len(self) else self.take(keep)
 
@@ -90,7 +87,7 @@ class ImageSet(Pack):
             cause, hint = f"no images of class {names}{more}", "add some, or remove the class folders"
         else:
             return labels
-        raise CfamcError(f"{self.split} images of {self.dataset}: {cause}", hint=hint, exit_code=ExitCode.BAD_DATA)
+        raise bad_data(f"{self.split} images of {self.dataset}: {cause}", hint)
 
     def take(self, indices: Tensor) -> ImageSet:
         """Return the images at `indices`, int64 (n,), as a set of its own, copied into memory."""
@@ -135,11 +132,8 @@ def load(data: Data, split: Literal["train", "test"], *, seed: int, cache: Path,
     if data.limit is None or split == "test":
         return images
     if data.limit > len(images):
-        raise CfamcError(
-            f"data.limit is {data.limit:,} but {data.dataset} has {len(images):,} training images",
-            hint="lower data.limit or leave it out",
-            exit_code=ExitCode.INVALID,
-        )
+        cause = f"data.limit is {data.limit:,} but {data.dataset} has {len(images):,} training images"
+        raise invalid(cause, "lower data.limit or leave it out")
     order = torch.randperm(len(images), generator=addressed_generator("limit", seed))
     return images.take(order[: data.limit])
 
@@ -216,7 +210,7 @@ def _fashion_mini(split: Literal["train", "test"], *, size: int | None) -> Pack:
     images, labels = torch.from_numpy(next(raw.chunks)), torch.from_numpy(raw.labels)
     mark = fingerprint(images, labels, raw.classes)
     if mark != FASHION_MINI_FINGERPRINTS[split]:
-        raise CfamcError(f"{files[0]} is not what was shipped", hint="install cfamc again", exit_code=ExitCode.BAD_DATA)
+        raise bad_data(f"{files[0]} is not what was shipped", "install cfamc again")
     if size is not None and size != images.shape[-1]:
         images = torch.from_numpy(_resized(images.numpy(), size))
         mark = fingerprint(images, labels, raw.classes)
@@ -230,11 +224,8 @@ def _known(
         remotes = archives.remote_files(known, split)
         for remote in remotes:
             if root is not None and not (root / remote.name).is_file():
-                raise CfamcError(
-                    f"data.root {root} does not hold {remote.name}",
-                    hint=f"put {remote.url} there, or leave data.root out to have it downloaded",
-                    exit_code=ExitCode.BAD_DATA,
-                )
+                hint = f"put {remote.url} there, or leave data.root out to have it downloaded"
+                raise bad_data(f"data.root {root} does not hold {remote.name}", hint)
         files = tuple(archives.fetch(remote, root or cache / "downloads", talk=talk) for remote in remotes)
         raw = archives.read(known, split, files)
         if size is None or size == raw.shape[-1]:

@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from cfamc_cli.errors import CfamcError, ExitCode
+from cfamc_cli.errors import CfamcError, invalid
 
 Precision = Literal["float32", "bfloat16"]
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt
@@ -36,11 +36,8 @@ def pick_device(name: str) -> torch.device:
             raise NotImplementedError
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise CfamcError(
-            f"device {name!r} is not available here",
-            hint="leave --device out, or name one of: cpu, cuda, cuda:0, mps",
-            exit_code=ExitCode.INVALID,
-        ) from error
+        hint = "leave --device out, or name one of: cpu, cuda, cuda:0, mps"
+        raise invalid(f"device {name!r} is not available here", hint) from error
     if device.type == "cpu":
         _keep_freed_memory()
     return device

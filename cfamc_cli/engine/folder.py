@@ -25,7 +25,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 
 from cfamc_cli.engine.packs import Pixels, Raw
-from cfamc_cli.errors import CfamcError, ExitCode
+from cfamc_cli.errors import CfamcError, ExitCode, bad_data
 
 Failure = tuple[str, str]  # file and cause
 
@@ -71,22 +71,22 @@ def list_images(root: Path, split: Literal["train", "test"]) -> Listing:
     """
     if not root.is_dir():
         cause = "is not a folder" if root.exists() else "does not exist"
-        raise _bad(f"data.root {root} {cause}", hint="it must hold train/<class>/ and test/<class>/")
+        raise bad_data(f"data.root {root} {cause}", "it must hold train/<class>/ and test/<class>/")
     try:
         folder = _required_folder(root, split)
         train = folder if split == "train" else _split_folder(root, "train") or folder
         classes = _class_names(train)
         unknown = sorted(set(_class_names(folder)) - set(classes))
         if unknown:
-            raise _bad(
+            raise bad_data(
                 f"{folder / unknown[0]} is a class that {train} does not have",
-                hint="both splits must name their class folders alike",
+                "both splits must name their class folders alike",
             )
         names, labels, key = _find(folder, classes)
     except OSError as error:
-        raise _bad(f"cannot read {error.filename or root}: {error.strerror}") from error
+        raise bad_data(f"cannot read {error.filename or root}: {error.strerror}") from error
     if not names:
-        raise _bad(f"no images in {folder}", hint=f"images end in {' '.join(SUFFIXES)}")
+        raise bad_data(f"no images in {folder}", f"images end in {' '.join(SUFFIXES)}")
     return Listing(folder, tuple(names), tuple(labels) if classes else None, classes, key)
 
 
@@ -254,7 +254,8 @@ def _unreadable(failures: list[Failure]) -> CfamcError:
         hint = "set data.size, such as `--set data.size=32`, to bring all images to one size"
     else:
         hint = "repair or remove the file"
-    return _bad(f"{path} {cause}{more}", hint=hint, files=[{"file": name, "cause": why} for name, why in failures])
+    files = [{"file": name, "cause": why} for name, why in failures]
+    return CfamcError(f"{path} {cause}{more}", hint=hint, exit_code=ExitCode.BAD_DATA, details={"files": files})
 
 
 def _check_size(width: int, height: int) -> None:
@@ -296,7 +297,7 @@ def _required_folder(root: Path, split: Literal["train", "test"]) -> Path:
     if folder is None:
         name = "training" if split == "train" else "test"
         loose = ", or without classes into it" if split == "train" else ""
-        raise _bad(f"no {name} images in {root}", hint=f"put them into {root / split}/<class>/{loose}")
+        raise bad_data(f"no {name} images in {root}", f"put them into {root / split}/<class>/{loose}")
     return folder
 
 
@@ -315,7 +316,7 @@ def _class_names(folder: Path) -> tuple[str, ...]:
     if folder.name not in ("train", "test", "val"):
         return ()  # loose images beside folders of something else
     if names and loose:
-        raise _bad(f"{loose} lies beside class folders", hint="move it into one of them, or away")
+        raise bad_data(f"{loose} lies beside class folders", "move it into one of them, or away")
     return tuple(sorted(names))
 
 
@@ -343,7 +344,3 @@ def _find(folder: Path, classes: tuple[str, ...]) -> tuple[list[str], list[int],
         lines = "\0".join([f"{path}\0{found[path]}" for path in paths])  # no path holds a NUL
         digest.update(f"{label} {len(paths)}\0{lines}".encode("utf-8", "surrogatepass"))
     return names, labels, digest.hexdigest()
-
-
-def _bad(message: str, *, hint: str = "", files: list[dict[str, str]] | None = None) -> CfamcError:
-    return CfamcError(message, hint=hint, exit_code=ExitCode.BAD_DATA, details={"files": files} if files else None)
