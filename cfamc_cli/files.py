@@ -139,11 +139,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Make `path` hold `text` as UTF-8, or leave it as it was.
-
-    Raises:
-        CfamcError: As for `staged_file`.
-    """
+    """Make `path` hold `text` as UTF-8; else as `write_bytes`."""
     write_bytes(path, text.encode())
 
 

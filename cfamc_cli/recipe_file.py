@@ -355,10 +355,8 @@ def _meant(kind: str, value: Any, key: str | int) -> str:
 def _unknown(loc: Sequence[str | int], path: str) -> Problem:
     """An unknown key, with what may have been meant: a sibling, another choice's key, the same key elsewhere."""
     key, choices = str(loc[-1]), _MODELS[str(loc[0])] if len(loc) > 1 else []
-    table: type[Table] = Recipe
-    for choice in choices:
-        if len(choices) == 1 or loc[-2] in _literals(choice, _tag(path)):
-            table = choice
+    fitting = (choice for choice in choices if len(choices) == 1 or loc[-2] in _literals(choice, _tag(path)))
+    table: type[Table] = next(fitting, Recipe)
     if any(key in choice.model_fields for choice in choices):
         return Problem(path, f'unknown key "{path}": {_tag(path)} = "{loc[-2]}" has no {_plain(key)}', stale=True)
     siblings = list(_MODELS if table is Recipe else table.model_fields)

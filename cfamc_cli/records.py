@@ -39,15 +39,16 @@ SCHEMA_VERSION: Literal[1] = 1
 _Z95 = 1.959963984540054  # the 97.5 % quantile of the normal distribution
 
 
-def _finite_or_none(value: object) -> object:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _is_lost(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Seconds = Annotated[float, Field(ge=0)]
 Hex = Annotated[str, Field(pattern=r"^[0-9a-f]*$")]
-Measured = Annotated[float | None, BeforeValidator(_finite_or_none)]  # None where the number was not finite
+# None where the number was not finite
+Measured = Annotated[float | None, BeforeValidator(lambda value: None if _is_lost(value) else value)]
 Status = Literal["created", "running", "finished", "diverged", "interrupted", "failed"]
 Weights = Literal["backbone", "encoder", "classifier"]
 Format = Literal["safetensors", "pt2", "onnx"]
@@ -479,10 +480,6 @@ class Line(Part):
         values = self.model_dump(exclude_none=True)
         lost = {key: str(value) for key, value in values.items() if _is_lost(value)}
         return values | dict.fromkeys(lost) | ({"nonfinite": lost} if lost else {})
-
-
-def _is_lost(value: object) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
 
 
 class TrainLine(Line):
