@@ -24,7 +24,7 @@ from cfamc_cli.commands.attack_report import Result, curves
 from cfamc_cli.commands.attack_settings import Flags, asked_attacks
 from cfamc_cli.commands.common import Options, session
 from cfamc_cli.commands.pretrain import pretrain
-from cfamc_cli.commands.probe import Request, ensure_head, load_encoder, load_test_images, probe
+from cfamc_cli.commands.probe import Request, ensure_head, load_test_images, probe
 from cfamc_cli.engine import heads, robust
 from cfamc_cli.engine.attacks import audit, autoattack
 from cfamc_cli.engine.attacks.autoattack import plan, run_stage, stage_name
@@ -57,13 +57,16 @@ ATTACKS = '[[attack]]\nname = "pgd"\neps = "1/255"\nsteps = 2\n[[attack]]\nname 
 
 def head_of(run: RunFolder, options: Options, probe: str | None = None) -> Path:
     with session(options) as working:
-        return ensure_head(run, load_encoder(run, run.recipe(), working), working, probe=probe)
+        return ensure_head(run, encoder_in(run), working, probe=probe)
+
+
+def encoder_in(run: RunFolder) -> heads.LoadedEncoder:
+    return heads.load_encoder(run.checkpoints, run.recipe().model, device=torch.device("cpu"), talk=NullTalk())
 
 
 def classifier_in(run: RunFolder, folder: Path) -> Classifier:
-    recipe, record = run.recipe(), load_record(folder / "record.json", ProbeRecord)
-    loaded = heads.load_encoder(run.checkpoints, recipe.model, device=torch.device("cpu"))
-    return heads.load_classifier(loaded, record, folder / HEAD, recipe)
+    record = load_record(folder / "record.json", ProbeRecord)
+    return heads.load_classifier(encoder_in(run), record, folder / HEAD, run.recipe())
 
 
 @pytest.fixture(scope="module")

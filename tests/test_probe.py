@@ -267,7 +267,7 @@ LONG: dict[str, Callable[[], RobustLinear | Finetune]] = {
 
 def trainer(settings: RobustLinear | Finetune, *, count: int = 24) -> SupervisedTrainer:
     few = ImageSet(images(count), torch.arange(count) % 4, tuple("abcd"), "", "folder", "train", "")
-    loaded = LoadedEncoder(encoder(), CPU, digest="", path=Path(), warnings=(), backbone_only=False)
+    loaded = LoadedEncoder(encoder(), CPU, digest="", path=Path(), backbone_only=False)
     return SupervisedTrainer(probe.Task(loaded, tiny_recipe(), few, few, NullTalk()), settings)
 
 

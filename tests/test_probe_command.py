@@ -25,7 +25,7 @@ from torch import Tensor
 
 from cfamc_cli import cli, recipe_file
 from cfamc_cli.commands.common import Options, session
-from cfamc_cli.commands.probe import ensure_head, load_encoder, load_test_images
+from cfamc_cli.commands.probe import ensure_head, load_test_images
 from cfamc_cli.engine import checkpoint, heads
 from cfamc_cli.engine.checkpoint import Checkpoint
 from cfamc_cli.engine.data import load
@@ -54,13 +54,16 @@ CLASSES = ("ant", "bee", "cat")
 
 def head_of(run: RunFolder, options: Options, probe: str | None = None) -> Path:
     with session(options) as working:
-        return ensure_head(run, load_encoder(run, run.recipe(), working), working, probe=probe)
+        return ensure_head(run, encoder_in(run), working, probe=probe)
+
+
+def encoder_in(run: RunFolder) -> heads.LoadedEncoder:
+    return heads.load_encoder(run.checkpoints, run.recipe().model, device=CPU, talk=NullTalk())
 
 
 def classifier_in(run: RunFolder, folder: Path) -> Classifier:
-    recipe, record = run.recipe(), load_record(folder / "record.json", ProbeRecord)
-    loaded = heads.load_encoder(run.checkpoints, recipe.model, device=CPU)
-    return heads.load_classifier(loaded, record, folder / HEAD, recipe)
+    record = load_record(folder / "record.json", ProbeRecord)
+    return heads.load_classifier(encoder_in(run), record, folder / HEAD, run.recipe())
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -11,11 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import probe_record, run_record, tiny_recipe, write_record
+from tiny import data_used, probe_record, run_record, tiny_recipe, write_record
 
 from cfamc_cli import files, store
 from cfamc_cli.errors import CfamcError, ExitCode
@@ -337,3 +339,42 @@ def test_heads_that_were_begun_come_oldest_first(tmp_path: Path) -> None:
     (run.probes / "empty-001").mkdir()
     (run.probes / "done-001" / "record.json").write_text("{}")
     assert [folder.name for folder in store.unfinished_probes(run)] == ["finetune-002", "finetune-001"]
+
+
+def test_the_standard_probe_is_the_newest_linear_one_of_this_encoder_on_all_of_the_runs_data(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "20261122-120000-a-000000")
+    recipe = tiny_recipe(data={"dataset": "cifar10", "root": "here"})
+    write_record(run.run_json, run_record())
+    run.resolved_json.write_text(json.dumps(recipe.resolved()))
+    own = {**recipe.data.model_dump(mode="json"), "root": "elsewhere"}  # where a known set lies is no matter
+
+    def add(item: str, minutes: int, **changes: Any) -> None:
+        made = probe_record(**{"created": NOON + timedelta(minutes=minutes), "data": own} | changes)
+        write_record(run.probes / item / "record.json", made)
+
+    assert store.standard_probe(run, "ee") is None
+    add("linear-001", 2)
+    add("linear-002", 1)
+    unfit: dict[str, dict[str, Any]] = {
+        "knn-001": {"head": "knn"},
+        "linear-003": {"encoder_digest": "ff"},
+        "linear-004": {"train": data_used("train", 49_999)},
+        "linear-005": {"data": own | {"size": 16}},
+    }
+    for item, changes in unfit.items():
+        add(item, 9, **changes)
+    (run.probes / "torn-001").mkdir()
+    (run.probes / "torn-001" / "record.json").write_text("{")
+    assert store.standard_probe(run, "ee") == run.probes / "linear-001"
+    assert store.standard_probe(run, "ff") == run.probes / "linear-003"
+    write_record(run.run_json, run_record(data=data_used("train", 105_000, "stl10")))
+    assert store.standard_probe(run, "ee") == run.probes / "linear-004"  # 5,000 of stl10's images have labels
+    add("linear-006", 10)
+    assert store.find_probe(run, "linear") == run.probes / "linear-006"
+    assert store.find_probe(run, "linear-002") == run.probes / "linear-002"
+    with pytest.raises(CfamcError, match="has no probe 'crops'") as refusal:
+        store.find_probe(run, "crops")
+    assert refusal.value.exit_code == ExitCode.INVALID
+    assert (
+        refusal.value.hint == "it has linear-002, linear-001, knn-001, linear-003, linear-004, linear-005, linear-006"
+    )

@@ -91,15 +91,15 @@ class _Work:
     """The evaluations of one command: run, head and samples are the same in all of them."""
 
     def __init__(self, run: RunFolder, recipe: Recipe, flags: Flags, working: Session) -> None:
-        from cfamc_cli.commands.probe import ensure_head, load_encoder, load_test_images
+        from cfamc_cli.commands.probe import ensure_head, load_test_images
         from cfamc_cli.engine.attacked import as_predictor
-        from cfamc_cli.engine.heads import load_classifier
+        from cfamc_cli.engine.heads import load_classifier, load_encoder
         from cfamc_cli.engine.randomness import balanced_order
 
         self.run, self.recipe, self.flags = run, recipe, flags
         self.talk, self.device = working.talk, working.device
         self.space: Space = "crops" if flags.space == "crops" else "image"
-        loaded = load_encoder(run, recipe, working)
+        loaded = load_encoder(run.checkpoints, recipe.model, device=self.device, talk=self.talk)
         folder = ensure_head(run, loaded, working, probe=flags.head)
         self.probe = load_record(folder / RECORD, ProbeRecord)
         if self.space == "crops" and self.probe.head != "crops":

@@ -10,15 +10,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from cfamc_cli import render
 from cfamc_cli.engine.sink import NullTalk, Talk
 from cfamc_cli.errors import CfamcError, ExitCode, Interrupted
-from cfamc_cli.store import RunFolder, default_store
+from cfamc_cli.recipe import Recipe
+from cfamc_cli.store import RunFolder, cache_folder, default_store
 
 if TYPE_CHECKING:
     import torch
+
+    from cfamc_cli.engine.data import ImageSet
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,13 @@ def interruption(*, message: str = "interrupted", hint: Callable[[], str] = str)
     except Interrupted as end:
         end.message, end.hint = message, hint()
         raise
+
+
+def load_images(recipe: Recipe, split: Literal["train", "test"], *, talk: Talk) -> ImageSet:
+    """The images of a recipe; see `engine.data.load`."""
+    from cfamc_cli.engine.data import load
+
+    return load(recipe.data, split, seed=recipe.seed, cache=cache_folder(), talk=talk)
 
 
 def leads() -> bool:

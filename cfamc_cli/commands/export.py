@@ -170,12 +170,12 @@ def _chosen(
     run: RunFolder, record: RunRecord, recipe: Recipe, part: Weights, head: str | None, working: Session
 ) -> tuple[Subject, Source, ProbeRecord | None]:
     """Read the part of a run that is asked for; a classifier comes with the record of its head."""
-    from cfamc_cli.commands.probe import ensure_head, load_encoder
+    from cfamc_cli.commands.probe import ensure_head
     from cfamc_cli.engine import export as engine
-    from cfamc_cli.engine.heads import load_classifier
+    from cfamc_cli.engine.heads import load_classifier, load_encoder
 
     model, device, probe = recipe.model, working.device, None
-    loaded = load_encoder(run, recipe, working)
+    loaded = load_encoder(run.checkpoints, recipe.model, device=working.device, talk=working.talk)
     match part:
         case "backbone":
             subject = engine.backbone_of(loaded.encoder, model, device=device)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cfamc_cli import recipe_file, render
-from cfamc_cli.commands.common import Options, Session, interruption, invalid, session
+from cfamc_cli.commands.common import Options, Session, interruption, invalid, load_images, session
 from cfamc_cli.engine.sink import NullLedger
 from cfamc_cli.errors import CfamcError, ExitCode, Interrupted
 from cfamc_cli.files import sweep
@@ -20,7 +20,7 @@ from cfamc_cli.ledger import RunLedger, found, found_again
 from cfamc_cli.plan import Plan, plan
 from cfamc_cli.recipe import Recipe
 from cfamc_cli.records import Progress, RunRecord, Totals, now
-from cfamc_cli.store import RunFolder, cache_folder, create_run, find_run, lock
+from cfamc_cli.store import RunFolder, create_run, find_run, lock
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -114,7 +114,9 @@ def _start(recipes: Sequence[Recipe], options: Options) -> list[RunRecord]:
             for recipe in recipes:
                 if results and (signal := working.signals.pending()):  # it came too late to cut the run before
                     raise Interrupted(signal)
-                data = _load(recipe, working)  # this and the next two lines before a run is made for nothing
+                data = load_images(
+                    recipe, "train", talk=working.talk
+                )  # this and the next two lines before a run is made for nothing
                 plan(recipe, images=len(data.images))
                 _starting_weights(recipe, options.store)
                 run = create_run(options.store, recipe.name, now=now()) if world.leads else None
@@ -179,7 +181,7 @@ def _resume(reference: str, wanted: Recipe | None, options: Options) -> list[Run
     with session(options) as working, _world(working) as world:
         # What may differ, where the data lie and how checkpoints are kept, is taken from the recipe that was given.
         recipe = wanted or recipe
-        return _train(recipe, _load(recipe, working), run, working, world=world)
+        return _train(recipe, load_images(recipe, "train", talk=working.talk), run, working, world=world)
 
 
 @contextmanager
@@ -192,12 +194,6 @@ def _world(session: Session) -> Iterator[World]:
         yield world
     finally:
         distributed.leave(world)
-
-
-def _load(recipe: Recipe, session: Session) -> ImageSet:
-    from cfamc_cli.engine.data import load
-
-    return load(recipe.data, "train", seed=recipe.seed, cache=cache_folder(), talk=session.talk)
 
 
 def _train(recipe: Recipe, data: ImageSet, run: RunFolder | None, session: Session, *, world: World) -> list[RunRecord]:

@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from cfamc_cli import recipe_file, render
-from cfamc_cli.commands.common import Options, Session, interruption, invalid, session
+from cfamc_cli.commands.common import Options, Session, interruption, invalid, load_images, session
 from cfamc_cli.datasets import KNOWN_SETS
 from cfamc_cli.errors import CfamcError, ExitCode, Interrupted
 from cfamc_cli.ledger import found
@@ -38,7 +38,6 @@ from cfamc_cli.store import (
     PENDING,
     RECORD,
     RunFolder,
-    cache_folder,
     create_run,
     find_probe,
     find_run,
@@ -104,31 +103,13 @@ def probe(
                     raise invalid("--resume goes on with the head as it was begun", "leave the other options out")
                 folder = _go_on(run, working)
             else:
-                recipe = _settled(run, request)
-                loaded = load_encoder(run, recipe, working)
-                transfer = request.data is not None
-                folder = _fit(run, recipe, loaded, working, transfer=transfer, limit=request.limit)
+                recipe, transfer = _settled(run, request), request.data is not None
+                folder = _fit(run, recipe, working, transfer=transfer, limit=request.limit)
     record = load_record(folder / RECORD, ProbeRecord)
     if options.as_json:
         render.print_json(record.model_dump(mode="json"))
     else:
         _show(record)
-
-
-def load_encoder(run: RunFolder, recipe: Recipe, working: Session) -> LoadedEncoder:
-    """The encoder in the newest checkpoint that is whole; what is wrong with newer ones is said.
-
-    Raises:
-        CfamcError: Exit 4; there is none, or it does not fit the recipe.
-    """
-    from cfamc_cli.engine.device import out_of_memory
-    from cfamc_cli.engine.heads import load_encoder
-
-    with out_of_memory():
-        loaded = load_encoder(run.checkpoints, recipe.model, device=working.device)
-    for text in loaded.warnings:
-        working.talk.warning(text)
-    return loaded
 
 
 def ensure_head(run: RunFolder, loaded: LoadedEncoder, working: Session, *, probe: str | None = None) -> Path:
@@ -152,7 +133,7 @@ def ensure_head(run: RunFolder, loaded: LoadedEncoder, working: Session, *, prob
     if standard := standard_probe(run, loaded.digest):
         return standard
     working.talk.message(f"run {run.id} has no linear head yet: fitting the standard one")
-    return _fit(run, _settled(run, Request(head="linear")), loaded, working)
+    return _fit(run, _settled(run, Request(head="linear")), working, loaded=loaded)
 
 
 def load_test_images(run: RunFolder, record: ProbeRecord, *, talk: Talk) -> ImageSet:
@@ -162,8 +143,9 @@ def load_test_images(run: RunFolder, record: ProbeRecord, *, talk: Talk) -> Imag
         CfamcError: Exit 4; they are not there any more, or have changed.
     """
     recipe = run.recipe()
-    data = Data.model_validate(record.data) if record.data else recipe.data
-    images = _load(data, "test", seed=recipe.seed, talk=talk).labelled()
+    if record.data:
+        recipe = recipe.model_copy(update={"data": Data.model_validate(record.data)})
+    images = load_images(recipe, "test", talk=talk).labelled()
     _same_data(images.used(), record.test, whose=f"head {record.id} was fitted")
     return images
 
@@ -209,19 +191,13 @@ def _inline(table: Mapping[str, object]) -> str:
 # Data
 
 
-def _load(data: Data, split: Literal["train", "test"], *, seed: int, talk: Talk) -> ImageSet:
-    from cfamc_cli.engine.data import load
-
-    return load(data, split, seed=seed, cache=cache_folder(), talk=talk)
-
-
 def _load_splits(
     run: RunFolder, recipe: Recipe, *, transfer: bool, limit: int | None, talk: Talk
 ) -> tuple[ImageSet, ImageSet]:
     """The images to fit a head to and those to judge it on, labelled and fit for it."""
     from cfamc_cli.engine.data import class_balanced_split
 
-    train = _load(recipe.data, "train", seed=recipe.seed, talk=talk)
+    train = load_images(recipe, "train", talk=talk)
     own = run.record().data
     if not transfer and own is not None:
         _same_data(train.used(), own, whose=f"run {run.id} was trained")
@@ -236,7 +212,7 @@ def _load_splits(
         if limit < len(train):
             train = train.take(class_balanced_split(train.labels, limit, seed=recipe.seed)[0])
     train.require_labels()
-    test = _load(recipe.data, "test", seed=recipe.seed, talk=talk).labelled()
+    test = load_images(recipe, "test", talk=talk).labelled()
     assert test.classes == train.classes, "the splits of a data set name their classes alike"
     return train, test
 
@@ -262,22 +238,15 @@ def _go_on(run: RunFolder, working: Session) -> Path:
     folder = unfinished[-1]
     pending = load_record(folder / PENDING, PendingProbe)
     recipe = recipe_file.validate(pending.recipe, label=str(folder / PENDING))
-    loaded = load_encoder(run, recipe, working)
-    if loaded.digest != pending.encoder_digest:
-        raise CfamcError(
-            f"the encoder of {run.id} changed since {folder.name} was begun",
-            hint="begin a new head: leave --resume out",
-            exit_code=ExitCode.BAD_DATA,
-        )
-    return _fit(run, recipe, loaded, working, transfer=pending.transfer, limit=pending.limit, begun=folder)
+    return _fit(run, recipe, working, transfer=pending.transfer, limit=pending.limit, begun=folder)
 
 
 def _fit(
     run: RunFolder,
     recipe: Recipe,
-    loaded: LoadedEncoder,
     working: Session,
     *,
+    loaded: LoadedEncoder | None = None,
     transfer: bool = False,
     limit: int | None = None,
     begun: Path | None = None,
@@ -285,22 +254,30 @@ def _fit(
     """Fit a head, a new one or one that was begun, and keep it; returns its folder."""
     from cfamc_cli.engine.device import out_of_memory
     from cfamc_cli.engine.finetune import SupervisedTrainer
+    from cfamc_cli.engine.heads import load_encoder
     from cfamc_cli.engine.probe import Task, fit_on_features
 
     started, settings, talk, signals = time.monotonic(), recipe.probe, working.talk, working.signals
     if (status := run.record().status) != "finished":
         talk.warning(f"run {run.id} is not finished but {status}: reading its newest checkpoint")
-    if loaded.backbone_only and settings.features == "pre_feature":
-        raise invalid(
-            f"run {run.id} was imported without a pre_feature layer",
-            "read the backbone instead: cfamc probe --features backbone",
-        )
     with out_of_memory(), ExitStack() as held:
+        loaded = loaded or load_encoder(run.checkpoints, recipe.model, device=working.device, talk=talk)
+        if loaded.backbone_only and settings.features == "pre_feature":
+            raise invalid(
+                f"run {run.id} was imported without a pre_feature layer",
+                "read the backbone instead: cfamc probe --features backbone",
+            )
         train, test = _load_splits(run, recipe, transfer=transfer, limit=limit, talk=talk)
         task = Task(loaded, recipe, train, test, talk)
         if isinstance(settings, RobustLinear | Finetune):
             folder = begun or _begin(run, task, transfer=transfer, limit=limit)
             pending = load_record(folder / PENDING, PendingProbe)
+            if loaded.digest != pending.encoder_digest:
+                raise CfamcError(
+                    f"the encoder of {run.id} changed since {folder.name} was begun",
+                    hint="begin a new head: leave --resume out",
+                    exit_code=ExitCode.BAD_DATA,
+                )
             for images, expected in ((train, pending.train), (test, pending.test)):
                 _same_data(images.used(), expected, whose=f"{folder.name} was begun")
             held.enter_context(lock(RunFolder(folder)))

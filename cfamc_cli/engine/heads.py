@@ -19,6 +19,7 @@ from cfamc_cli.engine import checkpoint as checkpoints
 from cfamc_cli.engine.crops import CropParameters, crop_batch, sample_parameters
 from cfamc_cli.engine.models import Encoder
 from cfamc_cli.engine.randomness import addressed_generator
+from cfamc_cli.engine.sink import Talk
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.recipe import AggregatedCrops, Augment, Crops, Features, Model, Recipe
 from cfamc_cli.records import ProbeRecord
@@ -167,22 +168,24 @@ class LoadedEncoder:
     device: torch.device
     digest: str  # SHA-256 of its parameters and buffers
     path: Path  # the checkpoint
-    warnings: tuple[str, ...]  # what was wrong with newer checkpoints, one line each
     backbone_only: bool  # whether it was imported without `pre_feature`, which then holds nothing of worth
 
 
-def load_encoder(folder: Path, model: Model, *, device: torch.device) -> LoadedEncoder:
-    """Read the newest valid checkpoint of a run.
+def load_encoder(folder: Path, model: Model, *, device: torch.device, talk: Talk) -> LoadedEncoder:
+    """Read the newest checkpoint of a run that is whole.
 
     Args:
         folder: The run's checkpoints.
         model: The recipe's [model].
         device: Where to put the encoder.
+        talk: Hears what is wrong with newer checkpoints.
 
     Raises:
         CfamcError: Exit 4; there is none, or it does not fit the recipe.
     """
     path, saved, problems = checkpoints.newest_valid(folder)
+    for problem in problems:
+        talk.warning(f"{problem.message}; reading {path.name}")
     with torch.random.fork_rng(devices=[]):  # the initial weights are drawn, and overwritten
         encoder = Encoder(model).to(memory_format=torch.channels_last)
     checkpoints.load_state(encoder, saved.model, path=path / checkpoints.MODEL)
@@ -191,7 +194,6 @@ def load_encoder(folder: Path, model: Model, *, device: torch.device) -> LoadedE
         device=device,
         digest=checkpoints.digest_of(encoder),
         path=path,
-        warnings=tuple(f"{problem.message}; reading {path.name}" for problem in problems),
         backbone_only=bool(saved.progress.get("backbone_only", False)),
     )
 

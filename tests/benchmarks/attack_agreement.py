@@ -33,6 +33,7 @@ from cfamc_cli.engine.attacks.autoattack import run_stage, stage_name
 from cfamc_cli.engine.attacks.fast import frozen_copy
 from cfamc_cli.engine.attacks.search import fooled, logits_at
 from cfamc_cli.engine.heads import load_classifier, load_encoder
+from cfamc_cli.engine.sink import NullTalk
 from cfamc_cli.recipe import ApgdAttack, FabAttack, SquareAttack, Stage, TargetedApgdAttack
 from cfamc_cli.records import ProbeRecord, load_record
 from cfamc_cli.store import HEAD, RECORD, RunFolder
@@ -85,7 +86,7 @@ def classifier_of(run: Path, head: str, sample: Tensor) -> nn.Module:
     folder = RunFolder(run)
     probe = probe_of(run, head)
     recipe, record = folder.recipe(), load_record(probe / RECORD, ProbeRecord)
-    loaded = load_encoder(folder.checkpoints, recipe.model, device=torch.device("cpu"))
+    loaded = load_encoder(folder.checkpoints, recipe.model, device=torch.device("cpu"), talk=NullTalk())
     classifier = load_classifier(loaded, record, probe / HEAD, recipe)
     logits = as_predictor(classifier, sample, space="image").logits
     assert isinstance(logits, nn.Module)

@@ -123,7 +123,7 @@ def main() -> None:
     x = images.float() / 255
     probe = probe_of(options.run, "linear")
     folder = RunFolder(options.run)
-    loaded = load_encoder(folder.checkpoints, folder.recipe().model, device=CPU)
+    loaded = load_encoder(folder.checkpoints, folder.recipe().model, device=CPU, talk=NullTalk())
     classifier = load_classifier(loaded, load_record(probe / RECORD, ProbeRecord), probe / HEAD, folder.recipe())
     eps = float(Fraction(options.eps))
     sides = {

@@ -29,6 +29,7 @@ from cfamc_cli.engine import export
 from cfamc_cli.engine.attacks.pgd import pgd
 from cfamc_cli.engine.attacks.search import Region
 from cfamc_cli.engine.heads import Classifier, load_classifier, load_encoder
+from cfamc_cli.engine.sink import NullTalk
 from cfamc_cli.records import Format, ProbeRecord, load_record
 from cfamc_cli.store import HEAD, RunFolder
 
@@ -98,7 +99,7 @@ def main() -> None:
         raise ValueError(f"{options.folder} has the classes {names}, not those of {probe}, in their order")
     device = torch.device("cpu")
     recipe = run.recipe()
-    loaded = load_encoder(run.checkpoints, recipe.model, device=device)
+    loaded = load_encoder(run.checkpoints, recipe.model, device=device, talk=NullTalk())
     classifier = load_classifier(loaded, record, probe / HEAD, recipe)
     subject = export.classifier_of(classifier, recipe.model, device=device)
 
