@@ -461,21 +461,17 @@ def _across(recipe: Recipe) -> Iterator[tuple[set[str], Problem]]:
 
 def differing_keys(a: Recipe, b: Recipe) -> list[str]:
     """The dotted keys in which two recipes describe different runs, sorted: those not marked `Outside.RUN`."""
-    left, right = dict(_leaves(a.resolved(), "")), dict(_leaves(b.resolved(), ""))
-    missing = object()
-    differing = {key for key in left | right if left.get(key, missing) != right.get(key, missing)}
-    return sorted(differing.difference(outside(Outside.RUN)))
+    left, right = ({(key, _toml(value)) for key, value in _leaves(one.resolved(), "")} for one in (a, b))
+    return sorted({key for key, _ in left ^ right}.difference(outside(Outside.RUN)))
 
 
 def _leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(node, dict):
-        entries = list(node.items())
-    elif isinstance(node, list) and node and isinstance(node[0], dict):
-        entries = list(enumerate(node))
-    else:
+    if isinstance(node, list) and node and isinstance(node[0], dict):
+        node = dict(enumerate(node))
+    if not isinstance(node, dict):
         yield path, node
         return
-    for key, value in entries:
+    for key, value in node.items():
         yield from _leaves(value, f"{path}.{key}" if path else str(key))
 
 
