@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from datetime import UTC, datetime
 from fractions import Fraction
 
@@ -24,6 +25,7 @@ from cfamc_cli.compare import (
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.records import Accuracy, Outcomes, StageOutcome, pack_bits
 from cfamc_cli.selection import Filter, filtered, row_filter, sort_key
+from cfamc_cli.sheets import sheets
 
 PGD = Condition(
     dataset="cifar10",
@@ -236,6 +238,24 @@ def test_what_cannot_be_cut_to_the_shared_samples_is_apart(order: str) -> None:
     assert [row.label for row in second.rows] == ["a", "d"]
     assert second.apart == "n 500, and no outcomes on the 200 samples that others share"
     assert second.notes == ("No differences: there is no result of the baseline b among these.",)
+
+
+def test_what_is_left_of_a_comparison_is_apart_from_nothing() -> None:
+    entries = [entry("a", 0.9, 0.8, n=500, order="aa"), *(entry(name, 0.5, 0.4, n=200, order="0f") for name in "bc")]
+    assert len(tabulate(entries, fold=True, baseline=None, outcomes_of=no_outcomes)) == 2
+    (table,) = tabulate(entries, fold=True, baseline=None, outcomes_of=no_outcomes, keep=lambda row: row.n == 500)
+    assert (table.apart, [row.label for row in table.rows]) == ("", ["a"])
+
+
+def test_a_limit_says_how_many_rows_it_hides() -> None:
+    entries = [entry(name, 0.5, 0.4) for name in "abc"]
+    entries += [entry(name, 0.5, 0.4, condition=replace(PGD, norm=name)) for name in "defg"]
+    tables = tabulate(entries, fold=True, baseline=None, outcomes_of=no_outcomes)
+    told = {
+        limit: [(len(sheet.rows), sheet.more) for sheet in sheets(tables, with_published=False, limit=limit)]
+        for limit in (0, 1, 9)
+    }
+    assert told == {0: [(3, 0), (4, 0)], 1: [(1, 2), (1, 3)], 9: [(3, 0), (4, 0)]}
 
 
 def test_what_is_not_trusted_is_shown_but_never_wins() -> None:

@@ -376,8 +376,13 @@ def test_what_was_never_attacked_shows_its_online_figures(tmp_path: Path, capsys
     make_run(tmp_path, A, evaluation=online)
     make_run(tmp_path, B)
     found = result(capsys, [], tmp_path)
-    assert found["tables"][0]["condition"]["head"] == "online linear"
+    condition = found["tables"][0]["condition"]
+    assert condition["head"] == "online linear"
+    assert [condition[key] for key in ("attack", "space", "norm", "eps")] == ["pgd-10", "image", "linf", "8/255"]
     assert found["left_out"] == [{"what": B, "why": "nothing was measured on it yet: cfamc attack"}]
+    make_run(tmp_path, A, evaluation=online.model_copy(update={"robust": None}))
+    condition = result(capsys, [], tmp_path)["tables"][0]["condition"]
+    assert [condition[key] for key in ("attack", "space", "norm", "eps")] == ["", "", "", ""]
 
 
 def test_damage_is_named_and_left_out(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -740,6 +745,15 @@ def test_learning_curves_are_those_of_the_metrics(store: Path) -> None:
     for line in axes.get_lines():
         assert [*line.get_xdata()] == pytest.approx([0, 1 / 3, 2 / 3, 1])
         assert [*line.get_ydata()] == pytest.approx([20.0, 30.0, 40.0, 50.0])
+
+
+def test_a_step_without_a_loss_has_no_point(store: Path) -> None:
+    losses = [-1.0, math.nan, -3.0, math.inf, -5.0]
+    rest: dict[str, Any] = {"lr": 0.3, "gradient_norm": 1.0, "effective_rank": 2.0, "feature_std": 0.1}
+    lines = [TrainLine(step=k, batch=k, epoch=float(k), loss=loss, **rest) for k, loss in enumerate(losses)]
+    put_lines(store / A / "metrics.jsonl", lines)
+    (line,) = drawn(store, "Training loss").get_lines()
+    assert ([*line.get_xdata()], [*line.get_ydata()]) == ([0.0, 2.0, 4.0], [-1.0, -3.0, -5.0])
 
 
 def test_time_is_held_against_clean_and_robust_accuracy(store: Path) -> None:
