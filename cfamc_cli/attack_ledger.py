@@ -75,11 +75,9 @@ class Ledger:
 
     def as_record(self) -> Outcomes:
         """What outcomes.json holds."""
-        by_stage: dict[int, list[Outcome]] = {}
-        for outcome in self.in_order():
-            by_stage.setdefault(outcome.stage, []).append(outcome)
-        parts = [self._joined(by_stage[stage]) for stage in sorted(by_stage)]
-        right = [not bit for outcome in by_stage.get(0, []) for bit in outcome.broken]
+        known = self.in_order()
+        parts = [self._joined([o for o in known if o.stage == stage]) for stage in sorted({o.stage for o in known})]
+        right = [not bit for o in known if o.stage == 0 for bit in o.broken]
         return self.empty.model_copy(
             update={
                 "done": len(right),

@@ -436,7 +436,7 @@ def test_worst_case_counts_smaller_balls(attack: Attack, store: Path) -> None:
         return Result(Path(), record.model_copy(update={"threat": threat}), (True,) * 4, tuple(map(bool, robust)))
 
     ((small, also, large),) = curves([at("8/255", (1, 0, 0, 1)), at("2/255", (1, 1, 0, 1)), at("2/255", (0, 1, 1, 1))])
-    assert [point.result.record.threat.eps for point in (small, also, large)] == ["2/255", "2/255", "8/255"]
+    assert [point.record.threat.eps for point in (small, also, large)] == ["2/255", "2/255", "8/255"]
     assert [point.worst.correct for point in (small, also, large)] == [2, 2, 1]
 
 

@@ -23,7 +23,6 @@ from cfamc_cli.records import (
     Accuracy,
     AttackRecord,
     ClassRobustness,
-    Flag,
     Outcome,
     Outcomes,
     ProbeRecord,
@@ -169,16 +168,14 @@ class _Work:
                     seed=self.recipe.seed,
                     block_size=BLOCK,
                     device=self.device,
-                    finished=[outcome for place, outcome in sorted(ledger.outcomes.items()) if place not in again],
+                    finished=[outcome for place, outcome in ledger.outcomes.items() if place not in again],
                     commit=commit,
                     audit=AuditSettings() if self.flags.audit or audited else None,
                     label=label,
                     talk=self.talk,
                 )
                 if not (self.flags.audit or audited):
-                    text = "not asked for: --audit"
-                    skipped = Flag(name=NOT_AUDITED, figure=None, limit=None, verdict="skipped", text=text)
-                    evaluation = Evaluation(evaluation.outcomes, (*evaluation.checks, skipped))
+                    evaluation = Evaluation(evaluation.outcomes, (*evaluation.checks, NOT_AUDITED))
                 record = self._record(table, ledger.folder.name, evaluation, planned.notes)
                 save_record(ledger.folder / RECORD, record)
             if wanted:
@@ -319,7 +316,7 @@ class _Work:
             title = f"PGD {table.norm} {table.eps}, step {step_size:.3g}, {len(rows)} samples right at first"
             drawn[result.folder / "loss.png"] = draw_loss(losses, right, title=title)
         for group in curves(results):
-            drawn[group[-1].result.folder / "accuracy.png"] = draw_accuracy(group)
+            drawn[group[-1].folder / "accuracy.png"] = draw_accuracy(group)
         for path, picture in drawn.items():
             write_bytes(path, picture)
         return list(drawn)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,24 +13,29 @@ from cfamc_cli.commands.common import Options
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.plots import draw
 from cfamc_cli.recipe import fraction
-from cfamc_cli.records import Accuracy, AttackRecord, Flag
+from cfamc_cli.records import Accuracy, AttackRecord, Flag, Mask
 from cfamc_cli.store import RunFolder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-NOT_AUDITED = "audit"  # the flag that says that the full audit was not asked for
+NOT_AUDITED = Flag(name="audit", figure=None, limit=None, verdict="skipped", text="not asked for: --audit")
 _CURVE_WIDTH = 40
 
 
 @dataclass(frozen=True)
 class Result:
-    """One finished evaluation: which samples are classified right without an attack, and which stand under it."""
+    """One finished evaluation."""
 
     folder: Path
     record: AttackRecord
-    clean: tuple[bool, ...]
-    robust: tuple[bool, ...]
+    clean: Mask  # which samples are classified right without an attack
+    robust: Mask  # which of them stand under it
+
+    @property
+    def eps(self) -> Fraction:
+        """Its radius."""
+        return fraction(self.record.threat.eps)
 
     @property
     def failed(self) -> list[Flag]:
@@ -39,25 +44,15 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Point:
+class Point(Result):
     """One evaluation of a curve."""
 
-    result: Result
     worst: Accuracy  # over the samples that stand here and at every smaller radius of the curve
-
-    @property
-    def record(self) -> AttackRecord:
-        return self.result.record
-
-    @property
-    def place(self) -> float:
-        """Its radius in 255ths."""
-        return 255 * float(fraction(self.record.threat.eps))
 
 
 def lacks_audit(record: AttackRecord) -> bool:
     """Whether the full audit was not made."""
-    return any(flag.name == NOT_AUDITED and flag.verdict == "skipped" for flag in record.flags)
+    return any(flag.name == NOT_AUDITED.name and flag.verdict == "skipped" for flag in record.flags)
 
 
 def curves(results: Sequence[Result]) -> list[list[Point]]:
@@ -74,12 +69,11 @@ def curves(results: Sequence[Result]) -> list[list[Point]]:
 
 def _curve(group: list[Result]) -> Iterator[Point]:
     standing = list(group[0].clean)
-    ordered = sorted(group, key=lambda result: fraction(result.record.threat.eps))
-    for _, tied in groupby(ordered, key=lambda result: fraction(result.record.threat.eps)):
-        same = list(tied)
+    for eps in sorted({result.eps for result in group}):
+        same = [result for result in group if result.eps == eps]
         standing = [all(bits) for bits in zip(standing, *(result.robust for result in same), strict=True)]
         worst = Accuracy.of(sum(standing), len(standing))
-        yield from (Point(result, worst) for result in same)
+        yield from (Point(r.folder, r.record, r.clean, r.robust, worst) for r in same)
 
 
 def tell(run: RunFolder, results: Sequence[Result], drawn: Sequence[Path], *, strict: bool, options: Options) -> None:
@@ -100,8 +94,8 @@ def tell(run: RunFolder, results: Sequence[Result], drawn: Sequence[Path], *, st
         "results": [
             {
                 **point.record.model_dump(mode="json"),
-                "path": str(point.result.folder),
-                "trusted": not point.result.failed,
+                "path": str(point.folder),
+                "trusted": not point.failed,
                 "worst_case": point.worst.model_dump(mode="json"),
             }
             for point in points
@@ -148,7 +142,7 @@ def _print_table(points: Sequence[Point]) -> None:
     rows = []
     for point in points:
         record = point.record
-        if failed := point.result.failed:
+        if failed := point.failed:
             verdict = "failed: " + ", ".join(flag.name for flag in failed)
         else:
             made = sum(flag.verdict == "passed" for flag in record.flags)
@@ -181,7 +175,7 @@ def draw_accuracy(group: Sequence[Point]) -> bytes:
     """Draw the worst case against eps, with its interval, and each attack's own figures, as a PNG."""
     record = group[0].record
     title = f"{record.run}, {record.probe}, {record.threat.norm}, n = {record.clean.n}"
-    at = [0.0, *(point.place for point in group)]
+    at = [0.0, *(255 * float(point.eps) for point in group)]
     worst = [record.clean, *(point.worst for point in group)]
 
     def panel(axes: Axes) -> None:
@@ -193,7 +187,7 @@ def draw_accuracy(group: Sequence[Point]) -> bytes:
         for name in dict.fromkeys(point.record.attack for point in group):
             own = [point for point in group if point.record.attack == name]
             values = [100 * point.record.robust.value for point in own]
-            axes.plot([point.place for point in own], values, "o", label=render.clean(name))
+            axes.plot([255 * float(point.eps) for point in own], values, "o", label=render.clean(name))
         axes.set_ylabel("accuracy (%)")
         axes.set_ylim(bottom=0)
 
