@@ -466,6 +466,22 @@ def test_results_of_other_weights_stay_out(made: Made, tmp_path: Path, capsys: p
     assert "torn-001/record.json" in err
 
 
+def test_a_classifier_has_the_results_of_its_own_head_and_an_encoder_those_of_every_frozen_one(
+    made: Made, tmp_path: Path
+) -> None:
+    for number, changes in enumerate(
+        [{}, {"standardize": True}, {"features": "backbone", "head": "finetune"}], start=1
+    ):
+        made.add_probe(f"head-{number}", **changes)
+        made.add_attack(f"pgd-{number}")
+    for part, heads in {"classifier": [1], "encoder": [1, 2], "backbone": [1, 2]}.items():
+        which = ["--head", "head-1"] if part == "classifier" else []
+        assert made.export(tmp_path / part, "--part", part, *which) == 0
+        record = load_record(tmp_path / part / "export.json", ExportRecord)
+        assert [probe.id for probe in record.probes] == [f"head-{number}" for number in heads]
+        assert [attack.id for attack in record.attacks] == [f"pgd-{number}" for number in heads]
+
+
 def test_hostile_text_is_not_markup_and_paths_stay_at_home(tmp_path: Path) -> None:
     name = "<script>alert(1)</script> `x` [a](http://b) | \x1b[31m ``` \u202e"
     hostile = Made(tmp_path / "runs", name=name)

@@ -20,6 +20,7 @@ from cfamc_cli.recipe_file import load
 from cfamc_cli.records import (
     DataUsed,
     EvaluationLine,
+    Failure,
     GripLine,
     Progress,
     RunRecord,
@@ -144,6 +145,16 @@ def test_what_ends_a_run_is_written_down(
     kept.close()
     resumed = RunLedger(kept.run, found_again(kept.run, device="cpu"))
     assert on_disk(resumed).failure is None, "a run that goes on has not failed"
+
+
+def test_a_divergence_keeps_the_numbers_that_are_finite(tmp_path: Path) -> None:
+    kept = begun(tmp_path)
+    details = {"batch": 3, "step": 7, "lr": 0.5, "loss": repr(2.5), "gradient_norm": repr(math.inf)}
+    end = CfamcError("it grew", exit_code=ExitCode.DIVERGED, details=details | {"update": 8})
+    with pytest.raises(CfamcError), kept.failures():
+        raise end
+    found = {"message": "it grew", "exit_code": 3, "batch": 3, "step": 7, "lr": 0.5, "loss": 2.5, "gradient_norm": None}
+    assert on_disk(kept).failure == Failure.model_validate(found)
 
 
 def test_a_cut_ledger_forgets_the_evaluations_beyond_the_checkpoint(tmp_path: Path) -> None:
