@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from cfamc_cli.attack_ledger import Ledger, key_of, open_ledger
 from cfamc_cli.commands.attack_report import NOT_AUDITED, Result, curves, draw_accuracy, draw_loss, lacks_audit, tell
 from cfamc_cli.commands.attack_settings import Flags, asked_attacks, check_flags
-from cfamc_cli.commands.common import Options, Session, interruption, invalid, session
-from cfamc_cli.errors import CfamcError, ExitCode, missing_library
+from cfamc_cli.commands.common import Options, Session, interruption, session
+from cfamc_cli.errors import CfamcError, ExitCode, invalid, missing_library
 from cfamc_cli.files import write_bytes
 from cfamc_cli.recipe import Attack, EmbeddingAttack, PgdAttack, Recipe, number
 from cfamc_cli.records import (

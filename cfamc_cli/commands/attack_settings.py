@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from pydantic import TypeAdapter, ValidationError
 
-from cfamc_cli.commands.common import invalid
+from cfamc_cli.errors import invalid
 from cfamc_cli.recipe import Attack, Recipe, Table, fraction
 from cfamc_cli.records import Space
 

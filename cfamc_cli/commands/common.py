@@ -139,8 +139,3 @@ def load_images(recipe: Recipe, split: Literal["train", "test"], *, talk: Talk) 
 def leads() -> bool:
     """Whether this process speaks and has stdout for itself: under torchrun, the first one."""
     return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
-
-
-def invalid(message: str, hint: str = "") -> CfamcError:
-    """What was asked for makes no sense."""
-    return CfamcError(message, hint=hint, exit_code=ExitCode.INVALID)

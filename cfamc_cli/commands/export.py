@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, assert_never
 
 from cfamc_cli import __version__, render
-from cfamc_cli.commands.common import Options, Session, interruption, invalid, session
+from cfamc_cli.commands.common import Options, Session, interruption, session
 from cfamc_cli.dashboards import by_kind, comma_separated, events
-from cfamc_cli.errors import CfamcError, ExitCode
+from cfamc_cli.errors import CfamcError, bad_data, invalid
 from cfamc_cli.files import explained, staged_folder, write_bytes, write_text
 from cfamc_cli.model_card import card
 from cfamc_cli.recipe import Recipe
@@ -246,7 +246,7 @@ def _read_all(folder: Path, model: type[R], warn: Callable[[str], None]) -> list
 def _metrics(run: RunFolder, wanted: Dashboard, staged: Path) -> MetricsRecord:
     record, lines = run.record(), read_metrics(run.metrics)
     if not lines:
-        raise CfamcError(f"run {run.id} has no metrics yet", exit_code=ExitCode.BAD_DATA)
+        raise bad_data(f"run {run.id} has no metrics yet")
     match wanted:
         case "csv":
             for kind, rows in by_kind(lines).items():

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cfamc_cli import recipe_file, render
-from cfamc_cli.commands.common import Options, Session, interruption, invalid, load_images, session
+from cfamc_cli.commands.common import Options, Session, interruption, load_images, session
 from cfamc_cli.engine.sink import NullLedger
-from cfamc_cli.errors import CfamcError, ExitCode, Interrupted
+from cfamc_cli.errors import CfamcError, Interrupted, bad_data, invalid
 from cfamc_cli.files import sweep
 from cfamc_cli.ledger import RunLedger, found, found_again
 from cfamc_cli.plan import Plan, plan
@@ -162,11 +162,7 @@ def _starting_weights(recipe: Recipe, store: Path) -> tuple[str, dict[str, Tenso
 def _resume(reference: str, wanted: Recipe | None, options: Options) -> list[RunRecord]:
     run = find_run(options.store, reference, accept=lambda run: run.status not in (None, "finished"))
     if not run.run_json.exists() or not run.recipe_toml.exists():
-        raise CfamcError(
-            f"{run.path} holds no record to go on from: it was ended before it began",
-            hint="start a new run",
-            exit_code=ExitCode.BAD_DATA,
-        )
+        raise bad_data(f"{run.path} holds no record to go on from: it was ended before it began", "start a new run")
     status, recipe = run.record().status, recipe_file.load(str(run.recipe_toml))
     if wanted is not None and (differing := recipe_file.differing_keys(recipe, wanted)):
         hint = "leave the recipe out to go on with the run's own, or start a new run"

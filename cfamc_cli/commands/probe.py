@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cfamc_cli import recipe_file, render
-from cfamc_cli.commands.common import Options, Session, interruption, invalid, load_images, session
+from cfamc_cli.commands.common import Options, Session, interruption, load_images, session
 from cfamc_cli.datasets import KNOWN_SETS
-from cfamc_cli.errors import CfamcError, ExitCode, Interrupted
+from cfamc_cli.errors import CfamcError, ExitCode, Interrupted, invalid
 from cfamc_cli.ledger import found
 from cfamc_cli.recipe import Data, Finetune, Recipe, RobustLinear
 from cfamc_cli.records import (
