@@ -16,7 +16,7 @@ from cfamc_cli.attack_ledger import Ledger, key_of, open_ledger
 from cfamc_cli.commands.attack_report import NOT_AUDITED, Result, curves, draw_accuracy, draw_loss, lacks_audit, tell
 from cfamc_cli.commands.attack_settings import Flags, asked_attacks, check_flags
 from cfamc_cli.commands.common import Options, Session, interruption, session
-from cfamc_cli.errors import CfamcError, ExitCode, invalid, missing_library
+from cfamc_cli.errors import bad_data, invalid, missing_library
 from cfamc_cli.files import write_bytes
 from cfamc_cli.recipe import Attack, EmbeddingAttack, PgdAttack, Recipe, number
 from cfamc_cli.records import (
@@ -62,11 +62,7 @@ def attack(reference: str | None, *, flags: Flags, options: Options) -> None:
         raise missing_library("--plot needs matplotlib", extra="plots")
     run = find_run(options.store, reference or LATEST, accept=_has_checkpoint)
     if not _has_checkpoint(run):
-        raise CfamcError(
-            f"run {run.id} has no checkpoint to attack yet",
-            hint=f"go on with: cfamc pretrain --resume {run.id}",
-            exit_code=ExitCode.BAD_DATA,
-        )
+        raise bad_data(f"run {run.id} has no checkpoint to attack yet", f"go on with: cfamc pretrain --resume {run.id}")
     recipe, status = run.recipe(), run.record().status
     asked = asked_attacks(flags, recipe)
     message, again = "interrupted; every finished stage is kept", "go on with the same command"

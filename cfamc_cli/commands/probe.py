@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from cfamc_cli import recipe_file, render
 from cfamc_cli.commands.common import Options, Session, interruption, load_images, session
 from cfamc_cli.datasets import KNOWN_SETS
-from cfamc_cli.errors import CfamcError, ExitCode, Interrupted, invalid
+from cfamc_cli.errors import Interrupted, bad_data, invalid
 from cfamc_cli.ledger import found
 from cfamc_cli.recipe import Data, Finetune, Recipe, RobustLinear
 from cfamc_cli.records import (
@@ -219,11 +219,10 @@ def _load_splits(
 
 def _same_data(found: DataUsed, expected: DataUsed, *, whose: str) -> None:
     if found != expected:
-        raise CfamcError(
+        raise bad_data(
             f"the data changed since {whose}: {found.split} fingerprint {found.fingerprint[:12]}, "
             f"not {expected.fingerprint[:12]}",
-            hint="bring the data back, or probe with --data for another data set",
-            exit_code=ExitCode.BAD_DATA,
+            "bring the data back, or probe with --data for another data set",
         )
 
 
@@ -273,10 +272,9 @@ def _fit(
             folder = begun or _begin(run, task, transfer=transfer, limit=limit)
             pending = load_record(folder / PENDING, PendingProbe)
             if loaded.digest != pending.encoder_digest:
-                raise CfamcError(
+                raise bad_data(
                     f"the encoder of {run.id} changed since {folder.name} was begun",
-                    hint="begin a new head: leave --resume out",
-                    exit_code=ExitCode.BAD_DATA,
+                    "begin a new head: leave --resume out",
                 )
             for images, expected in ((train, pending.train), (test, pending.test)):
                 _same_data(images.used(), expected, whose=f"{folder.name} was begun")

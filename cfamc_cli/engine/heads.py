@@ -20,7 +20,7 @@ from cfamc_cli.engine.crops import CropParameters, crop_batch, sample_parameters
 from cfamc_cli.engine.models import Encoder
 from cfamc_cli.engine.randomness import addressed_generator
 from cfamc_cli.engine.sink import Talk
-from cfamc_cli.errors import CfamcError, ExitCode
+from cfamc_cli.errors import CfamcError, bad_data, invalid
 from cfamc_cli.recipe import AggregatedCrops, Augment, Crops, Features, Model, Recipe
 from cfamc_cli.records import ProbeRecord
 
@@ -220,10 +220,9 @@ def load_classifier(loaded: LoadedEncoder, probe: ProbeRecord, path: Path, recip
     """
     name = path.parent.name
     if probe.head == "knn":
-        raise CfamcError(
+        raise invalid(
             f"{name} is a knn head, which has no differentiable logits",
-            hint="name another head, such as one of: cfamc probe --head linear",
-            exit_code=ExitCode.INVALID,
+            "name another head, such as one of: cfamc probe --head linear",
         )
     if loaded.digest != probe.encoder_digest:
         raise _changed(f"the encoder of {loaded.path} is not the one that {name} was fitted to")
@@ -251,5 +250,4 @@ def stored(classifier: Classifier, *, finetuned: bool) -> nn.Module:
 
 
 def _changed(message: str) -> CfamcError:
-    hint = "fit a new head with: cfamc probe RUN"
-    return CfamcError(message, hint=hint, exit_code=ExitCode.BAD_DATA)
+    return bad_data(message, "fit a new head with: cfamc probe RUN")
