@@ -469,9 +469,8 @@ def test_results_of_other_weights_stay_out(made: Made, tmp_path: Path, capsys: p
 def test_a_classifier_has_the_results_of_its_own_head_and_an_encoder_those_of_every_frozen_one(
     made: Made, tmp_path: Path
 ) -> None:
-    for number, changes in enumerate(
-        [{}, {"standardize": True}, {"features": "backbone", "head": "finetune"}], start=1
-    ):
+    kinds: list[dict[str, Any]] = [{}, {"standardize": True}, {"features": "backbone", "head": "finetune"}]
+    for number, changes in enumerate(kinds, start=1):
         made.add_probe(f"head-{number}", **changes)
         made.add_attack(f"pgd-{number}")
     for part, heads in {"classifier": [1], "encoder": [1, 2], "backbone": [1, 2]}.items():
