@@ -13,8 +13,8 @@ from cfamc_cli.engine.attacks.apgd import checkpoints
 from cfamc_cli.engine.attacks.autoattack import plan, run_stage, stage_name
 from cfamc_cli.engine.attacks.fab import to_hyperplane
 from cfamc_cli.engine.attacks.objectives import dlr, label_margin, ranked_targets, targeted_dlr
-from cfamc_cli.engine.attacks.search import fooled, logits_at
-from cfamc_cli.engine.attacks.square import _bump, _pyramid, share_of_area
+from cfamc_cli.engine.attacks.search import Region, fooled, logits_at
+from cfamc_cli.engine.attacks.square import _bump, _Hunt, _move_mass, _pyramid, _square, share_of_area
 from cfamc_cli.engine.attacks.verify import in_region
 from cfamc_cli.engine.ball import norms
 from cfamc_cli.engine.pictures import loss_by_step
@@ -385,3 +385,27 @@ def test_as_strong_as_an_independent_implementation(norm: Norm, eps: float, refe
     for stage, expected in zip(attacks, reference, strict=True):
         points = run_stage(stage, net, x, y, embed=None, generator=generator(0))
         assert int(fooled(logits_at(net, points), y).sum()) >= expected - 1, stage
+
+
+def test_a_square_fits_into_the_image_and_its_offsets_count_from_its_corner() -> None:
+    drawn = torch.tensor([[0.0, 0.0], [0.999, 0.5]])
+    inside, down, across = _square(drawn, 3, torch.zeros(2, 1, 5, 7))
+    expected = torch.zeros(2, 1, 5, 7, dtype=torch.bool)
+    expected[0, 0, :3, :3] = expected[1, 0, 2:, 2:5] = True
+    assert torch.equal(inside, expected)
+    assert down[1].flatten().tolist() == [3, 3, 0, 1, 2]
+    assert across[1].flatten().tolist() == [3, 3, 0, 1, 2, 3, 3]
+
+
+def test_one_window_is_emptied_and_another_gets_its_mass_and_a_share_of_what_is_left_of_the_ball() -> None:
+    x = torch.full((1, 3, 9, 9), 0.5)
+    points = x.clone()
+    points[0, 0, :3, :3] += 0.1  # of norm 0.3, where the ball allows 0.5: 0.16 is left for three channels
+    region = Region.around(x, eps=0.5, norm="l2")
+    state = _Hunt(region, torch.tensor([0]), points, torch.ones(1), torch.tensor([False]))
+    drawn = torch.tensor([[0.999, 0.999, 0.0, 0.0, 0.1, 0.1, 0.1, 0.9]])  # gains below on the right; signs + + -
+    delta = (_move_mass(state, drawn, 3) - x)[0]
+    expected = torch.zeros(3, 9, 9)
+    for channel, length in enumerate(((0.09 + 0.16 / 3) ** 0.5, (0.16 / 3) ** 0.5, -((0.16 / 3) ** 0.5))):
+        expected[channel, 6:, 6:] = length * _bump(3)
+    torch.testing.assert_close(delta, expected, atol=1e-6, rtol=0)
