@@ -259,24 +259,24 @@ def export(
 @recipes_app.command("list")
 def list_recipes(json: JsonOption = False) -> None:
     """List the recipes, the quickstart first."""
-    from cfamc_cli import render
     from cfamc_cli.commands import recipes
+    from cfamc_cli.report import terminal
 
     titles = recipes.titles()
     if json:
-        render.print_json({"recipes": [{"name": name, "title": title} for name, title in titles.items()]})
+        terminal.print_json({"recipes": [{"name": name, "title": title} for name, title in titles.items()]})
     else:
         width = max(map(len, titles))
-        render.write_out("".join(f"{name:{width}}  {title}\n" for name, title in titles.items()))
+        terminal.write_out("".join(f"{name:{width}}  {title}\n" for name, title in titles.items()))
 
 
 @recipes_app.command("show")
 def show_recipe(name: RecipeArgument) -> None:
     """Print a recipe, comments included."""
-    from cfamc_cli import render
     from cfamc_cli.commands import recipes
+    from cfamc_cli.report import terminal
 
-    render.write_out(recipes.show(name))
+    terminal.write_out(recipes.show(name))
 
 
 @recipes_app.command("copy")
@@ -286,10 +286,10 @@ def copy_recipe(
     force: Annotated[bool, Option("--force", help="Replace a file that is there.")] = False,
 ) -> None:
     """Copy a recipe, to change it; prints where it lies."""
-    from cfamc_cli import render
     from cfamc_cli.commands import recipes
+    from cfamc_cli.report import terminal
 
-    render.write_out(f"{recipes.copy(name, target, force=force)}\n")
+    terminal.write_out(f"{recipes.copy(name, target, force=force)}\n")
 
 
 def _seeds(seed: int | None, seeds: str | None) -> list[int]:
@@ -350,14 +350,14 @@ def _explained(error: BaseException) -> CfamcError:
 
 
 def _report(error: CfamcError, *, as_json: bool) -> int:
-    from cfamc_cli import render
     from cfamc_cli.commands.common import leads
+    from cfamc_cli.report import terminal
 
-    render.error(error)
+    terminal.error(error)
     if as_json and leads():
         failure = {"message": error.message, "hint": error.hint, "exit_code": int(error.exit_code), **error.details}
         with suppress(CfamcError):  # a stdout that takes nothing takes no complaint either
-            render.print_json({"error": failure})
+            terminal.print_json({"error": failure})
     return int(error.exit_code)
 
 

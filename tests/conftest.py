@@ -8,7 +8,7 @@ import pytest
 import torch
 from fixed_inputs import uniform
 
-from cfamc_cli.engine.data import ImageSet
+from cfamc_cli.engine.data.sets import ImageSet
 
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start: sums depend on the number of threads

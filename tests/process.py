@@ -212,11 +212,11 @@ def _stand_still(flag: Path, seconds: float) -> None:
 
 def kill_in_save(point: str, nth: int) -> None:
     """End the process by SIGKILL at a point of its n-th checkpoint."""
-    import cfamc_cli.files
+    import cfamc_cli.store.files
     from cfamc_cli.engine import checkpoint
 
     state = {"saves": 0}
-    save, write, rename, fsync = checkpoint.save, cfamc_cli.files._write_all, Path.rename, os.fsync
+    save, write, rename, fsync = checkpoint.save, cfamc_cli.store.files._write_all, Path.rename, os.fsync
 
     def die(at: str) -> None:
         if state["saves"] == nth and at == point:
@@ -257,7 +257,7 @@ def kill_in_save(point: str, nth: int) -> None:
         return moved
 
     mock.patch.object(checkpoint, "save", counted_save).start()
-    mock.patch.object(cfamc_cli.files, "_write_all", counted_write).start()
+    mock.patch.object(cfamc_cli.store.files, "_write_all", counted_write).start()
     mock.patch.object(os, "fsync", counted_fsync).start()
     mock.patch.object(Path, "rename", counted_rename).start()
 
@@ -305,28 +305,28 @@ def wait_in_evaluation(flag: str, held_out: int) -> None:
 
 def wait_in_load(flag: str) -> None:
     """Stand still while the data are read."""
-    from cfamc_cli.engine import data
+    from cfamc_cli.engine.data import sets
 
-    load = data.load
+    load = sets.load
 
     def slow(*arguments: Any, **settings: Any) -> Any:
         if not Path(flag).exists():
             _stand_still(Path(flag), 60)
         return load(*arguments, **settings)
 
-    mock.patch.object(data, "load", slow).start()
+    mock.patch.object(sets, "load", slow).start()
 
 
 def nan_at(step: int, value: str) -> None:
     """Make the loss of an update not finite."""
-    from cfamc_cli.engine import losses, pretrain
+    from cfamc_cli.engine import objectives, pretrain
 
     loss_of = pretrain.Trainer.loss_of
 
     def poisoned(self: pretrain.Trainer, *arguments: Any) -> Any:
         z, terms = loss_of(self, *arguments)
         if self.step == step:
-            terms = losses.Terms(terms.loss * float(value), terms.parts)
+            terms = objectives.Terms(terms.loss * float(value), terms.parts)
         return z, terms
 
     mock.patch.object(pretrain.Trainer, "loss_of", poisoned).start()
@@ -459,7 +459,7 @@ def _child(request: Mapping[str, Any]) -> NoReturn:
 
 def _serve() -> None:
     import cfamc_cli.commands.pretrain
-    import cfamc_cli.engine.data
+    import cfamc_cli.engine.data.sets
     import cfamc_cli.engine.pretrain  # noqa: F401
 
     for line in sys.stdin:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from cfamc_cli.engine.attacks.autoattack import Plan
-from cfamc_cli.recipe import (
+from cfamc_cli.engine.attacks.plan import Plan
+from cfamc_cli.recipe.schema import (
     ApgdAttack,
     EmbeddingAttack,
     FabAttack,

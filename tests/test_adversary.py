@@ -11,9 +11,9 @@ from fixed_inputs import fill, signed, uniform
 from torch import Tensor
 
 from cfamc_cli.engine.adversary import Adversary, Groups, ascend_loss, build_adversary
-from cfamc_cli.engine.losses import nt_xent
-from cfamc_cli.engine.models import Encoder, frozen_statistics
-from cfamc_cli.recipe import FreeAdversary, Model, NoAdversary, PgdAdversary
+from cfamc_cli.engine.encoder import Encoder, frozen_statistics
+from cfamc_cli.engine.objectives import nt_xent
+from cfamc_cli.recipe.schema import FreeAdversary, Model, NoAdversary, PgdAdversary
 
 EPS = 8 / 255
 ULP = 1.2e-7

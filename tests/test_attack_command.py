@@ -18,25 +18,26 @@ from stages import ensemble
 from tiny import recipe_text, tiny_recipe
 
 from cfamc_cli import cli
-from cfamc_cli.attack_ledger import Ledger
 from cfamc_cli.commands import attack as command
 from cfamc_cli.commands.attack_report import Result, curves
 from cfamc_cli.commands.attack_settings import Flags, asked_attacks
 from cfamc_cli.commands.common import Options, session
 from cfamc_cli.commands.pretrain import pretrain
 from cfamc_cli.commands.probe import Request, ensure_head, load_test_images, probe
-from cfamc_cli.engine import heads, robust
-from cfamc_cli.engine.attacks import audit, autoattack
-from cfamc_cli.engine.attacks.autoattack import plan, run_stage, stage_name
+from cfamc_cli.engine.attacks import plan as autoattack
+from cfamc_cli.engine.attacks.plan import plan, run_stage, stage_name
 from cfamc_cli.engine.checkpoint import read_tensors
-from cfamc_cli.engine.data import ImageSet
-from cfamc_cli.engine.heads import Classifier
-from cfamc_cli.engine.pictures import loss_by_step
+from cfamc_cli.engine.data.sets import ImageSet
+from cfamc_cli.engine.evaluation import audit, blocks
+from cfamc_cli.engine.evaluation.pictures import loss_by_step
+from cfamc_cli.engine.heads import classifier as heads
+from cfamc_cli.engine.heads.classifier import Classifier
 from cfamc_cli.engine.randomness import balanced_order
 from cfamc_cli.engine.sink import NullTalk
 from cfamc_cli.errors import CfamcError, ExitCode
-from cfamc_cli.recipe import AutoAttackAttack, Stage
-from cfamc_cli.records import (
+from cfamc_cli.recipe.schema import AutoAttackAttack, Stage
+from cfamc_cli.store.outcomes import Ledger
+from cfamc_cli.store.records import (
     Accuracy,
     AttackRecord,
     ClassRobustness,
@@ -46,7 +47,7 @@ from cfamc_cli.records import (
     load_record,
     unpack_bits,
 )
-from cfamc_cli.store import HEAD, RunFolder, list_runs, lock
+from cfamc_cli.store.runs import HEAD, RunFolder, list_runs, lock
 
 BLOCK = 8
 PGD = ("--eps", "1/255", "--steps", "3", "--limit", "20", "--head", "linear")
@@ -89,7 +90,7 @@ def store(trained: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(robust, "BLOCK", BLOCK)
+    monkeypatch.setattr(blocks, "BLOCK", BLOCK)
 
 
 @pytest.fixture
@@ -287,7 +288,7 @@ def test_every_number_of_a_record_is_that_of_its_samples(attack: Attack, store: 
 
 def test_a_finished_evaluation_is_not_made_again(attack: Attack, monkeypatch: pytest.MonkeyPatch) -> None:
     _, first, _ = attack(*PGD)
-    monkeypatch.setattr(robust, "evaluate", None)
+    monkeypatch.setattr(blocks, "evaluate", None)
     code, again, err = attack(*PGD)
     assert (code, again) == (0, first)
     assert "finished on" in err
@@ -441,7 +442,7 @@ def test_worst_case_counts_smaller_balls(attack: Attack, store: Path) -> None:
 
 
 def test_strict_refuses_what_cannot_be_trusted(attack: Attack, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(robust, "cheap_checks", lambda *_: [audit.judge("zero-gradient", 0.5, 0.05, "share of images")])
+    monkeypatch.setattr(blocks, "cheap_checks", lambda *_: [audit.judge("zero-gradient", 0.5, 0.05, "share of images")])
     code, out, err = attack(*PGD)
     assert code == 0
     assert "failed: zero-gradient" in out
@@ -515,7 +516,7 @@ def test_only_stages_that_owe_an_example_are_run_again(
         run.append(stage_name(stage))
         return run_stage(stage, *rest, **more)
 
-    monkeypatch.setattr(robust, "run_stage", noted)
+    monkeypatch.setattr(blocks, "run_stage", noted)
     attack(*wanted, "--save-examples", "1")
     assert (run, len(seen)) == (["apgd-ce"], 1)
     folder = the_run(store).attacks / "autoattack-001"

@@ -10,15 +10,15 @@ from stages import apgd, embedding, ensemble, fab, fgsm, pgd, square, targeted
 from torch import Tensor, nn
 
 from cfamc_cli.engine.attacks.apgd import checkpoints
-from cfamc_cli.engine.attacks.autoattack import plan, run_stage, stage_name
 from cfamc_cli.engine.attacks.fab import to_hyperplane
 from cfamc_cli.engine.attacks.objectives import dlr, label_margin, ranked_targets, targeted_dlr
+from cfamc_cli.engine.attacks.plan import plan, run_stage, stage_name
 from cfamc_cli.engine.attacks.search import Region, fooled, logits_at
 from cfamc_cli.engine.attacks.square import _bump, _Hunt, _move_mass, _pyramid, _square, share_of_area
-from cfamc_cli.engine.attacks.verify import in_region
 from cfamc_cli.engine.ball import norms
-from cfamc_cli.engine.pictures import loss_by_step
-from cfamc_cli.recipe import AutoAttackAttack, FabAttack, Norm, SquareAttack, Stage, TargetedApgdAttack, number
+from cfamc_cli.engine.evaluation.pictures import loss_by_step
+from cfamc_cli.engine.evaluation.verify import in_region
+from cfamc_cli.recipe.schema import AutoAttackAttack, FabAttack, Norm, SquareAttack, Stage, TargetedApgdAttack, number
 
 CLASSES, SHAPE = 5, (3, 8, 8)
 NORMS: tuple[Norm, Norm] = ("linf", "l2")

@@ -7,7 +7,7 @@ import torch
 from fixed_inputs import signed, uniform
 
 from cfamc_cli.engine import ball
-from cfamc_cli.recipe import Norm
+from cfamc_cli.recipe.schema import Norm
 
 NORMS: tuple[Norm, Norm] = ("linf", "l2")
 ULP = 6e-8  # of float32 below 1: x + delta rounds

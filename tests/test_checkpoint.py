@@ -20,9 +20,9 @@ from torch import Tensor
 
 from cfamc_cli.engine import checkpoint
 from cfamc_cli.engine.checkpoint import MANIFEST, MODEL, STATE, Checkpoint
-from cfamc_cli.engine.models import Encoder
+from cfamc_cli.engine.encoder import Encoder
 from cfamc_cli.errors import CfamcError, ExitCode
-from cfamc_cli.recipe import Model
+from cfamc_cli.recipe.schema import Model
 
 FILES = (MODEL, STATE, MANIFEST)
 

@@ -15,7 +15,8 @@ import typer
 from process import cfamc, environment
 from tiny import recipe_text
 
-from cfamc_cli import __version__, cli, recipe_file
+from cfamc_cli import __version__, cli
+from cfamc_cli.recipe import file
 
 SURFACE = {
     "cfamc": "--install-completion --show-completion --version",
@@ -150,12 +151,12 @@ def test_dry_run_prints_a_recipe_that_loads(capsys: pytest.CaptureFixture[str], 
     for word in ("parameters", "weight updates", "view passes", "FLOP", "memory"):
         assert word in out
     (tmp_path / "resolved.toml").write_text(out)
-    resolved = recipe_file.load(str(tmp_path / "resolved.toml"))
-    assert resolved == recipe_file.load("cifar10", overrides=["train.epochs=2"], seed=7)
+    resolved = file.load(str(tmp_path / "resolved.toml"))
+    assert resolved == file.load("cifar10", overrides=["train.epochs=2"], seed=7)
     code, out, err = run(capsys, "pretrain", "cifar10", "--dry-run", "--json")
     assert (code, err) == (0, "")
     answer = json.loads(out)
-    assert answer["recipe"] == recipe_file.load("cifar10").resolved()
+    assert answer["recipe"] == file.load("cifar10").resolved()
     assert answer["plan"]["weight_updates"] == 10 * 500 * 3
     assert set(answer["plan"]) >= {"parameters", "view_passes", "flops", "memory"}
     code, out, _ = run(capsys, "pretrain", "cifar10", "--dry-run", "--seeds", "3,5")
@@ -173,7 +174,7 @@ def test_recipes(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch
     assert all(recipe["title"] for recipe in recipes)
     code, text, err = run(capsys, "recipes", "show", "quickstart")
     assert (code, err) == (0, "")
-    assert text == recipe_file.shipped()["quickstart"].read_text()
+    assert text == file.shipped()["quickstart"].read_text()
     assert run(capsys, "recipes", "copy", "quickstart") == (0, "quickstart.toml\n", "")
     assert Path("quickstart.toml").read_text() == text
     Path("quickstart.toml").write_text("mine")

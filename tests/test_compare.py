@@ -10,22 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cfamc_cli.compare import (
-    Condition,
-    Entry,
-    Run,
-    difference,
-    find_superseded,
-    mcnemar,
-    paired,
-    pareto_front,
-    published,
-    tabulate,
-)
+from cfamc_cli.comparison.published import published
+from cfamc_cli.comparison.selection import Filter, filtered, row_filter, sort_key
+from cfamc_cli.comparison.statistics import mcnemar, paired, pareto_front
+from cfamc_cli.comparison.tables import Condition, Entry, Run, difference, find_superseded, tabulate
 from cfamc_cli.errors import CfamcError, ExitCode
-from cfamc_cli.records import Accuracy, Outcomes, StageOutcome, pack_bits
-from cfamc_cli.selection import Filter, filtered, row_filter, sort_key
-from cfamc_cli.sheets import sheets
+from cfamc_cli.report.sheets import sheets
+from cfamc_cli.store.records import Accuracy, Outcomes, StageOutcome, pack_bits
 
 PGD = Condition(
     dataset="cifar10",

@@ -19,13 +19,13 @@ from typing import Any
 import pytest
 from tiny import NOON, attack_record, data_used, probe_record, run_record, write_record
 
-from cfamc_cli import sheets
 from cfamc_cli.commands.compare import compare
-from cfamc_cli.compare import tabulate
+from cfamc_cli.comparison.gather import final_encoder_digest, gather
+from cfamc_cli.comparison.tables import tabulate
 from cfamc_cli.errors import CfamcError, ExitCode
-from cfamc_cli.gather import final_encoder_digest, gather
-from cfamc_cli.plots import learning_curves, panels
-from cfamc_cli.records import (
+from cfamc_cli.report import sheets
+from cfamc_cli.report.plots import learning_curves, panels
+from cfamc_cli.store.records import (
     Accuracy,
     Evaluation,
     EvaluationLine,
@@ -39,7 +39,7 @@ from cfamc_cli.records import (
     TrainLine,
     pack_bits,
 )
-from cfamc_cli.store import RunFolder, list_runs
+from cfamc_cli.store.runs import RunFolder, list_runs
 
 
 def make_run(
@@ -446,7 +446,7 @@ def test_runs_that_vanish_while_they_are_read(
         (store / A).rename(store.parent / "gone")
         return runs
 
-    monkeypatch.setattr("cfamc_cli.gather.list_runs", vanish)
+    monkeypatch.setattr("cfamc_cli.comparison.gather.list_runs", vanish)
     found = result(capsys, [], store)
     assert names(found) == [[B]]
     assert found["left_out"][0]["what"] == A

@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional as tv
 from cfamc_cli.engine import crops as kernels
 from cfamc_cli.engine.crops import CropParameters, crop_batch, interpolation, resized_crops, sample_parameters
 from cfamc_cli.engine.randomness import addressed_generator
-from cfamc_cli.recipe import Augment, Crops
+from cfamc_cli.recipe.schema import Augment, Crops
 
 N = 1000
 TOLERANCE = 1e-5
@@ -247,7 +247,7 @@ import hashlib
 import torch
 from cfamc_cli.engine.crops import crop_batch, sample_parameters
 from cfamc_cli.engine.randomness import addressed_generator
-from cfamc_cli.recipe import Augment, Crops
+from cfamc_cli.recipe.schema import Augment, Crops
 
 images = (torch.arange(8 * 3 * 16 * 16) * 37 % 256).to(torch.uint8).view(8, 3, 16, 16)
 augment = Augment(flip=0.5, jitter_p=1.0, grayscale_p=0.5, blur_p=0.5, solarize_p=0.5)

@@ -26,12 +26,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from cfamc_cli.datasets import FASHION_MINI_FOLDER, KNOWN_SETS, make_fashion_mini
-from cfamc_cli.engine import archives, data, folder, packs
-from cfamc_cli.engine.data import ImageSet, batch, class_balanced_split, load, to_device
+from cfamc_cli.engine.data import archives, folder, packs
+from cfamc_cli.engine.data import sets as data
+from cfamc_cli.engine.data.sets import ImageSet, batch, class_balanced_split, load, to_device
 from cfamc_cli.engine.randomness import addressed_generator, addressed_seed, epoch_order
 from cfamc_cli.engine.sink import NullTalk
 from cfamc_cli.errors import CfamcError, ExitCode
-from cfamc_cli.recipe import Data
+from cfamc_cli.recipe.schema import Data
 
 CPU = torch.device("cpu")
 Name = Literal["fashion-mini", "cifar10", "cifar100", "fashion-mnist", "svhn", "stl10", "folder"]

@@ -23,7 +23,7 @@ torch.set_num_threads(1)
 from fixed_inputs import uniform
 from tiny import tiny_recipe
 from cfamc_cli.engine import distributed
-from cfamc_cli.engine.data import ImageSet
+from cfamc_cli.engine.data.sets import ImageSet
 from cfamc_cli.engine.pretrain import Trainer
 from cfamc_cli.engine.sink import NullLedger, NullTalk
 

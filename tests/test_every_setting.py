@@ -26,14 +26,15 @@ from fixed_inputs import signed, uniform
 from tiny import image_folder
 from torch import Tensor, nn
 
-from cfamc_cli import cli, recipe_file
-from cfamc_cli.engine.attacks.autoattack import plan
-from cfamc_cli.engine.attacks.verify import Predictor
-from cfamc_cli.engine.robust import Examples, evaluate
+from cfamc_cli import cli
+from cfamc_cli.engine.attacks.plan import plan
+from cfamc_cli.engine.evaluation.blocks import Examples, evaluate
+from cfamc_cli.engine.evaluation.verify import Predictor
 from cfamc_cli.engine.sink import NullTalk
 from cfamc_cli.errors import CfamcError
-from cfamc_cli.recipe import Attack, Probe, Recipe, Table
-from cfamc_cli.records import Outcome
+from cfamc_cli.recipe import file
+from cfamc_cli.recipe.schema import Attack, Probe, Recipe, Table
+from cfamc_cli.store.records import Outcome
 
 # Runs of two batches that together make every setting of training effective
 BASE: dict[str, Any] = {
@@ -167,7 +168,7 @@ def changed(recipe: Recipe, leaf: Leaf) -> Iterator[Recipe]:
         else:
             raw = new
         with contextlib.suppress(CfamcError):
-            yield recipe_file.validate(raw, label=leaf.id)
+            yield file.validate(raw, label=leaf.id)
 
 
 def is_tag(leaf: Leaf) -> bool:
@@ -201,11 +202,11 @@ def kinds(union: Any, others: Mapping[str, Any], name: str) -> list[Recipe]:
             idle = table.model_construct(**way).idle()
             settings = {key: value for key, value in (short | way).items() if key not in idle}
             entry: Any = [settings] if name == "attack" else settings
-            made.append(recipe_file.validate({**others, name: entry}, label=f"{name} {settings}"))
+            made.append(file.validate({**others, name: entry}, label=f"{name} {settings}"))
     return made
 
 
-BASES = [recipe_file.validate(raw, label="base") for raw in TRAINED]
+BASES = [file.validate(raw, label="base") for raw in TRAINED]
 HEADS = kinds(Probe, TRAINED[2], "probe")
 ATTACKS = kinds(Attack, TRAINED[2], "attack")
 
@@ -251,7 +252,7 @@ class Workshop:
         return answer
 
     def run_of(self, recipe: Recipe) -> Path:
-        text = recipe_file.to_toml(recipe)
+        text = file.to_toml(recipe)
         if text not in self.seen:
             (self.folder / "recipe.toml").write_text(text)
             self.seen[text] = str(self.command("pretrain", "recipe.toml")["id"])

@@ -19,16 +19,16 @@ from tiny import attack_record, data_used, probe_record, run_record, tiny_recipe
 from torch import Tensor, nn
 
 from cfamc_cli.cli import run as command_line
-from cfamc_cli.dashboards import comma_separated
 from cfamc_cli.engine import checkpoint, export
-from cfamc_cli.engine.data import load as load_data
-from cfamc_cli.engine.heads import Classifier, LinearHead, write_head
-from cfamc_cli.engine.models import Encoder, build_encoder
+from cfamc_cli.engine.data.sets import load as load_data
+from cfamc_cli.engine.encoder import Encoder, build_encoder
+from cfamc_cli.engine.heads.classifier import Classifier, LinearHead, write_head
 from cfamc_cli.engine.sink import NullTalk
 from cfamc_cli.errors import CfamcError, ExitCode
-from cfamc_cli.recipe import Features, Model
-from cfamc_cli.recipe_file import to_toml
-from cfamc_cli.records import (
+from cfamc_cli.recipe.file import to_toml
+from cfamc_cli.recipe.schema import Features, Model
+from cfamc_cli.report.metrics import comma_separated
+from cfamc_cli.store.records import (
     Accuracy,
     ClassAccuracy,
     DataUsed,
@@ -86,7 +86,7 @@ class Made:
         self, item: str = "linear-001", *, features: Features = "pre_feature", standardize: bool = False, **changes: Any
     ) -> Classifier:
         """A linear head fitted to 500 test images: good enough for attacks to have something to break."""
-        from cfamc_cli.engine.probe import extract_features
+        from cfamc_cli.engine.heads.frozen import extract_features
 
         inputs = extract_features(self.encoder, TEST.images[:500], device=CPU, features=features)
         head = LinearHead(inputs.shape[1], len(CLASSES), standardized=standardize)

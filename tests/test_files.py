@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from cfamc_cli import files
 from cfamc_cli.errors import CfamcError, ExitCode
+from cfamc_cli.store import files
 
 HOSTILE_NAMES = ["with space", "ünï-ça", "new\nline", "n" * 255, "-rf", "$(x)"]
 
@@ -161,7 +161,7 @@ def test_a_file_size_limit_is_named(tmp_path: Path) -> None:
     code = """
         import resource, sys
         from pathlib import Path
-        from cfamc_cli import files
+        from cfamc_cli.store import files
         from cfamc_cli.errors import CfamcError
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
         try:
@@ -273,7 +273,7 @@ def victim(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     code = """
         import sys, time
         from pathlib import Path
-        from cfamc_cli import files
+        from cfamc_cli.store import files
         with files.staged_folder(Path(sys.argv[1]) / "step") as folder:
             (folder / "a").write_text("x")
             print("ready", flush=True)
@@ -319,7 +319,7 @@ def test_kill_at_random_moments_never_shows_a_torn_file(tmp_path: Path) -> None:
     code = """
         import sys
         from pathlib import Path
-        from cfamc_cli import files
+        from cfamc_cli.store import files
         folder, step = Path(sys.argv[1]), 0
         lines = files.JsonLines(folder / "a.jsonl")
         print("ready", flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import json
 import subprocess
 import sys
@@ -14,11 +15,12 @@ from process import environment
 from tiny import attack_record, probe_record, run_record, tiny_recipe, write_record
 
 import cfamc_cli
-from cfamc_cli.recipe_file import to_toml
+from cfamc_cli.recipe.file import to_toml
 
 PACKAGE = Path(cfamc_cli.__file__).parent
 ENGINE = sorted((PACKAGE / "engine").rglob("*.py"))
-ABOVE = {f"cfamc_cli.{name}" for name in ("recipe", "errors", "files", "records", "datasets")}  # what engine may import
+FLOORS = ("errors", "datasets", "recipe", "store", "comparison", "report", "engine", "commands", "cli", "__main__")
+BELOW_THE_ENGINE = {"recipe", "store.records", "store.files", "errors", "datasets"}  # files: what a save stands on
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -28,18 +30,48 @@ def imports(path: Path) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             module = node.module or ""
-            if module in ("cfamc_cli", "cfamc_cli.engine"):  # then the names are modules
-                yield from (f"{module}.{alias.name}" for alias in node.names)
-            else:
-                yield module
+            for alias in node.names:  # a name may be a module
+                whole = f"{module}.{alias.name}"
+                inside = PACKAGE.parent.joinpath(*whole.split("."))
+                yield whole if inside.is_dir() or inside.with_suffix(".py").exists() else module
 
 
-@pytest.mark.parametrize("path", ENGINE, ids=lambda path: path.name)
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
+def below(name: str) -> str | None:
+    """What `name` is called within the package; None for what lies outside and for the package itself."""
+    return name.removeprefix("cfamc_cli.") if name.startswith("cfamc_cli.") else None
+
+
+@pytest.mark.parametrize("path", ENGINE, ids=module_of)
 def test_the_engine_knows_neither_terminals_nor_what_lies_above_it(path: Path) -> None:
     for name in imports(path):
         assert name.split(".")[0] not in {"typer", "rich", "click"}, name
-        if name.startswith("cfamc_cli") and not name.startswith("cfamc_cli.engine."):
-            assert name in ABOVE, name
+        if (inner := below(name)) is not None and inner.split(".")[0] != "engine":
+            assert inner.split(".")[0] in BELOW_THE_ENGINE or inner in BELOW_THE_ENGINE, name
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=module_of)
+def test_no_import_runs_back_up(path: Path) -> None:
+    """Each room stands on those before it; only the commands call the engine."""
+    here = module_of(path).split(".")[0]
+    if here in ("__init__", "cfamc_cli"):
+        return
+    for name in imports(path):
+        if (inner := below(name)) is None or (there := inner.split(".")[0]) == here:
+            continue
+        assert FLOORS.index(there) < FLOORS.index(here), f"{module_of(path)} imports {name}"
+        assert there != "engine" or here == "commands", f"{module_of(path)} imports {name}"
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    graph = {}
+    for path in PACKAGE.rglob("*.py"):
+        inner = {below(name) for name in imports(path)}
+        graph[module_of(path)] = {name for name in inner if name is not None and "." in name}
+    tuple(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
 
 
 def test_click_is_nowhere_imported() -> None:
@@ -139,7 +171,7 @@ def test_what_is_light_comes_without_torch(tmp_path: Path) -> None:
 
 def test_recipes_and_their_plans_come_without_terminal_libraries() -> None:
     code = (
-        "import sys; from cfamc_cli import plan, recipe_file; from cfamc_cli.commands import recipes;"
+        "import sys; from cfamc_cli.recipe import plan, file as recipe_file; from cfamc_cli.commands import recipes;"
         "plan.plan(recipe_file.load('cifar10')); recipes.titles();"
         "sys.exit(any(name in sys.modules for name in ('numpy', 'rich', 'typer')))"
     )

@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 from tiny import recipe_text, tiny_recipe
 
-from cfamc_cli import files
 from cfamc_cli.commands.common import Options
 from cfamc_cli.commands.pretrain import pretrain
 from cfamc_cli.engine.checkpoint import read_tensors
-from cfamc_cli.engine.data import load as load_images
+from cfamc_cli.engine.data.sets import load as load_images
 from cfamc_cli.engine.sink import NullLedger, NullTalk
 from cfamc_cli.errors import CfamcError, ExitCode, Interrupted
-from cfamc_cli.ledger import RunLedger, found, found_again
-from cfamc_cli.recipe_file import load
-from cfamc_cli.records import (
+from cfamc_cli.recipe.file import load
+from cfamc_cli.store import files
+from cfamc_cli.store.ledger import RunLedger, found, found_again
+from cfamc_cli.store.records import (
     DataUsed,
     EvaluationLine,
     Failure,
@@ -31,7 +31,7 @@ from cfamc_cli.records import (
     read_metrics,
     read_timing,
 )
-from cfamc_cli.store import RunFolder, list_runs
+from cfamc_cli.store.runs import RunFolder, list_runs
 
 USED = DataUsed(dataset="tiny", split="train", n=24, fingerprint="ab" * 32)
 TOTALS = Totals(steps=12, view_passes=960, parameters=77)
@@ -46,7 +46,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The seconds of a run, to be moved by hand."""
     made = Clock()
-    monkeypatch.setattr("cfamc_cli.ledger.time.monotonic", lambda: made.now)
+    monkeypatch.setattr("cfamc_cli.store.ledger.time.monotonic", lambda: made.now)
     return made
 
 

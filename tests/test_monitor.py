@@ -12,9 +12,9 @@ from torch import Tensor
 
 from cfamc_cli.engine import monitor
 from cfamc_cli.engine.adversary import ascend_loss
-from cfamc_cli.engine.models import Encoder
-from cfamc_cli.recipe import Model
-from cfamc_cli.records import EvaluationLine
+from cfamc_cli.engine.encoder import Encoder
+from cfamc_cli.recipe.schema import Model
+from cfamc_cli.store.records import EvaluationLine
 
 EPS = 8 / 255
 HERE: monitor.Where = {"step": 3, "batch": 1, "epoch": 0.5}

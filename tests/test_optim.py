@@ -13,7 +13,7 @@ from fixed_inputs import signed
 from torch import Tensor, nn
 
 from cfamc_cli.engine.optim import LarsOptimizer, learning_rate
-from cfamc_cli.recipe import Cosine, Lars, OfficialCosine
+from cfamc_cli.recipe.schema import Cosine, Lars, OfficialCosine
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "data" / "golden.json").read_text())
 SHAPES = {

@@ -9,12 +9,12 @@ import pytest
 import torch
 from tiny import tiny_recipe
 
-from cfamc_cli.engine import data
+from cfamc_cli.engine.data import sets
 from cfamc_cli.engine.distributed import World
 from cfamc_cli.engine.monitor import CHECKS, COST, schedule
 from cfamc_cli.engine.pretrain import Trainer
 from cfamc_cli.engine.sink import NullLedger, NullTalk
-from cfamc_cli.records import MetricLine
+from cfamc_cli.store.records import MetricLine
 
 
 class Listener(NullTalk, NullLedger):
@@ -41,7 +41,7 @@ def trained(adversary: dict[str, object], *, epochs: float, folder: Path) -> Lis
         train={"batch_size": 50, "epochs": epochs, "log_every": 20, "precision": "auto"},
     )
     listener = Listener()
-    images = data.load(recipe.data, "train", seed=0, cache=folder, talk=listener)
+    images = sets.load(recipe.data, "train", seed=0, cache=folder, talk=listener)
     trainer = Trainer(recipe, images, device=torch.device("cpu"), world=World(), talk=listener, ledger=listener)
     trainer.train(folder / "checkpoints", stop=lambda: 0)
     return listener

@@ -11,18 +11,18 @@ import torchvision
 from tiny import tiny_recipe
 from torch.utils.flop_counter import FlopCounterMode
 
-from cfamc_cli import recipe_file
-from cfamc_cli.engine.models import Encoder
+from cfamc_cli.engine.encoder import Encoder
 from cfamc_cli.errors import CfamcError, ExitCode
-from cfamc_cli.plan import Plan, activations_per_view, flops_per_view, parameter_counts, plan
-from cfamc_cli.recipe import Model, Recipe
+from cfamc_cli.recipe import file
+from cfamc_cli.recipe.plan import Plan, activations_per_view, flops_per_view, parameter_counts, plan
+from cfamc_cli.recipe.schema import Model, Recipe
 
 Backbone = Literal["resnet18", "resnet34", "resnet50"]
 BACKBONES: tuple[Backbone, ...] = get_args(Backbone)
 
 
 def load(name: str, *overrides: str) -> Recipe:
-    return recipe_file.load(name, overrides=overrides)
+    return file.load(name, overrides=overrides)
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)

@@ -19,16 +19,16 @@ from torch import Tensor
 from cfamc_cli.engine import checkpoint, journal, monitor, randomness
 from cfamc_cli.engine.adversary import build_adversary
 from cfamc_cli.engine.crops import crop_batch, sample_parameters
-from cfamc_cli.engine.data import ImageSet
+from cfamc_cli.engine.data.sets import ImageSet
 from cfamc_cli.engine.distributed import World
+from cfamc_cli.engine.encoder import Encoder, frozen_statistics
 from cfamc_cli.engine.journal import Diverged
-from cfamc_cli.engine.losses import Terms, objective_loss
-from cfamc_cli.engine.models import Encoder, frozen_statistics
+from cfamc_cli.engine.objectives import Terms, objective_loss
 from cfamc_cli.engine.optim import LarsOptimizer, learning_rate
 from cfamc_cli.engine.pretrain import Trainer
 from cfamc_cli.engine.sink import NullLedger, NullTalk
 from cfamc_cli.errors import CfamcError, ExitCode
-from cfamc_cli.recipe import (
+from cfamc_cli.recipe.schema import (
     Augment,
     Cosine,
     Crops,
@@ -41,7 +41,7 @@ from cfamc_cli.recipe import (
     SimClr,
     SupCon,
 )
-from cfamc_cli.records import EvaluationLine, MetricLine, TimingLine
+from cfamc_cli.store.records import EvaluationLine, MetricLine, TimingLine
 
 DATA = Path(__file__).parent / "data"
 GOLDEN: dict[str, Any] = json.loads((DATA / "golden.json").read_text())

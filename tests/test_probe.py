@@ -16,15 +16,17 @@ from tiny import tiny_recipe
 from torch import Tensor
 from torchvision.transforms.v2.functional import resized_crop
 
-from cfamc_cli.engine import checkpoint, heads, probe
+from cfamc_cli.engine import checkpoint
 from cfamc_cli.engine.crops import CropParameters
-from cfamc_cli.engine.data import ImageSet
-from cfamc_cli.engine.finetune import SupervisedTrainer, shift_and_flip
-from cfamc_cli.engine.heads import Classifier, CropSource, LoadedEncoder
-from cfamc_cli.engine.models import Encoder, build_encoder
+from cfamc_cli.engine.data.sets import ImageSet
+from cfamc_cli.engine.encoder import Encoder, build_encoder
+from cfamc_cli.engine.heads import classifier as heads
+from cfamc_cli.engine.heads import frozen
+from cfamc_cli.engine.heads.classifier import Classifier, CropSource, LoadedEncoder
+from cfamc_cli.engine.heads.supervised import SupervisedTrainer, shift_and_flip
 from cfamc_cli.engine.randomness import addressed_generator, epoch_order
 from cfamc_cli.engine.sink import NullTalk
-from cfamc_cli.recipe import AggregatedCrops, Augment, Crops, Finetune, Linear, Model, Recipe, RobustLinear
+from cfamc_cli.recipe.schema import AggregatedCrops, Augment, Crops, Finetune, Linear, Model, Recipe, RobustLinear
 
 CPU = torch.device("cpu")
 TINY: dict[str, Any] = {
@@ -56,7 +58,7 @@ def blobs(count: int, dim: int, classes: int, *, spread: float) -> tuple[Tensor,
 
 def linear_head(features: Tensor, classes: int, *, standardize: bool = False) -> heads.LinearHead:
     statistics = features if standardize else None
-    return probe.new_head(features.shape[1], classes, seed=0, device=CPU, statistics=statistics)
+    return frozen.new_head(features.shape[1], classes, seed=0, device=CPU, statistics=statistics)
 
 
 @pytest.mark.parametrize("fit", ["adam", "sgd", "converged"])
@@ -65,12 +67,12 @@ def test_separable_classes_are_told_apart(fit: str) -> None:
     head = linear_head(features, 4)
     match fit:
         case "adam":
-            probe.fit_by_batches(head, features, labels, settings=Linear(head="linear", lr=0.02), seed=0)
+            frozen.fit_by_batches(head, features, labels, settings=Linear(head="linear", lr=0.02), seed=0)
         case "sgd":
-            probe.fit_by_batches(head, features, labels, settings=AggregatedCrops(head="crops"), seed=0)
+            frozen.fit_by_batches(head, features, labels, settings=AggregatedCrops(head="crops"), seed=0)
         case _:
-            assert probe.fit_converged(head, features, labels, l2=1e-4) <= probe.CONVERGED
-    assert torch.equal(probe.predict(head, features), labels)
+            assert frozen.fit_converged(head, features, labels, l2=1e-4) <= frozen.CONVERGED
+    assert torch.equal(frozen.predict(head, features), labels)
 
 
 def test_adam_sees_every_sample_as_a_plain_loop_does() -> None:
@@ -85,7 +87,7 @@ def test_adam_sees_every_sample_as_a_plain_loop_does() -> None:
             optimizer.zero_grad()
             F.cross_entropy(plain(features[chosen]), labels[chosen]).backward()
             optimizer.step()
-    probe.fit_by_batches(head, features, labels, settings=settings, seed=7)
+    frozen.fit_by_batches(head, features, labels, settings=settings, seed=7)
     torch.testing.assert_close(head.weight, plain.weight, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(head.bias, plain.bias, rtol=1e-4, atol=1e-6)
 
@@ -104,7 +106,7 @@ def test_sgd_follows_a_cosine_that_falls_each_epoch() -> None:
             optimizer.step()
         schedule.step()
     settings = AggregatedCrops(head="crops", epochs=5, batch_size=8)
-    probe.fit_by_batches(head, features, labels, settings=settings, seed=0)
+    frozen.fit_by_batches(head, features, labels, settings=settings, seed=0)
     torch.testing.assert_close(head.weight, plain.weight, rtol=1e-4, atol=1e-6)
 
 
@@ -113,7 +115,7 @@ def test_converged_head_is_scikit_learns_logistic_regression(standardize: bool) 
     features, labels = blobs(600, 24, 5, spread=1.5)
     queries, truth = blobs(601, 24, 5, spread=1.5)
     head = linear_head(features, 5, standardize=standardize)
-    assert probe.fit_converged(head, features, labels, l2=1e-3) <= probe.CONVERGED
+    assert frozen.fit_converged(head, features, labels, l2=1e-3) <= frozen.CONVERGED
     seen = head.scaled(features).double().numpy()
     # ours: mean cross-entropy + l2 |w|^2; theirs: |w|^2 / 2 + C * summed cross-entropy
     reference = LogisticRegression(C=1 / (2 * 1e-3 * 600), tol=1e-8, max_iter=5000).fit(seen, labels.numpy())
@@ -121,7 +123,7 @@ def test_converged_head_is_scikit_learns_logistic_regression(standardize: bool) 
         ours = head(queries).softmax(1).numpy()
         theirs = reference.predict_proba(head.scaled(queries).double().numpy())
     assert np.abs(ours - theirs).max() < 2e-3
-    right, expected = (probe.predict(head, queries) == truth).sum(), (theirs.argmax(1) == truth.numpy()).sum()
+    right, expected = (frozen.predict(head, queries) == truth).sum(), (theirs.argmax(1) == truth.numpy()).sum()
     assert abs(int(right) - int(expected)) <= 1
 
 
@@ -130,7 +132,7 @@ def test_correlated_features_of_unlike_scales_converge_too() -> None:
     mix = torch.rand(24, 200, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 1, 200)
     features = 3 + features @ mix  # rank 24 of 200, far from the origin
     head = linear_head(features, 5)
-    assert probe.fit_converged(head, features, labels, l2=1e-4) <= probe.CONVERGED
+    assert frozen.fit_converged(head, features, labels, l2=1e-4) <= frozen.CONVERGED
     wide = features.double()
     weight, bias = head.weight.detach().double(), head.bias.detach().double()
     reached = float(F.cross_entropy(F.linear(wide, weight, bias), labels) + 1e-4 * weight.square().sum())
@@ -144,7 +146,7 @@ def test_correlated_features_of_unlike_scales_converge_too() -> None:
 def test_a_feature_that_never_changes_keeps_its_scale() -> None:
     features, _ = blobs(50, 6, 2, spread=1.0)
     features[:, 2] = 0.0
-    mean, std = probe.standardization(features)
+    mean, std = frozen.standardization(features)
     np.testing.assert_allclose(mean, features.double().numpy().mean(0), rtol=1e-5)
     np.testing.assert_allclose(std[:2], features.double().numpy().std(0)[:2], rtol=1e-5)
     assert mean[2] == 0
@@ -165,16 +167,16 @@ def test_knn_is_the_plain_vote(k: int, temperature: float) -> None:
         for place in np.argsort(-cosine)[:k]:
             votes[int(labels[place])] += np.exp(cosine[place] / temperature)
         expected.append(max(votes, key=lambda label: votes[label]))
-    answers = probe.weighted_knn(bank, labels, queries, classes=4, k=k, temperature=temperature)
+    answers = frozen.weighted_knn(bank, labels, queries, classes=4, k=k, temperature=temperature)
     assert answers.tolist() == expected
 
 
 def test_confusion_and_accuracy_by_class_are_counts() -> None:
     truth = torch.tensor([0, 0, 0, 1, 1, 3, 3, 3, 3])
     answers = torch.tensor([0, 1, 1, 1, 0, 3, 3, 3, 0])
-    confusion = probe.confusion_of(truth, answers, classes=4)
+    confusion = frozen.confusion_of(truth, answers, classes=4)
     assert confusion == ((1, 2, 0, 0), (1, 1, 0, 0), (0, 0, 0, 0), (1, 0, 0, 3))
-    found = probe.accuracy_by_class(confusion, ["a", "b", "c", "d"])
+    found = frozen.accuracy_by_class(confusion, ["a", "b", "c", "d"])
     assert [part.name for part in found] == ["a", "b", "c", "d"]
     assert [None if part.accuracy is None else (part.accuracy.correct, part.accuracy.n) for part in found] == [
         (1, 3), (1, 2), None, (3, 4),
@@ -186,7 +188,7 @@ SOURCE = CropSource(group=Crops(count=3, size=8), augment=Augment(), seed=0, spl
 
 def crops_classifier(source: CropSource = SOURCE) -> Classifier:
     net = encoder()
-    return Classifier(net, probe.new_head(16, 4, seed=0, device=CPU), features="pre_feature", crops=source).eval()
+    return Classifier(net, frozen.new_head(16, 4, seed=0, device=CPU), features="pre_feature", crops=source).eval()
 
 
 def test_a_samples_crops_are_its_own_whoever_is_in_the_batch() -> None:
@@ -228,7 +230,7 @@ def test_a_head_reads_the_mean_over_crops_cut_as_the_recipe_says(scale: tuple[fl
             expected[sample] += net.features(crop.flip(3) if drawn.flip[view, sample] else crop)[0] / 5
     read = heads.read_features(net, x, None, features="pre_feature", crops=source)
     torch.testing.assert_close(read, expected, rtol=1e-3, atol=1e-4)
-    extracted = probe.extract_features(net, (x * 255).round().byte(), device=CPU, crops=source)
+    extracted = frozen.extract_features(net, (x * 255).round().byte(), device=CPU, crops=source)
     torch.testing.assert_close(extracted, read, rtol=1e-4, atol=1e-5)
 
 
@@ -249,10 +251,10 @@ def test_features_leave_the_encoder_as_it_was() -> None:
     net = encoder()
     net.train()
     before = checkpoint.digest_of(net)
-    whole = probe.extract_features(net, images(), device=CPU)
+    whole = frozen.extract_features(net, images(), device=CPU)
     assert whole.shape == (24, 16)
-    assert probe.extract_features(net, images(), device=CPU, features="backbone").shape == (24, 64)
-    assert probe.extract_features(net, images(), device=CPU, crops=SOURCE).shape == (24, 16)
+    assert frozen.extract_features(net, images(), device=CPU, features="backbone").shape == (24, 64)
+    assert frozen.extract_features(net, images(), device=CPU, crops=SOURCE).shape == (24, 16)
     assert net.training
     assert checkpoint.digest_of(net) == before
 
@@ -268,7 +270,7 @@ LONG: dict[str, Callable[[], RobustLinear | Finetune]] = {
 def trainer(settings: RobustLinear | Finetune, *, count: int = 24) -> SupervisedTrainer:
     few = ImageSet(images(count), torch.arange(count) % 4, tuple("abcd"), "", "folder", "train", "")
     loaded = LoadedEncoder(encoder(), CPU, digest="", path=Path(), backbone_only=False)
-    return SupervisedTrainer(probe.Task(loaded, tiny_recipe(), few, few, NullTalk()), settings)
+    return SupervisedTrainer(frozen.Task(loaded, tiny_recipe(), few, few, NullTalk()), settings)
 
 
 def train(whole: SupervisedTrainer, folder: Path, *, until: int = 0) -> int:

@@ -23,30 +23,25 @@ from safetensors.torch import save_file
 from tiny import image_folder, run_record, tiny_recipe
 from torch import Tensor
 
-from cfamc_cli import cli, recipe_file
+from cfamc_cli import cli
 from cfamc_cli.commands.common import Options, session
 from cfamc_cli.commands.probe import ensure_head, load_test_images
-from cfamc_cli.engine import checkpoint, heads
+from cfamc_cli.engine import checkpoint
 from cfamc_cli.engine.checkpoint import Checkpoint
-from cfamc_cli.engine.data import load
-from cfamc_cli.engine.foreign import read_foreign
-from cfamc_cli.engine.heads import Classifier
-from cfamc_cli.engine.models import build_encoder
-from cfamc_cli.engine.probe import classify
+from cfamc_cli.engine.data.sets import load
+from cfamc_cli.engine.encoder import build_encoder
+from cfamc_cli.engine.heads import classifier as heads
+from cfamc_cli.engine.heads.classifier import Classifier
+from cfamc_cli.engine.heads.frozen import classify
+from cfamc_cli.engine.heads.imported import read_foreign
 from cfamc_cli.engine.randomness import addressed_generator
 from cfamc_cli.engine.sink import NullTalk
 from cfamc_cli.errors import CfamcError
-from cfamc_cli.files import write_json, write_text
-from cfamc_cli.recipe import Model
-from cfamc_cli.records import (
-    DataUsed,
-    ProbeRecord,
-    RunRecord,
-    load_record,
-    now,
-    save_record,
-)
-from cfamc_cli.store import HEAD, RunFolder, cache_folder, create_run
+from cfamc_cli.recipe import file as recipe_file
+from cfamc_cli.recipe.schema import Model
+from cfamc_cli.store.files import write_json, write_text
+from cfamc_cli.store.records import DataUsed, ProbeRecord, RunRecord, load_record, now, save_record
+from cfamc_cli.store.runs import HEAD, RunFolder, cache_folder, create_run
 
 CPU = torch.device("cpu")
 CLASSES = ("ant", "bee", "cat")

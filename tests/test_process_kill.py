@@ -16,7 +16,7 @@ import pytest
 from process import Child, warm
 from tiny import recipe_text
 
-from cfamc_cli.files import _temp_name, process_start
+from cfamc_cli.store.files import _temp_name, process_start
 
 pytestmark = pytest.mark.slow
 

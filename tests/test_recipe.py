@@ -11,7 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from cfamc_cli.errors import CfamcError, ExitCode
-from cfamc_cli.recipe import Finetune, FreeAdversary, Linear, Outside, Recipe, exact, fraction, number, outside
+from cfamc_cli.recipe.schema import Finetune, FreeAdversary, Linear, Outside, Recipe, exact, fraction, number, outside
 
 RAW: dict[str, Any] = {
     "schema": 1,
@@ -188,7 +188,7 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 def test_digest_does_not_depend_on_the_hash_seed() -> None:
-    code = f"from cfamc_cli.recipe import Recipe; print(Recipe.model_validate({RAW!r}).digest())"
+    code = f"from cfamc_cli.recipe.schema import Recipe; print(Recipe.model_validate({RAW!r}).digest())"
     for seed in ("0", "1"):
         done = subprocess.run(
             [sys.executable, "-c", code], env={"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True

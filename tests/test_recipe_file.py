@@ -18,10 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import tiny_recipe
 
-from cfamc_cli import recipe_file
 from cfamc_cli.errors import CfamcError, ExitCode
-from cfamc_cli.plan import plan
-from cfamc_cli.recipe import FreeAdversary, Recipe
+from cfamc_cli.recipe import file, wording
+from cfamc_cli.recipe.plan import plan
+from cfamc_cli.recipe.schema import FreeAdversary, Recipe
 
 MINIMAL = """schema = 1
 name = "minimal"
@@ -40,7 +40,7 @@ PRINTS_ONE = "`cfamc recipes show cifar10` prints a recipe that loads"
 def refusal(reference: object = "cifar10", *overrides: str, seed: int | None = None) -> CfamcError:
     start = time.monotonic()
     with pytest.raises(CfamcError) as refused:
-        recipe_file.load(str(reference), overrides=overrides, seed=seed)
+        file.load(str(reference), overrides=overrides, seed=seed)
     assert time.monotonic() - start < 5
     assert refused.value.exit_code is ExitCode.INVALID
     return refused.value
@@ -77,16 +77,16 @@ def write(tmp_path: Path) -> Any:
 
 def test_reads_a_file_with_defaults_and_a_seed_of_the_callers(write: Any) -> None:
     path = write(MINIMAL)
-    recipe = recipe_file.load(str(path), overrides=[], seed=None)
+    recipe = file.load(str(path), overrides=[], seed=None)
     assert (recipe.name, recipe.seed, recipe.views, recipe.train.batch_size) == ("minimal", 0, 4, 100)
-    assert recipe_file.load(str(path), seed=7).seed == 7
+    assert file.load(str(path), seed=7).seed == 7
 
 
 @pytest.mark.parametrize(
     "content", [b"\xef\xbb\xbf" + MINIMAL.encode(), MINIMAL.replace("\n", "\r\n").encode()], ids=["BOM", "CRLF"]
 )
 def test_byte_order_mark_and_crlf_are_accepted(write: Any, content: bytes) -> None:
-    assert recipe_file.load(str(write(content))).name == "minimal"
+    assert file.load(str(write(content))).name == "minimal"
 
 
 TOO_DEEP = "{path}: is nested too deeply"
@@ -122,7 +122,7 @@ def test_text_that_is_no_recipe(write: Any, content: bytes, message: str) -> Non
 
 def test_a_mebibyte_is_read_whole_and_quickly(write: Any) -> None:
     comment = b"# " + b"a" * (2**20 - len(MINIMAL) - 3) + b"\n"
-    assert recipe_file.load(str(write(comment + MINIMAL.encode()))).name == "minimal"
+    assert file.load(str(write(comment + MINIMAL.encode()))).name == "minimal"
     many = "".join(f"key{place} = 1\n" for place in range(60_000))
     error = refusal(write(many[: 2**20 - 2_000].rpartition("\n")[0] + "\n" + MINIMAL))
     assert error.message.split("\n")[1] == 'unknown key "key0"'
@@ -172,7 +172,7 @@ def test_no_such_recipe(reference: str, shown: str, hint: str, tmp_path: Path, m
 
 
 def test_overrides_reach_every_kind_of_place() -> None:
-    recipe = recipe_file.load(
+    recipe = file.load(
         "cifar10",
         overrides=[
             "name=mine",
@@ -199,11 +199,11 @@ def test_overrides_reach_every_kind_of_place() -> None:
 
 def test_overrides_reach_tables_that_the_file_leaves_to_their_defaults(write: Any) -> None:
     overrides = ["attack.0.steps=50", "probe.epochs=3", "schedule.warmup=2", "model.width=8", "optimizer.lr=0.1"]
-    recipe = recipe_file.load(str(write(MINIMAL)), overrides=overrides)
+    recipe = file.load(str(write(MINIMAL)), overrides=overrides)
     assert recipe.attack[0].model_dump(exclude_unset=True) == {"name": "pgd", "steps": 50}
     assert recipe.probe.model_dump(exclude_unset=True) == {"head": "linear", "epochs": 3}
     assert (recipe.model.width, recipe.optimizer.lr) == (8, 0.1)
-    assert recipe_file.load(str(write(MINIMAL))).attack[0].model_dump()["steps"] == 20  # the default is untouched
+    assert file.load(str(write(MINIMAL))).attack[0].model_dump()["steps"] == 20  # the default is untouched
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,7 @@ def test_another_choice_leaves_stale_keys_and_the_hint_says_how_to_replace_the_t
     ]
     error = refusal("cifar10", "adversary.name=none")
     assert error.hint == "remove such keys, or replace the whole table: --set 'adversary={ ... }'"
-    assert recipe_file.load("cifar10", overrides=['adversary={name="none"}']).adversary.name == "none"
+    assert file.load("cifar10", overrides=['adversary={name="none"}']).adversary.name == "none"
     assert problems("schedule.name=official-cosine", "schedule.warmup=3") == [
         'unknown key "schedule.warmup": name = "official-cosine" has no warmup'
     ]
@@ -419,7 +419,7 @@ def test_tables_that_do_not_fit(overrides: list[str], expected: str) -> None:
     ],
 )
 def test_what_is_allowed(overrides: list[str]) -> None:
-    recipe_file.load("cifar10", overrides=overrides)
+    file.load("cifar10", overrides=overrides)
 
 
 def test_all_problems_come_in_one_message_also_across_tables_beside_broken_ones() -> None:
@@ -451,7 +451,7 @@ def test_message_and_hint_whole(write: Any) -> None:
 # Generated recipes
 
 
-FIELDS = [*recipe_file._all_paths(), *Recipe.model_fields, "crops.0", "attack.0", "crops.1.size", "schema", "a.b.c"]
+FIELDS = [*wording._all_paths(), *Recipe.model_fields, "crops.0", "attack.0", "crops.1.size", "schema", "a.b.c"]
 SCALARS = st.one_of(
     st.integers(-2, 300),
     st.integers(),
@@ -474,12 +474,12 @@ def _as_toml(value: Any) -> str:
         case list():
             return f"[{', '.join(map(_as_toml, value))}]"
         case _:
-            return repr(value) if isinstance(value, float) else recipe_file._toml(value)  # JSON has no inf
+            return repr(value) if isinstance(value, float) else file._toml(value)  # JSON has no inf
 
 
 def _loaded(base: str, overrides: Sequence[str]) -> Recipe | CfamcError:
     try:
-        return recipe_file.load(base, overrides=overrides)
+        return file.load(base, overrides=overrides)
     except CfamcError as error:
         return error
 
@@ -487,14 +487,14 @@ def _loaded(base: str, overrides: Sequence[str]) -> Recipe | CfamcError:
 @pytest.mark.slow
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(
-    base=st.sampled_from(sorted(recipe_file.shipped())),
+    base=st.sampled_from(sorted(file.shipped())),
     changes=st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=5),
 )
 def test_generated_recipes_load_or_name_their_problems(base: str, changes: dict[str, Any]) -> None:
     loaded = _loaded(base, [f"{path}={_as_toml(value)}" for path, value in changes.items()])
     if isinstance(loaded, Recipe):
         assert plan(loaded).batches >= 1
-        assert recipe_file.validate(recipe_file.parse(recipe_file.to_toml(loaded), label=""), label="") == loaded
+        assert file.validate(file.parse(file.to_toml(loaded), label=""), label="") == loaded
         return
     assert loaded.exit_code is ExitCode.INVALID
     listed: Any = loaded.details["problems"]
@@ -509,7 +509,7 @@ def test_generated_recipes_load_or_name_their_problems(base: str, changes: dict[
 @given(raw=st.dictionaries(st.sampled_from([*Recipe.model_fields, "schema", "x"]), VALUES))
 def test_generated_tables_load_or_name_their_problems(raw: dict[str, Any]) -> None:
     with pytest.raises(CfamcError) as refused:  # never whole
-        recipe_file.validate(raw, label="generated")
+        file.validate(raw, label="generated")
     listed: Any = refused.value.details["problems"]
     assert all(problem["path"] for problem in listed)
 
@@ -558,12 +558,12 @@ def test_what_is_written_loads_as_an_equal_recipe(
         optimizer={"lr": lr},
         attack=[{"name": "autoattack"}, {"name": "pgd", "eps": 1e-30}],
     )
-    written = recipe_file.to_toml(recipe)
-    again = recipe_file.validate(recipe_file.parse(written, label="written"), label="written")
+    written = file.to_toml(recipe)
+    again = file.validate(file.parse(written, label="written"), label="written")
     assert again == recipe
     assert again.digest() == recipe.digest()
-    assert recipe_file.to_toml(again) == written
-    assert recipe_file.differing_keys(recipe, again) == []
+    assert file.to_toml(again) == written
+    assert file.differing_keys(recipe, again) == []
 
 
 def test_every_probe_can_be_written() -> None:
@@ -575,15 +575,15 @@ def test_every_probe_can_be_written() -> None:
         "head='finetune', objective='clean'",
         "head='finetune', objective='trades'",
     ):
-        recipe = recipe_file.load("cifar10", overrides=[f"probe={{{probe}}}", "attack=[]"])
-        assert recipe_file.validate(recipe_file.parse(recipe_file.to_toml(recipe), label=""), label="") == recipe
+        recipe = file.load("cifar10", overrides=[f"probe={{{probe}}}", "attack=[]"])
+        assert file.validate(file.parse(file.to_toml(recipe), label=""), label="") == recipe
 
 
 def test_differing_keys() -> None:
-    recipe = recipe_file.load("cifar10")
+    recipe = file.load("cifar10")
 
     def differ(*overrides: str, seed: int | None = None) -> list[str]:
-        return recipe_file.differing_keys(recipe, recipe_file.load("cifar10", overrides=overrides, seed=seed))
+        return file.differing_keys(recipe, file.load("cifar10", overrides=overrides, seed=seed))
 
     assert differ() == []
     assert differ("name=other", "data.root=/elsewhere", "train.keep=5", "train.checkpoint_every=7") == []

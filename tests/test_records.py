@@ -15,18 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import attack_record, probe_record, run_record
 
-from cfamc_cli import __version__, records
+from cfamc_cli import __version__
 from cfamc_cli.errors import CfamcError, ExitCode
-from cfamc_cli.files import JsonLines
-from cfamc_cli.records import (
-    Accuracy,
-    Environment,
-    Evaluation,
-    Failure,
-    Outcomes,
-    RunRecord,
-    StageOutcome,
-)
+from cfamc_cli.store import environment, records
+from cfamc_cli.store.files import JsonLines
+from cfamc_cli.store.records import Accuracy, Environment, Evaluation, Failure, Outcomes, RunRecord, StageOutcome
 
 FAILED = run_record(
     evaluation=Evaluation(
@@ -157,14 +150,14 @@ def test_the_environment_holds_no_secret(tmp_path: Path, monkeypatch: pytest.Mon
     identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
     for arguments in (["init", "-q"], ["remote", "add", "origin", remote], ["add", "."], ["commit", "-qm", "x"]):
         subprocess.run(["git", *identity, *arguments], cwd=checkout, check=True)
-    monkeypatch.setattr(records, "__file__", str(checkout / "records.py"))
-    environment = records.capture_environment("cpu")
+    monkeypatch.setattr(environment, "__file__", str(checkout / "environment.py"))
+    captured = environment.capture_environment("cpu")
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=checkout, check=True, capture_output=True, text=True)
-    assert environment.git_revision == head.stdout.strip()
-    assert not environment.git_changed
+    assert captured.git_revision == head.stdout.strip()
+    assert not captured.git_changed
     (checkout / "__init__.py").write_text("x = 1")
-    assert records.capture_environment("cpu").git_changed
-    text = environment.model_dump_json()
+    assert environment.capture_environment("cpu").git_changed
+    text = captured.model_dump_json()
     assert secret not in text
     assert not [name for name in os.environ if len(os.environ[name]) > 15 and os.environ[name] in text]
 
@@ -175,8 +168,8 @@ def test_the_environment_is_that_of_this_machine(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Path, "read_text", lambda path, **_: texts[str(path)])
     monkeypatch.setattr(importlib.metadata, "version", versions.__getitem__)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 3, 5}, raising=False)
-    monkeypatch.setattr(records, "_git_state", lambda _: ("ab12", True))
-    assert records.capture_environment("a GPU") == Environment(
+    monkeypatch.setattr(environment, "_git_state", lambda _: ("ab12", True))
+    assert environment.capture_environment("a GPU") == Environment(
         cfamc=__version__,
         python=".".join(map(str, sys.version_info[:3])),
         torch="2.99.1",
@@ -191,10 +184,10 @@ def test_the_environment_is_that_of_this_machine(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_package_outside_any_checkout_has_no_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(records, "__file__", str(tmp_path / "records.py"))
-    assert records.capture_environment("cpu").git_revision is None
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "environment.py"))
+    assert environment.capture_environment("cpu").git_revision is None
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert records.capture_environment("cpu").git_revision is None
+    assert environment.capture_environment("cpu").git_revision is None
 
 
 WHERE: dict[str, Any] = {"step": 6, "batch": 2, "epoch": 0.5}

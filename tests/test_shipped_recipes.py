@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from cfamc_cli import recipe_file
 from cfamc_cli.commands import recipes
 from cfamc_cli.errors import CfamcError, ExitCode
-from cfamc_cli.plan import plan
-from cfamc_cli.recipe import FreeAdversary, PgdAdversary
+from cfamc_cli.recipe import file
+from cfamc_cli.recipe.plan import plan
+from cfamc_cli.recipe.schema import FreeAdversary, PgdAdversary
 
 FOLDER = Path(__file__).parent.parent / "recipes"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.toml"))
@@ -36,15 +36,15 @@ SYSTEMS = {
 
 
 def test_all_are_there() -> None:
-    assert list(recipe_file.shipped()) == NAMES
+    assert list(file.shipped()) == NAMES
     assert set(NAMES) == {*SYSTEMS, "quickstart", "imagenet100", "folder", "cifar10-laptop"}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_loads_plans_and_names_its_source(name: str) -> None:
-    recipe = recipe_file.load(name)
+    recipe = file.load(name)
     assert plan(recipe).batches > 0
-    assert recipe_file.load(str(FOLDER / f"{name}.toml")) == recipe
+    assert file.load(str(FOLDER / f"{name}.toml")) == recipe
     header = (FOLDER / f"{name}.toml").read_text().split("\n\n")[0].splitlines()
     assert all(line.startswith("# ") for line in header)
     assert "arXiv:" in "".join(header)
@@ -52,7 +52,7 @@ def test_loads_plans_and_names_its_source(name: str) -> None:
 
 
 def test_names_are_unlike_each_other() -> None:
-    assert len({recipe_file.load(name).name for name in NAMES}) == len(NAMES)
+    assert len({file.load(name).name for name in NAMES}) == len(NAMES)
 
 
 # Frozen: seeds of one recipe are folded by it, and runs of earlier versions stand beside later ones.
@@ -75,14 +75,14 @@ DIGESTS = {
 
 
 def test_digests_are_frozen() -> None:
-    assert {name: recipe_file.load(name).digest() for name in NAMES} == DIGESTS
+    assert {name: file.load(name).digest() for name in NAMES} == DIGESTS
     assert len(set(DIGESTS.values())) == len(NAMES)
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_systems_of_the_published_table(name: str) -> None:
     objective, adversary, views, groups, embedding, batch, epochs = SYSTEMS[name]
-    recipe = recipe_file.load(name)
+    recipe = file.load(name)
     assert (recipe.objective.name, recipe.adversary.name) == (objective, adversary)
     assert [(group.count, group.scale, group.ratio) for group in recipe.crops] == groups
     assert {group.size for group in recipe.crops} == {32}
@@ -107,19 +107,19 @@ def test_systems_of_the_published_table(name: str) -> None:
 
 
 def test_laptop_yardstick_and_its_folder_of_images() -> None:
-    recipe = recipe_file.load("cifar10-laptop", overrides=["data.dataset=folder", "data.root=/data/cifar10"])
+    recipe = file.load("cifar10-laptop", overrides=["data.dataset=folder", "data.root=/data/cifar10"])
     assert (recipe.model.width, recipe.model.hidden_dim, recipe.model.embedding_dim) == (16, 1024, 256)
     assert (recipe.views, recipe.replays, recipe.train.batch_size, recipe.train.epochs) == (4, 3, 100, 1)
 
 
 def test_quickstart_needs_no_download() -> None:
-    recipe = recipe_file.load("quickstart")
+    recipe = file.load("quickstart")
     assert recipe.data.dataset == "fashion-mini"
     assert recipe.train.evaluate_every == 1
 
 
 def test_found_outside_a_checkout(tmp_path: Path) -> None:
-    code = "from cfamc_cli.recipe_file import load; print(load('recipes/cifar10.toml') == load('cifar10'))"
+    code = "from cfamc_cli.recipe.file import load; print(load('recipes/cifar10.toml') == load('cifar10'))"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "True"
 
@@ -130,24 +130,24 @@ def test_found_in_a_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     (tmp_path / "site-packages" / "recipes").mkdir()
     (tmp_path / "site-packages" / "recipes" / "somebody-elses.toml").touch()
     (package / "recipes" / "mine.toml").write_text((FOLDER / "cifar10.toml").read_text())
-    monkeypatch.setattr(recipe_file, "__file__", str(package / "recipe_file.py"))
-    assert list(recipe_file.shipped()) == ["mine"]
+    monkeypatch.setattr(file, "__file__", str(package / "recipe" / "file.py"))
+    assert list(file.shipped()) == ["mine"]
     (package / "recipes" / "mine.toml").unlink()
     (package / "recipes").rmdir()
-    assert not recipe_file.shipped()  # a neighbour's folder of recipes is not ours
+    assert not file.shipped()  # a neighbour's folder of recipes is not ours
 
 
 def test_a_folder_named_like_a_recipe_does_not_hide_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "cifar10").mkdir()
-    assert recipe_file.load("cifar10").name == "cifar10-cf-amc-ssl"
+    assert file.load("cifar10").name == "cifar10-cf-amc-ssl"
 
 
 def test_a_file_of_ones_own_comes_before_the_shipped_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     recipes.copy("cifar100", tmp_path / "cifar10.toml")
-    assert recipe_file.load("cifar10.toml").name == "cifar100-cf-amc-ssl"
-    assert recipe_file.load("recipes/cifar10.toml").name == "cifar10-cf-amc-ssl"
+    assert file.load("cifar10.toml").name == "cifar100-cf-amc-ssl"
+    assert file.load("recipes/cifar10.toml").name == "cifar10-cf-amc-ssl"
 
 
 def test_list_and_show() -> None:

@@ -19,9 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import data_used, probe_record, run_record, tiny_recipe, write_record
 
-from cfamc_cli import files, store
 from cfamc_cli.errors import CfamcError, ExitCode
-from cfamc_cli.store import RunFolder
+from cfamc_cli.store import files
+from cfamc_cli.store import runs as store
+from cfamc_cli.store.runs import RunFolder
 
 NOON = datetime(2026, 11, 22, 12, 0, 0, tzinfo=UTC)
 HOSTILE = ["../../x", "a\0b", "\x1b[31mred", "[bold]x", "=HYPERLINK(1)", "<script>", "x" * 10**6, "ünï", "..", "", "."]
@@ -176,7 +177,7 @@ def test_ten_thousand_runs_are_listed_at_once(tmp_path: Path) -> None:
 HOLD = """
     import sys, time
     from pathlib import Path
-    from cfamc_cli.store import RunFolder, lock
+    from cfamc_cli.store.runs import RunFolder, lock
     with lock(RunFolder(Path(sys.argv[1]))):
         print("held", flush=True)
         time.sleep(60)
@@ -216,7 +217,7 @@ def test_a_child_that_outlives_its_parent_does_not_hold_the_run(tmp_path: Path) 
     code = """
         import os, sys, time
         from pathlib import Path
-        from cfamc_cli.store import RunFolder, lock
+        from cfamc_cli.store.runs import RunFolder, lock
         with lock(RunFolder(Path(sys.argv[1]))):
             if os.fork() == 0:
                 os.close(1)

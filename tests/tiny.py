@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from cfamc_cli.recipe import Recipe
-from cfamc_cli.recipe_file import to_toml
-from cfamc_cli.records import (
+from cfamc_cli.recipe.file import to_toml
+from cfamc_cli.recipe.schema import Recipe
+from cfamc_cli.store.records import (
     Accuracy,
     AttackRecord,
     ClassAccuracy,

@@ -12,14 +12,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cfamc_cli.attack_ledger import Ledger, key_of, open_ledger
 from cfamc_cli.commands.attack_report import NOT_AUDITED, Result, curves, draw_accuracy, draw_loss, lacks_audit, tell
 from cfamc_cli.commands.attack_settings import Flags, asked_attacks, check_flags
 from cfamc_cli.commands.common import Options, Session, interruption, session
 from cfamc_cli.errors import bad_data, invalid, missing_library
-from cfamc_cli.files import write_bytes
-from cfamc_cli.recipe import Attack, EmbeddingAttack, PgdAttack, Recipe, number
-from cfamc_cli.records import (
+from cfamc_cli.recipe.schema import Attack, EmbeddingAttack, PgdAttack, Recipe, number
+from cfamc_cli.store.environment import capture_environment
+from cfamc_cli.store.files import write_bytes
+from cfamc_cli.store.outcomes import Ledger, key_of, open_ledger
+from cfamc_cli.store.records import (
     Accuracy,
     AttackRecord,
     ClassRobustness,
@@ -28,18 +29,17 @@ from cfamc_cli.records import (
     ProbeRecord,
     Space,
     ThreatModel,
-    capture_environment,
     load_record,
     now,
     save_record,
 )
-from cfamc_cli.store import HEAD, LATEST, RECORD, RunFolder, find_run
+from cfamc_cli.store.runs import HEAD, LATEST, RECORD, RunFolder, find_run
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cfamc_cli.engine.examples import Gallery
-    from cfamc_cli.engine.robust import Evaluation, Examples
+    from cfamc_cli.engine.evaluation.blocks import Evaluation, Examples
+    from cfamc_cli.engine.evaluation.examples import Gallery
 
 _PLOTTED = 64  # samples of the loss curve
 _MAX_CROPPED = 4 * 2**30  # bytes of crops that are held at once
@@ -87,8 +87,8 @@ class _Work:
 
     def __init__(self, run: RunFolder, recipe: Recipe, flags: Flags, working: Session) -> None:
         from cfamc_cli.commands.probe import ensure_head, load_test_images
-        from cfamc_cli.engine.attacked import as_predictor
-        from cfamc_cli.engine.heads import load_classifier, load_encoder
+        from cfamc_cli.engine.evaluation.predictor import as_predictor
+        from cfamc_cli.engine.heads.classifier import load_classifier, load_encoder
         from cfamc_cli.engine.randomness import balanced_order
 
         self.run, self.recipe, self.flags = run, recipe, flags
@@ -120,7 +120,7 @@ class _Work:
         """The crops of each image, stacked in its channels: (N, n 3, S, S)."""
         import torch
 
-        from cfamc_cli.engine.attacked import stacked_crops
+        from cfamc_cli.engine.evaluation.predictor import stacked_crops
 
         assert self.classifier.crops is not None, "the head was seen to read crops"
         group = self.classifier.crops.group
@@ -133,10 +133,10 @@ class _Work:
 
     def evaluate(self, table: Attack) -> Result:
         """Make one evaluation, or what is left of it: from its ledger to its record."""
-        from cfamc_cli.engine.attacks.audit import AuditSettings
-        from cfamc_cli.engine.attacks.autoattack import plan
-        from cfamc_cli.engine.examples import Gallery
-        from cfamc_cli.engine.robust import BLOCK, Evaluation, evaluate
+        from cfamc_cli.engine.attacks.plan import plan
+        from cfamc_cli.engine.evaluation.audit import AuditSettings
+        from cfamc_cli.engine.evaluation.blocks import BLOCK, Evaluation, evaluate
+        from cfamc_cli.engine.evaluation.examples import Gallery
 
         label = f"{self._name(table)} {table.norm} {table.eps}"
         empty, wanted = self._empty(table, BLOCK), self.flags.save_examples or 0
@@ -262,7 +262,7 @@ class _Work:
         )
 
     def _draw_examples(self, ledger: Ledger, gallery: Gallery, record: AttackRecord) -> None:
-        from cfamc_cli.engine.pictures import Shown, sheet
+        from cfamc_cli.engine.evaluation.pictures import Shown, sheet
 
         names, threat = self.data.classes, record.threat
         samples = [
@@ -292,8 +292,8 @@ class _Work:
 
     def plots(self, asked: Sequence[Attack], results: Sequence[Result]) -> list[Path]:
         """Draw loss against steps for each evaluation, and accuracy against eps once."""
-        from cfamc_cli.engine.attacks.verify import undisturbed
-        from cfamc_cli.engine.pictures import loss_by_step
+        from cfamc_cli.engine.evaluation.pictures import loss_by_step
+        from cfamc_cli.engine.evaluation.verify import undisturbed
 
         drawn: dict[Path, bytes] = {}
         for table, result in zip(asked, results, strict=True):

@@ -8,13 +8,13 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cfamc_cli import render
 from cfamc_cli.commands.common import Options
 from cfamc_cli.errors import CfamcError, ExitCode
-from cfamc_cli.plots import draw
-from cfamc_cli.recipe import fraction
-from cfamc_cli.records import Accuracy, AttackRecord, Flag, Mask
-from cfamc_cli.store import RunFolder
+from cfamc_cli.recipe.schema import fraction
+from cfamc_cli.report import terminal
+from cfamc_cli.report.plots import draw
+from cfamc_cli.store.records import Accuracy, AttackRecord, Flag, Mask
+from cfamc_cli.store.runs import RunFolder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -111,14 +111,14 @@ def tell(run: RunFolder, results: Sequence[Result], drawn: Sequence[Path], *, st
             details=answer,
         )
     if options.as_json:
-        render.print_json(answer)
+        terminal.print_json(answer)
 
 
 def _talk(results: Sequence[Result], drawn: Sequence[Path], groups: list[list[Point]], *, quiet: bool) -> None:
-    say = render.talk().say
+    say = terminal.talk().say
     for result in results:
         for flag in result.failed:
-            figure = "" if flag.figure is None else f" {render.number(flag.figure)}, at most {flag.limit:g}"
+            figure = "" if flag.figure is None else f" {terminal.number(flag.figure)}, at most {flag.limit:g}"
             say(f"warning: {result.record.id}: check {flag.name} failed:{figure}: {flag.text}")
     if quiet:
         return
@@ -134,7 +134,7 @@ def _talk(results: Sequence[Result], drawn: Sequence[Path], groups: list[list[Po
             width = max(map(len, by_eps))
             for eps, accuracy in ({"0": record.clean} | by_eps).items():
                 bar = "#" * round(_CURVE_WIDTH * accuracy.value)
-                say(f"  {eps:>{width}} |{bar:<{_CURVE_WIDTH}}| {render.interval(accuracy)}")
+                say(f"  {eps:>{width}} |{bar:<{_CURVE_WIDTH}}| {terminal.interval(accuracy)}")
 
 
 def _print_table(points: Sequence[Point]) -> None:
@@ -147,18 +147,19 @@ def _print_table(points: Sequence[Point]) -> None:
         else:
             made = sum(flag.verdict == "passed" for flag in record.flags)
             verdict = f"{made} passed" + (", no audit" if lacks_audit(record) else "")
-        shares = (render.interval(record.clean), render.interval(record.robust), render.percent(point.worst.value))
+        worst = terminal.percent(point.worst.value)
+        shares = (terminal.interval(record.clean), terminal.interval(record.robust), worst)
         rows.append((record.attack, f"{record.threat.norm} {record.threat.eps}", *shares, verdict, record.id))
     title = f"{first.run}, head {first.probe}: {first.subset}; % with 95 % intervals"
     columns = ("attack", "threat", "clean", "robust", "worst case", "checks", "kept as")
-    render.print_rows(title, columns, rows, right=(2, 3, 4))
+    terminal.print_rows(title, columns, rows, right=(2, 3, 4))
 
 
 def draw_loss(losses: Sequence[float], right: Sequence[float], *, title: str) -> bytes:
     """Draw loss and accuracy against steps, as a PNG."""
 
     def panel(axes: Axes) -> None:
-        axes.set_title(render.clean(title), fontsize=9)
+        axes.set_title(terminal.clean(title), fontsize=9)
         axes.set_xlabel("steps")
         axes.plot(losses, color="#0072B2", marker=".")
         axes.set_ylabel("mean cross-entropy", color="#0072B2")
@@ -179,7 +180,7 @@ def draw_accuracy(group: Sequence[Point]) -> bytes:
     worst = [record.clean, *(point.worst for point in group)]
 
     def panel(axes: Axes) -> None:
-        axes.set_title(render.clean(title), fontsize=9)
+        axes.set_title(terminal.clean(title), fontsize=9)
         axes.set_xlabel("eps (255ths of the image range)")
         low, high = [100 * accuracy.low for accuracy in worst], [100 * accuracy.high for accuracy in worst]
         axes.fill_between(at, low, high, alpha=0.2, color="#0072B2")
@@ -187,7 +188,7 @@ def draw_accuracy(group: Sequence[Point]) -> bytes:
         for name in dict.fromkeys(point.record.attack for point in group):
             own = [point for point in group if point.record.attack == name]
             values = [100 * point.record.robust.value for point in own]
-            axes.plot([255 * float(point.eps) for point in own], values, "o", label=render.clean(name))
+            axes.plot([255 * float(point.eps) for point in own], values, "o", label=terminal.clean(name))
         axes.set_ylabel("accuracy (%)")
         axes.set_ylim(bottom=0)
 

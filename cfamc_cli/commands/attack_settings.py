@@ -9,8 +9,8 @@ from typing import Any, get_args
 from pydantic import TypeAdapter, ValidationError
 
 from cfamc_cli.errors import invalid
-from cfamc_cli.recipe import Attack, Recipe, Table, fraction
-from cfamc_cli.records import Space
+from cfamc_cli.recipe.schema import Attack, Recipe, Table, fraction
+from cfamc_cli.store.records import Space
 
 
 @dataclass(frozen=True)

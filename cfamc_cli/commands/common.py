@@ -12,16 +12,16 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Literal
 
-from cfamc_cli import render
 from cfamc_cli.engine.sink import NullTalk, Talk
 from cfamc_cli.errors import CfamcError, ExitCode, Interrupted
-from cfamc_cli.recipe import Recipe
-from cfamc_cli.store import RunFolder, cache_folder, default_store
+from cfamc_cli.recipe.schema import Recipe
+from cfamc_cli.report import terminal as render
+from cfamc_cli.store.runs import RunFolder, cache_folder, default_store
 
 if TYPE_CHECKING:
     import torch
 
-    from cfamc_cli.engine.data import ImageSet
+    from cfamc_cli.engine.data.sets import ImageSet
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def interruption(*, message: str = "interrupted", hint: Callable[[], str] = str)
 
 def load_images(recipe: Recipe, split: Literal["train", "test"], *, talk: Talk) -> ImageSet:
     """The images of a recipe; see `engine.data.load`."""
-    from cfamc_cli.engine.data import load
+    from cfamc_cli.engine.data.sets import load
 
     return load(recipe.data, split, seed=recipe.seed, cache=cache_folder(), talk=talk)
 

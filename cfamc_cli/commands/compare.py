@@ -7,14 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import assert_never
 
-from cfamc_cli import render, sheets
-from cfamc_cli.compare import ComparedTable, Entry, find_superseded, tabulate
+from cfamc_cli.comparison.gather import Gathered, KeptOutcomes, LeftOut, gather
+from cfamc_cli.comparison.selection import Filter, filtered, row_filter, sort_key
+from cfamc_cli.comparison.tables import ComparedTable, Entry, find_superseded, tabulate
 from cfamc_cli.errors import CfamcError, invalid
-from cfamc_cli.files import write_bytes, write_text
-from cfamc_cli.gather import Gathered, KeptOutcomes, LeftOut, gather
-from cfamc_cli.selection import Filter, filtered, row_filter, sort_key
-from cfamc_cli.sheets import Format, Sheet
-from cfamc_cli.store import default_store, find_run
+from cfamc_cli.report import sheets, terminal
+from cfamc_cli.report.sheets import Format, Sheet
+from cfamc_cli.store.files import write_bytes, write_text
+from cfamc_cli.store.runs import default_store, find_run
 
 _PICTURES = (".png", ".svg", ".pdf")
 
@@ -78,11 +78,11 @@ def compare(
     )
     left_out += outcomes_of.left_out
     if plot is not None or html is not None:
-        from cfamc_cli.plots import draw, learning_curves, panels
+        from cfamc_cli.report.plots import draw, learning_curves, panels
 
         curves, without = learning_curves(tables, found.folders)
         left_out += without
-    console = render.talk()
+    console = terminal.talk()
     for what, why in left_out:
         console.say(f"left out: {what}: {why}")
     if not entries:
@@ -90,7 +90,7 @@ def compare(
     if plot is not None:  # files first: where one cannot be written, stdout has nothing but the error
         write_bytes(plot, draw(list(panels(tables, curves).values()), plot.suffix))
     if html is not None:
-        from cfamc_cli.page import page
+        from cfamc_cli.report.page import page
 
         write_text(html, page(tables, found, curves, left_out, with_published=published))
     _write(tables, left_out, output=output, published=published, limit=limit)
@@ -128,13 +128,13 @@ def _write(
             for sheet in told(limit=limit):
                 _print(sheet)
         case "json":
-            render.print_json(sheets.as_json(tables, left_out, with_published=published))
+            terminal.print_json(sheets.as_json(tables, left_out, with_published=published))
         case "csv":
-            render.write_out(sheets.comma_separated(tables, with_published=published))
+            terminal.write_out(sheets.comma_separated(tables, with_published=published))
         case "markdown":
-            render.write_out("".join(map(sheets.markdown, told())))
+            terminal.write_out("".join(map(sheets.markdown, told())))
         case "latex":
-            render.write_out("".join(map(sheets.latex, told())))
+            terminal.write_out("".join(map(sheets.latex, told())))
         case _:
             assert_never(output)
 
@@ -143,11 +143,11 @@ def _print(sheet: Sheet) -> None:
     """Print a sheet; on a terminal too narrow for it, recipes and notes go below, and columns of the cost go away."""
     narrow = sheet
     for name in sheets.DISPENSABLE:
-        if not render.fits(narrow.columns, narrow.rows):
+        if not terminal.fits(narrow.columns, narrow.rows):
             narrow = narrow.without(name)
-    if not render.fits(narrow.columns, narrow.rows):
+    if not terminal.fits(narrow.columns, narrow.rows):
         narrow = sheet  # it becomes a list, which has room for everything
-    render.print_rows(narrow.title, narrow.columns, narrow.rows, right=narrow.right)
+    terminal.print_rows(narrow.title, narrow.columns, narrow.rows, right=narrow.right)
     gone = [name for name in sheet.columns if name not in narrow.columns]
     said = [index for index, name in enumerate(sheet.columns) if name in gone and name in sheets.SAID]
     below = [f"{row[1]}: {'; '.join(cells)}" for row in sheet.rows if (cells := [row[at] for at in said if row[at]])]
@@ -155,4 +155,4 @@ def _print(sheet: Sheet) -> None:
         below.append(f"Too wide for this terminal: {', '.join(costs)}; --format csv has them.")
     if sheet.more:
         below.append(f"{sheet.more:,} more rows; --limit 0 shows all")
-    render.write_out("".join(f"{render.clean(line)}\n" for line in [*below, *sheet.notes, ""]))
+    terminal.write_out("".join(f"{terminal.clean(line)}\n" for line in [*below, *sheet.notes, ""]))

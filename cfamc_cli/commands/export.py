@@ -14,14 +14,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, assert_never
 
-from cfamc_cli import __version__, render
+from cfamc_cli import __version__
 from cfamc_cli.commands.common import Options, Session, interruption, session
-from cfamc_cli.dashboards import by_kind, comma_separated, events
 from cfamc_cli.errors import CfamcError, bad_data, invalid
-from cfamc_cli.files import explained, staged_folder, write_bytes, write_text
-from cfamc_cli.model_card import card
-from cfamc_cli.recipe import Recipe
-from cfamc_cli.records import (
+from cfamc_cli.recipe.schema import Recipe
+from cfamc_cli.report import terminal
+from cfamc_cli.report.card import card
+from cfamc_cli.report.metrics import by_kind, comma_separated, events
+from cfamc_cli.store.files import explained, staged_folder, write_bytes, write_text
+from cfamc_cli.store.records import (
     AttackRecord,
     Dashboard,
     ExportRecord,
@@ -40,7 +41,7 @@ from cfamc_cli.records import (
     read_metrics,
     save_record,
 )
-from cfamc_cli.store import HEAD, LATEST, RECORD, RunFolder, cache_folder, find_run
+from cfamc_cli.store.runs import HEAD, LATEST, RECORD, RunFolder, cache_folder, find_run
 
 if TYPE_CHECKING:
     from cfamc_cli.engine.export import Subject
@@ -92,9 +93,9 @@ def export(
                 record = _metrics(run, metrics, staged)
             save_record(staged / EXPORT, record)
     if options.as_json:
-        render.print_json({"path": str(target.absolute()), **record.model_dump(mode="json")})
+        terminal.print_json({"path": str(target.absolute()), **record.model_dump(mode="json")})
     else:
-        render.write_out(f"{render.clean(target)}\n")
+        terminal.write_out(f"{terminal.clean(target)}\n")
 
 
 def _refuse_idle(*, part: Weights | None, wanted: Format | None, head: str | None, metrics: Dashboard | None) -> None:
@@ -116,8 +117,8 @@ def _weights(
     """Write the weights and their card."""
     record, talk = run.record(), working.talk
     from cfamc_cli.commands.probe import load_test_images
-    from cfamc_cli.engine import data as datasets
     from cfamc_cli.engine import export as engine
+    from cfamc_cli.engine.data import sets as datasets
     from cfamc_cli.engine.device import out_of_memory
 
     engine.require(wanted)
@@ -172,7 +173,7 @@ def _chosen(
     """Read the part of a run that is asked for; a classifier comes with the record of its head."""
     from cfamc_cli.commands.probe import ensure_head
     from cfamc_cli.engine import export as engine
-    from cfamc_cli.engine.heads import load_classifier, load_encoder
+    from cfamc_cli.engine.heads.classifier import load_classifier, load_encoder
 
     model, device, probe = recipe.model, working.device, None
     loaded = load_encoder(run.checkpoints, recipe.model, device=working.device, talk=working.talk)

@@ -11,21 +11,22 @@ from contextlib import AbstractContextManager, closing, contextmanager, nullcont
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cfamc_cli import recipe_file, render
 from cfamc_cli.commands.common import Options, Session, interruption, load_images, session
 from cfamc_cli.engine.sink import NullLedger
 from cfamc_cli.errors import CfamcError, Interrupted, bad_data, invalid
-from cfamc_cli.files import sweep
-from cfamc_cli.ledger import RunLedger, found, found_again
-from cfamc_cli.plan import Plan, plan
-from cfamc_cli.recipe import Recipe
-from cfamc_cli.records import Progress, RunRecord, Totals, now
-from cfamc_cli.store import RunFolder, create_run, find_run, lock
+from cfamc_cli.recipe import file
+from cfamc_cli.recipe.plan import Plan, plan
+from cfamc_cli.recipe.schema import Recipe
+from cfamc_cli.report import terminal
+from cfamc_cli.store.files import sweep
+from cfamc_cli.store.ledger import RunLedger, found, found_again
+from cfamc_cli.store.records import Progress, RunRecord, Totals, now
+from cfamc_cli.store.runs import RunFolder, create_run, find_run, lock
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cfamc_cli.engine.data import ImageSet
+    from cfamc_cli.engine.data.sets import ImageSet
     from cfamc_cli.engine.distributed import World
     from cfamc_cli.engine.pretrain import Trainer
 
@@ -71,24 +72,24 @@ def pretrain(
         results = _start(recipes_to_train, options)
     if options.as_json and results:  # other processes of torchrun have none, and say nothing
         finished = [record.model_dump(mode="json") for record in results]
-        render.print_json(finished[0] if len(finished) == 1 else {"runs": finished})
+        terminal.print_json(finished[0] if len(finished) == 1 else {"runs": finished})
     elif results:
-        render.write_out("".join(f"{record.id}\n" for record in results))
+        terminal.write_out("".join(f"{record.id}\n" for record in results))
 
 
 def _recipes(reference: str, overrides: Sequence[str], seeds: Sequence[int]) -> list[Recipe]:
-    return [recipe_file.load(reference, overrides=overrides, seed=seed) for seed in seeds or (None,)]
+    return [file.load(reference, overrides=overrides, seed=seed) for seed in seeds or (None,)]
 
 
 def _show_plan(recipes: Sequence[Recipe], options: Options) -> None:
     """Print the first recipe and its cost; the others differ in their seed alone."""
     recipe, costs, seeds = recipes[0], plan(recipes[0]), [recipe.seed for recipe in recipes]
     if options.as_json:
-        render.print_json({"recipe": recipe.resolved(), "plan": dataclasses.asdict(costs), "seeds": seeds})
+        terminal.print_json({"recipe": recipe.resolved(), "plan": dataclasses.asdict(costs), "seeds": seeds})
     else:
         of_all = f"# runs            {len(seeds)}, seeds {', '.join(map(str, seeds))}; counts are of each\n"
         words = _costs_in_words(costs) + (of_all if len(seeds) > 1 else "")
-        render.write_out(f"{recipe_file.to_toml(recipe)}\n{words}")
+        terminal.write_out(f"{file.to_toml(recipe)}\n{words}")
 
 
 def _costs_in_words(costs: Plan) -> str:
@@ -149,7 +150,7 @@ def _starting_weights(recipe: Recipe, store: Path) -> tuple[str, dict[str, Tenso
     if recipe.train.init is None:
         return None
     from cfamc_cli.engine import checkpoint
-    from cfamc_cli.engine.models import build_encoder
+    from cfamc_cli.engine.encoder import build_encoder
     from cfamc_cli.engine.randomness import addressed_generator
 
     source = find_run(store, recipe.train.init)
@@ -163,8 +164,8 @@ def _resume(reference: str, wanted: Recipe | None, options: Options) -> list[Run
     run = find_run(options.store, reference, accept=lambda run: run.status not in (None, "finished"))
     if not run.run_json.exists() or not run.recipe_toml.exists():
         raise bad_data(f"{run.path} holds no record to go on from: it was ended before it began", "start a new run")
-    status, recipe = run.record().status, recipe_file.load(str(run.recipe_toml))
-    if wanted is not None and (differing := recipe_file.differing_keys(recipe, wanted)):
+    status, recipe = run.record().status, file.load(str(run.recipe_toml))
+    if wanted is not None and (differing := file.differing_keys(recipe, wanted)):
         hint = "leave the recipe out to go on with the run's own, or start a new run"
         error = invalid(f"run {run.id} was started with another recipe: {', '.join(differing)}", hint)
         error.details["differing"] = differing
@@ -276,12 +277,12 @@ def _progress(trainer: Trainer) -> Progress:
 def _tell(record: RunRecord, run: RunFolder, session: Session) -> None:
     """Say how the run ended and what can be done with it."""
     say = session.talk.message
-    say(f"trained {record.totals.steps} updates in {render.duration(record.wall_seconds)}: {run.path}")
+    say(f"trained {record.totals.steps} updates in {terminal.duration(record.wall_seconds)}: {run.path}")
     for label, evaluation in (("untrained", record.untrained), ("trained", record.evaluation)):
         if evaluation is not None and evaluation.clean and evaluation.robust and evaluation.knn:
             say(
-                f"{label:>9}: clean {render.interval(evaluation.clean)}  "
-                f"{evaluation.attack} {evaluation.eps} {render.interval(evaluation.robust)}  "
-                f"knn {render.interval(evaluation.knn)}  (% of {evaluation.clean.n} held-out training images)"
+                f"{label:>9}: clean {terminal.interval(evaluation.clean)}  "
+                f"{evaluation.attack} {evaluation.eps} {terminal.interval(evaluation.robust)}  "
+                f"knn {terminal.interval(evaluation.knn)}  (% of {evaluation.clean.n} held-out training images)"
             )
     say(f"next: cfamc attack {session.options.reference(run)} --eps 8/255")

@@ -15,24 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cfamc_cli import recipe_file, render
 from cfamc_cli.commands.common import Options, Session, interruption, load_images, session
 from cfamc_cli.datasets import KNOWN_SETS
 from cfamc_cli.errors import Interrupted, bad_data, invalid
-from cfamc_cli.ledger import found
-from cfamc_cli.recipe import Data, Finetune, Recipe, RobustLinear
-from cfamc_cli.records import (
-    Accuracy,
-    DataUsed,
-    PendingProbe,
-    ProbeRecord,
-    Totals,
-    capture_environment,
-    load_record,
-    now,
-    save_record,
-)
-from cfamc_cli.store import (
+from cfamc_cli.recipe import file
+from cfamc_cli.recipe.schema import Data, Finetune, Recipe, RobustLinear
+from cfamc_cli.report import terminal
+from cfamc_cli.store.environment import capture_environment
+from cfamc_cli.store.ledger import found
+from cfamc_cli.store.records import Accuracy, DataUsed, PendingProbe, ProbeRecord, Totals, load_record, now, save_record
+from cfamc_cli.store.runs import (
     HEAD,
     LATEST,
     PENDING,
@@ -48,9 +40,9 @@ from cfamc_cli.store import (
 )
 
 if TYPE_CHECKING:
-    from cfamc_cli.engine.data import ImageSet
-    from cfamc_cli.engine.heads import LoadedEncoder
-    from cfamc_cli.engine.probe import Fitted, Task
+    from cfamc_cli.engine.data.sets import ImageSet
+    from cfamc_cli.engine.heads.classifier import LoadedEncoder
+    from cfamc_cli.engine.heads.frozen import Fitted, Task
     from cfamc_cli.engine.sink import Talk
 
 _MOST_CLASSES = 20  # that a table lists; a record has them all
@@ -107,7 +99,7 @@ def probe(
                 folder = _fit(run, recipe, working, transfer=transfer, limit=request.limit)
     record = load_record(folder / RECORD, ProbeRecord)
     if options.as_json:
-        render.print_json(record.model_dump(mode="json"))
+        terminal.print_json(record.model_dump(mode="json"))
     else:
         _show(record)
 
@@ -172,7 +164,7 @@ def _settled(run: RunFolder, request: Request) -> Recipe:
     overrides = [f"probe={_inline(table)}", *(f"probe.{key}={json.dumps(value)}" for key, value in asked.items())]
     if request.data is not None:
         overrides.append(f"data={_inline(_data_table(request.data))}")
-    return recipe_file.load(str(run.recipe_toml), overrides=[*overrides, *request.overrides])
+    return file.load(str(run.recipe_toml), overrides=[*overrides, *request.overrides])
 
 
 def _data_table(name: str) -> dict[str, object]:
@@ -195,7 +187,7 @@ def _load_splits(
     run: RunFolder, recipe: Recipe, *, transfer: bool, limit: int | None, talk: Talk
 ) -> tuple[ImageSet, ImageSet]:
     """The images to fit a head to and those to judge it on, labelled and fit for it."""
-    from cfamc_cli.engine.data import class_balanced_split
+    from cfamc_cli.engine.data.sets import class_balanced_split
 
     train = load_images(recipe, "train", talk=talk)
     own = run.record().data
@@ -236,7 +228,7 @@ def _go_on(run: RunFolder, working: Session) -> Path:
         raise invalid(f"run {run.id} has no unfinished head", "robust-linear and finetune can be resumed")
     folder = unfinished[-1]
     pending = load_record(folder / PENDING, PendingProbe)
-    recipe = recipe_file.validate(pending.recipe, label=str(folder / PENDING))
+    recipe = file.validate(pending.recipe, label=str(folder / PENDING))
     return _fit(run, recipe, working, transfer=pending.transfer, limit=pending.limit, begun=folder)
 
 
@@ -252,9 +244,9 @@ def _fit(
 ) -> Path:
     """Fit a head, a new one or one that was begun, and keep it; returns its folder."""
     from cfamc_cli.engine.device import out_of_memory
-    from cfamc_cli.engine.finetune import SupervisedTrainer
-    from cfamc_cli.engine.heads import load_encoder
-    from cfamc_cli.engine.probe import Task, fit_on_features
+    from cfamc_cli.engine.heads.classifier import load_encoder
+    from cfamc_cli.engine.heads.frozen import Task, fit_on_features
+    from cfamc_cli.engine.heads.supervised import SupervisedTrainer
 
     started, settings, talk, signals = time.monotonic(), recipe.probe, working.talk, working.signals
     if (status := run.record().status) != "finished":
@@ -317,8 +309,8 @@ def _keep(folder: Path, run: RunFolder, task: Task, fitted: Fitted, *, seconds: 
     """Write the weights of a head, then its record, which makes it one."""
     from cfamc_cli.engine.checkpoint import digest_of
     from cfamc_cli.engine.device import describe
-    from cfamc_cli.engine.heads import write_head
-    from cfamc_cli.engine.probe import accuracy_by_class, confusion_of
+    from cfamc_cli.engine.heads.classifier import write_head
+    from cfamc_cli.engine.heads.frozen import accuracy_by_class, confusion_of
 
     recipe, loaded, train, test = task.recipe, task.loaded, task.train, task.test
     settings, accuracy, digest = recipe.probe, None, None
@@ -364,7 +356,7 @@ def _import(path: Path, request: Request, working: Session) -> RunFolder:
     from cfamc_cli.engine import checkpoint
     from cfamc_cli.engine.checkpoint import Checkpoint
     from cfamc_cli.engine.device import describe
-    from cfamc_cli.engine.foreign import read_foreign
+    from cfamc_cli.engine.heads.imported import read_foreign
 
     if request.data is None:
         raise invalid("which images shall the imported encoder be probed on?", "such as: --data cifar10")
@@ -379,7 +371,7 @@ def _import(path: Path, request: Request, working: Session) -> RunFolder:
         "adversary": {"name": "none"},
         "probe": {"head": "linear", "features": "backbone" if foreign.backbone_only else "pre_feature"},
     }
-    recipe = recipe_file.validate(raw, label=str(path))
+    recipe = file.validate(raw, label=str(path))
     run = create_run(working.options.store, recipe.name, now=now())
     record = found(run, recipe, device=describe(working.device))
     progress = {"step": 0, "recipe": recipe.digest(), "positions": {}, "backbone_only": foreign.backbone_only}
@@ -401,20 +393,20 @@ def _show(record: ProbeRecord) -> None:
         record.id,
         record.features,
         f"{record.train.dataset}, {record.train.n:,}",
-        "-" if record.train_accuracy is None else render.percent(record.train_accuracy.value),
+        "-" if record.train_accuracy is None else terminal.percent(record.train_accuracy.value),
         f"{record.test.dataset}, {record.test.n:,}",
-        render.interval(record.test_accuracy),
-        render.duration(record.wall_seconds),
+        terminal.interval(record.test_accuracy),
+        terminal.duration(record.wall_seconds),
     ]
     columns = ("head", "features", "train images", "train %", "test images", "test % [95 %]", "time")
-    render.print_rows(f"Clean accuracy, run {record.run}", columns, [row], right=(3, 5, 6))
+    terminal.print_rows(f"Clean accuracy, run {record.run}", columns, [row], right=(3, 5, 6))
     measured = [(part.name, part.accuracy) for part in record.classes if part.accuracy is not None]
     title = "Test accuracy by class"
     if len(measured) > _MOST_CLASSES:
         measured = sorted(measured, key=lambda item: item[1].value)[: _MOST_CLASSES // 2]
         title = f"The {len(measured)} weakest of {len(record.classes)} classes"
-    rows = [(name, f"{accuracy.n:,}", render.interval(accuracy)) for name, accuracy in measured]
-    render.print_rows(title, ("class", "n", "test % [95 %]"), rows, right=(1, 2))
+    rows = [(name, f"{accuracy.n:,}", terminal.interval(accuracy)) for name, accuracy in measured]
+    terminal.print_rows(title, ("class", "n", "test % [95 %]"), rows, right=(1, 2))
 
 
 def _way_on(run: RunFolder) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from cfamc_cli import recipe_file
 from cfamc_cli.errors import invalid
-from cfamc_cli.files import write_text
+from cfamc_cli.recipe import file
+from cfamc_cli.store.files import write_text
 
 
 def titles() -> dict[str, str]:
@@ -16,9 +16,9 @@ def titles() -> dict[str, str]:
     Raises:
         CfamcError: One of them cannot be read.
     """
-    known = recipe_file.shipped()
+    known = file.shipped()
     return {
-        name: recipe_file.read(known[name], label=name).partition("\n")[0].removeprefix("#").strip()
+        name: file.read(known[name], label=name).partition("\n")[0].removeprefix("#").strip()
         for name in sorted(known, key=lambda name: (name != "quickstart", name))
     }
 
@@ -27,27 +27,27 @@ def show(reference: str) -> str:
     """Return the text of a recipe, comments included.
 
     Args:
-        reference: As for `recipe_file.load`.
+        reference: As for `file.load`.
 
     Raises:
         CfamcError: There is no such recipe, or it cannot be read.
     """
-    return recipe_file.read(recipe_file.find(reference), label=reference)
+    return file.read(file.find(reference), label=reference)
 
 
 def copy(reference: str, target: Path | None = None, *, force: bool = False) -> Path:
     """Copy a recipe and return where it lies now.
 
     Args:
-        reference: As for `recipe_file.load`.
+        reference: As for `file.load`.
         target: A file, or a folder to put it in; left out, the working folder.
         force: Replace a file that is there.
 
     Raises:
         CfamcError: There is no such recipe, the target exists, or it cannot be written.
     """
-    source = recipe_file.find(reference)
-    text = recipe_file.read(source, label=reference)
+    source = file.find(reference)
+    text = file.read(source, label=reference)
     target = target or Path()
     if target.is_dir():
         target = target / source.name

@@ -8,7 +8,7 @@ from typing import NamedTuple
 DATASETS_FOLDER = Path(__file__).parent
 FASHION_MINI_FOLDER = DATASETS_FOLDER / "fashion-mini"
 
-# SHA-256 over pixels, labels and class names as `cfamc_cli.engine.data.fingerprint` computes it; checked at load.
+# SHA-256 over pixels, labels and class names as `cfamc_cli.engine.data.sets.fingerprint` computes it; checked at load.
 FASHION_MINI_FINGERPRINTS = {
     "train": "5d9cddab6f2db128f28e30cec713febff93e39a75153286bebc862b3dbdf8512",
     "test": "ef0ec1566c5ae97a6b5a7ce32cd08df990ee43b621fe40a62c72e4d78ecbf9b1",

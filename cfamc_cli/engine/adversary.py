@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cfamc_cli.engine import ball
-from cfamc_cli.recipe import FreeAdversary, NoAdversary, PgdAdversary, number
+from cfamc_cli.recipe.schema import FreeAdversary, NoAdversary, PgdAdversary, number
 
 Groups = list[Tensor]  # one (V_g, B, C, S_g, S_g) a group of crops
 LossOf = Callable[[Sequence[Tensor]], Tensor]

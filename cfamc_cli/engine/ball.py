@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cfamc_cli.recipe import Norm
+from cfamc_cli.recipe.schema import Norm
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from cfamc_cli.errors import CfamcError, bad_data
-from cfamc_cli.files import MAX_READ, explained, read_bytes, staged_folder, write_bytes, write_json
+from cfamc_cli.store.files import MAX_READ, explained, read_bytes, staged_folder, write_bytes, write_json
 
 MODEL, STATE, MANIFEST = "model.safetensors", "state.safetensors", "manifest.json"
 SCHEMA = 1

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cfamc_cli.recipe import Augment, Crops
+from cfamc_cli.recipe.schema import Augment, Crops
 
 BLUR_RADIUS = 6  # pixels: three times the largest sigma
 BLUR_SIGMA = (0.1, 2.0)

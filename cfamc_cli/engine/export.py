@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from cfamc_cli.engine import checkpoint
 from cfamc_cli.engine.device import full_precision
-from cfamc_cli.engine.heads import Classifier, LinearHead, feature_dim
-from cfamc_cli.engine.models import Encoder
+from cfamc_cli.engine.encoder import Encoder
+from cfamc_cli.engine.heads.classifier import Classifier, LinearHead, feature_dim
 from cfamc_cli.errors import CfamcError, invalid, missing_library
-from cfamc_cli.recipe import DEPTHS, Model
-from cfamc_cli.records import CheckRecord, DataUsed, Format, OutputSpec
+from cfamc_cli.recipe.schema import DEPTHS, Model
+from cfamc_cli.store.records import CheckRecord, DataUsed, Format, OutputSpec
 
 Forward = Callable[[Tensor], Tensor]
 

@@ -11,16 +11,16 @@ from torch import Tensor
 
 from cfamc_cli.engine import monitor
 from cfamc_cli.engine.adversary import Groups, LossOf
-from cfamc_cli.engine.data import ImageSet, batch, class_balanced_split
+from cfamc_cli.engine.data.sets import ImageSet, batch, class_balanced_split
 from cfamc_cli.engine.device import peak_memory
-from cfamc_cli.engine.losses import Terms, effective_rank, feature_std
-from cfamc_cli.engine.models import Encoder
+from cfamc_cli.engine.encoder import Encoder
 from cfamc_cli.engine.monitor import Where
+from cfamc_cli.engine.objectives import Terms, effective_rank, feature_std
 from cfamc_cli.engine.randomness import addressed_generator
 from cfamc_cli.engine.sink import Ledger, Talk
 from cfamc_cli.errors import CfamcError, ExitCode
-from cfamc_cli.recipe import EmpSsl, NoAdversary, PgdAdversary, Recipe, number
-from cfamc_cli.records import TimingLine, TrainLine
+from cfamc_cli.recipe.schema import EmpSsl, NoAdversary, PgdAdversary, Recipe, number
+from cfamc_cli.store.records import TimingLine, TrainLine
 
 HELD_OUT = 1000  # training images that the online evaluation asks about
 

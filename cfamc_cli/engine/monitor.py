@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cfamc_cli.engine.adversary import Groups, LossOf, ascend_loss
-from cfamc_cli.engine.models import Encoder
-from cfamc_cli.engine.probe import extract_features, fit_converged, new_head, weighted_knn
-from cfamc_cli.recipe import number
-from cfamc_cli.records import EvaluationLine, GripLine
+from cfamc_cli.engine.encoder import Encoder
+from cfamc_cli.engine.heads.frozen import extract_features, fit_converged, new_head, weighted_knn
+from cfamc_cli.recipe.schema import number
+from cfamc_cli.store.records import EvaluationLine, GripLine
 
 BANK = 5000  # training images that the online heads are fitted to, at most
 ATTACK_STEPS = 10

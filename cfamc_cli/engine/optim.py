@@ -13,7 +13,7 @@ from typing import assert_never
 import torch
 from torch import Tensor, nn
 
-from cfamc_cli.recipe import Cosine, Lars, OfficialCosine
+from cfamc_cli.recipe.schema import Cosine, Lars, OfficialCosine
 
 
 class LarsOptimizer:

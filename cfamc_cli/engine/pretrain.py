@@ -19,18 +19,18 @@ from cfamc_cli.engine import checkpoint as checkpoints
 from cfamc_cli.engine.adversary import Groups, build_adversary
 from cfamc_cli.engine.checkpoint import Checkpoint
 from cfamc_cli.engine.crops import crop_batch, sample_parameters
-from cfamc_cli.engine.data import ImageSet, to_device
-from cfamc_cli.engine.data import batch as gather
+from cfamc_cli.engine.data.sets import ImageSet, to_device
+from cfamc_cli.engine.data.sets import batch as gather
 from cfamc_cli.engine.device import autocast, pick_precision, prepare
 from cfamc_cli.engine.distributed import World, gather_embeddings, gather_images, largest, sum_gradients
+from cfamc_cli.engine.encoder import build_encoder, frozen_statistics
 from cfamc_cli.engine.journal import Journal
-from cfamc_cli.engine.losses import Terms, objective_loss
-from cfamc_cli.engine.models import build_encoder, frozen_statistics
+from cfamc_cli.engine.objectives import Terms, objective_loss
 from cfamc_cli.engine.optim import LarsOptimizer, learning_rate
 from cfamc_cli.engine.randomness import addressed_generator, epoch_order
 from cfamc_cli.engine.sink import Ledger, Talk
 from cfamc_cli.errors import bad_data
-from cfamc_cli.recipe import FreeAdversary, Recipe
+from cfamc_cli.recipe.schema import FreeAdversary, Recipe
 
 
 class Trainer:

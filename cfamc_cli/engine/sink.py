@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from cfamc_cli.records import MetricLine, TimingLine  # an error message need not wait for them
+    from cfamc_cli.store.records import MetricLine, TimingLine
 
 
 class Talk(Protocol):

@@ -28,15 +28,15 @@ from judge import read_folder, wilson
 from machine import emit, machine
 from torch import Tensor, nn
 
-from cfamc_cli.engine.attacked import as_predictor
-from cfamc_cli.engine.attacks.autoattack import run_stage, stage_name
-from cfamc_cli.engine.attacks.fast import frozen_copy
+from cfamc_cli.engine.attacks.plan import run_stage, stage_name
 from cfamc_cli.engine.attacks.search import fooled, logits_at
-from cfamc_cli.engine.heads import load_classifier, load_encoder
+from cfamc_cli.engine.evaluation.folding import frozen_copy
+from cfamc_cli.engine.evaluation.predictor import as_predictor
+from cfamc_cli.engine.heads.classifier import load_classifier, load_encoder
 from cfamc_cli.engine.sink import NullTalk
-from cfamc_cli.recipe import ApgdAttack, FabAttack, SquareAttack, Stage, TargetedApgdAttack
-from cfamc_cli.records import ProbeRecord, load_record
-from cfamc_cli.store import HEAD, RECORD, RunFolder
+from cfamc_cli.recipe.schema import ApgdAttack, FabAttack, SquareAttack, Stage, TargetedApgdAttack
+from cfamc_cli.store.records import ProbeRecord, load_record
+from cfamc_cli.store.runs import HEAD, RECORD, RunFolder
 
 Perturb = Callable[[str, Tensor, Tensor, int], Tensor]  # stage, images, labels, seed
 _ROUNDING = 1e-6  # by which a reference's example may leave the ball

@@ -16,7 +16,7 @@ from machine import emit, machine, paired_ratio, summary
 from official import FREE_EMP_SSL, Size, free_arguments, load_script, narrow, on_a_cpu
 from torch import Tensor
 
-from cfamc_cli.engine.losses import total_coding_rate
+from cfamc_cli.engine.objectives import total_coding_rate
 
 EPS = 0.2
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cfamc_cli.engine.crops import crop_batch, sample_parameters
-from cfamc_cli.recipe import Augment, Crops
+from cfamc_cli.recipe.schema import Augment, Crops
 
 WORKERS = 2
 

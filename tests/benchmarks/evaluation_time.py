@@ -26,14 +26,14 @@ from machine import emit, machine, paired_ratio, summary
 from official import SIZES, narrow, on_a_cpu
 from torch import Tensor, nn
 
-from cfamc_cli.engine.attacked import as_predictor
-from cfamc_cli.engine.attacks.autoattack import Plan
-from cfamc_cli.engine.heads import Classifier, load_classifier, load_encoder
-from cfamc_cli.engine.robust import BLOCK, evaluate
+from cfamc_cli.engine.attacks.plan import Plan
+from cfamc_cli.engine.evaluation.blocks import BLOCK, evaluate
+from cfamc_cli.engine.evaluation.predictor import as_predictor
+from cfamc_cli.engine.heads.classifier import Classifier, load_classifier, load_encoder
 from cfamc_cli.engine.sink import NullTalk
-from cfamc_cli.recipe import PgdAttack
-from cfamc_cli.records import ProbeRecord, load_record
-from cfamc_cli.store import HEAD, RECORD, RunFolder
+from cfamc_cli.recipe.schema import PgdAttack
+from cfamc_cli.store.records import ProbeRecord, load_record
+from cfamc_cli.store.runs import HEAD, RECORD, RunFolder
 
 CPU = torch.device("cpu")
 STEP_SIZE = 0.01  # of the official evaluation, which fixes it

@@ -28,10 +28,10 @@ from torch import Tensor
 from cfamc_cli.engine import export
 from cfamc_cli.engine.attacks.pgd import pgd
 from cfamc_cli.engine.attacks.search import Region
-from cfamc_cli.engine.heads import Classifier, load_classifier, load_encoder
+from cfamc_cli.engine.heads.classifier import Classifier, load_classifier, load_encoder
 from cfamc_cli.engine.sink import NullTalk
-from cfamc_cli.records import Format, ProbeRecord, load_record
-from cfamc_cli.store import HEAD, RunFolder
+from cfamc_cli.store.records import Format, ProbeRecord, load_record
+from cfamc_cli.store.runs import HEAD, RunFolder
 
 BATCH = 250
 FORMATS: tuple[Format, ...] = ("onnx", "pt2")

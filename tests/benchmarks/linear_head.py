@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from machine import emit, machine, peak_resident
 
-from cfamc_cli.engine.models import Encoder
-from cfamc_cli.engine.probe import fit_by_batches, new_head
-from cfamc_cli.recipe import Linear, Model
+from cfamc_cli.engine.encoder import Encoder
+from cfamc_cli.engine.heads.frozen import fit_by_batches, new_head
+from cfamc_cli.recipe.schema import Linear, Model
 
 CPU = torch.device("cpu")
 

@@ -41,12 +41,12 @@ def overrides(size: Size, folder: Path) -> list[str]:
 def serve_ours(size: Size, folder: Path, extra: list[str]) -> None:
     """The engine's own loop, one batch a turn; the clock runs from one batch's crops to the next one's."""
     gate = Gate()
-    from cfamc_cli import recipe_file
-    from cfamc_cli.engine import data
+    from cfamc_cli.engine.data import sets
     from cfamc_cli.engine.device import pick_device
     from cfamc_cli.engine.distributed import World
     from cfamc_cli.engine.pretrain import Trainer
     from cfamc_cli.engine.sink import NullLedger, NullTalk
+    from cfamc_cli.recipe import file
 
     class PacedTrainer(Trainer):
         started: float | None = None
@@ -60,11 +60,11 @@ def serve_ours(size: Size, folder: Path, extra: list[str]) -> None:
             return super().crops_of(batch)
 
     after_imports = resident()
-    recipe = recipe_file.load("cifar10", overrides=[*overrides(size, folder), *extra])
+    recipe = file.load("cifar10", overrides=[*overrides(size, folder), *extra])
     with tempfile.TemporaryDirectory() as checkpoints:
         cache = Path(tempfile.gettempdir()) / "cfamc-benchmarks"
         cache.mkdir(exist_ok=True)
-        images = data.load(recipe.data, "train", seed=recipe.seed, cache=cache, talk=NullTalk())
+        images = sets.load(recipe.data, "train", seed=recipe.seed, cache=cache, talk=NullTalk())
         after_data = resident()
         trainer = PacedTrainer(
             recipe, images, device=pick_device("cpu"), world=World(), talk=NullTalk(), ledger=NullLedger()

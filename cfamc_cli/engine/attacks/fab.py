@@ -18,7 +18,7 @@ from torch import Tensor
 from cfamc_cli.engine.attacks.objectives import ranked_targets
 from cfamc_cli.engine.attacks.search import Predict, Region, Roster, blend, climb, fooled, logits_at
 from cfamc_cli.engine.ball import norms, per_sample
-from cfamc_cli.recipe import Norm
+from cfamc_cli.recipe.schema import Norm
 
 _ALPHA_MAX = 0.1  # largest pull towards the clean image
 _ETA = 1.05  # overshoot beyond the hyperplane

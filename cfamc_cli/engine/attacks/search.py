@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cfamc_cli.engine.ball import norms, per_sample, project
-from cfamc_cli.recipe import Norm
+from cfamc_cli.recipe.schema import Norm
 
 Predict = Callable[[Tensor], Tensor]  # images in [0, 1], (N, C, H, W) -> logits (N, classes)
 

@@ -1,0 +1,1 @@
+"""Images: data sets by name, folders, their archives and packed files."""

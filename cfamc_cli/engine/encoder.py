@@ -1,0 +1,175 @@
+"""The encoder: a ResNet with torchvision's parameter names at any width, `pre_feature`, and the projector.
+
+ResNet: He et al., arXiv:1512.03385, with the stride of a bottleneck on its 3x3 convolution as in torchvision; heads as
+in EMP-SSL (arXiv:2304.03977). Symbols: F backbone features (8 width; 32 width for bottlenecks), D embedding dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cfamc_cli.recipe.schema import DEPTHS, Features, Model
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut."""
+
+    expansion = 1
+
+    def __init__(self, inputs: int, width: int, *, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, width, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.downsample = _shortcut(inputs, width, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        x = self.bn2(self.conv2(x))
+        return F.relu(x + shortcut, inplace=True)
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions and a shortcut; four times as many channels come out."""
+
+    expansion = 4
+
+    def __init__(self, inputs: int, width: int, *, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(4 * width)
+        self.downsample = _shortcut(inputs, 4 * width, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        x = F.relu(self.bn2(self.conv2(x)), inplace=True)
+        x = self.bn3(self.conv3(x))
+        return F.relu(x + shortcut, inplace=True)
+
+
+class _NarrowShortcut(nn.Conv2d):
+    """A strided 1x1 convolution that takes its pixels first.
+
+    Below 8 channels, oneDNN's weight gradient of the strided kind writes beyond its buffer (torch 2.14, AVX2,
+    channels_last), which ends the process.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        down, across = self.stride
+        return F.conv2d(x[..., ::down, ::across], self.weight, self.bias)
+
+
+def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential | None:
+    if stride == 1 and inputs == outputs:
+        return None
+    convolution = _NarrowShortcut if inputs < 8 else nn.Conv2d
+    return nn.Sequential(convolution(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+
+class ResNet(nn.Module):
+    """A ResNet without its classifier: (N, 3, S, S) in [0, 1] to (N, F) features.
+
+    The "cifar" stem is a 3x3 convolution of stride 1 without pooling; "imagenet" is 7x7, stride 2, then max-pooling.
+    """
+
+    def __init__(self, backbone: Literal["resnet18", "resnet34", "resnet50"], *, stem: str, width: int) -> None:
+        super().__init__()
+        block = Bottleneck if backbone == "resnet50" else BasicBlock
+        if stem == "cifar":
+            self.conv1 = nn.Conv2d(3, width, 3, 1, 1, bias=False)
+            self.maxpool: nn.Module = nn.Identity()
+        else:
+            self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
+            self.maxpool = nn.MaxPool2d(3, 2, 1)
+        self.bn1 = nn.BatchNorm2d(width)
+        inputs = width
+        for stage, depth in enumerate(DEPTHS[backbone]):
+            blocks = []
+            for place in range(depth):
+                stride = 2 if stage > 0 and place == 0 else 1
+                blocks.append(block(inputs, width * 2**stage, stride=stride))
+                inputs = width * 2**stage * block.expansion
+            self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
+        self.feature_dim = inputs
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True))
+        for stage in range(1, 5):
+            x = self.get_submodule(f"layer{stage}")(x)
+        return x.mean((2, 3))
+
+
+class Encoder(nn.Module):
+    """Backbone, `pre_feature` (what heads read) and projector (what the objective reads)."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.backbone = ResNet(model.backbone, stem=model.stem, width=model.width)
+        self.pre_feature = nn.Sequential(
+            nn.Linear(self.backbone.feature_dim, model.hidden_dim), nn.BatchNorm1d(model.hidden_dim), nn.ReLU()
+        )
+        self.projector = nn.Sequential(
+            nn.Linear(model.hidden_dim, model.hidden_dim),
+            nn.BatchNorm1d(model.hidden_dim),
+            nn.ReLU(),
+            nn.Linear(model.hidden_dim, model.embedding_dim),
+        )
+
+    def features(self, x: Tensor, *, features: Features = "pre_feature") -> Tensor:
+        """What a head reads: (N, 3, S, S) in [0, 1] to (N, hidden_dim) or (N, F)."""
+        x = x.contiguous(memory_format=torch.channels_last)
+        x = self.backbone(x)
+        return x if features == "backbone" else self.pre_feature(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Unit-norm embeddings: (N, 3, S, S) in [0, 1] to (N, D), float32 also under autocast."""
+        z: Tensor = self.projector(self.features(x))
+        return F.normalize(z if z.dtype == torch.float64 else z.float(), dim=-1)
+
+    def embed(self, groups: Sequence[Tensor]) -> Tensor:
+        """Embeddings of all crops, each group in a forward pass of its own.
+
+        Args:
+            groups: (V_g, B, 3, S_g, S_g) in [0, 1] each.
+
+        Returns:
+            (V, B, D), unit norm, groups in order.
+        """
+        return torch.cat([self(group.flatten(0, 1)).unflatten(0, group.shape[:2]) for group in groups])
+
+
+def build_encoder(model: Model, *, generator: torch.Generator) -> Encoder:
+    """A fresh encoder on the CPU whose weights depend on the generator alone; the caller's RNG is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(generator.initial_seed())  # torch.manual_seed would seed every device
+        return Encoder(model).to(memory_format=torch.channels_last)
+
+
+@contextmanager
+def frozen_statistics(module: nn.Module) -> Iterator[None]:
+    """Within, batch norm in training mode still uses batch statistics but leaves its running ones alone."""
+    norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    tracked = [norm.track_running_stats for norm in norms]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm, track in zip(norms, tracked, strict=True):
+            norm.track_running_stats = track

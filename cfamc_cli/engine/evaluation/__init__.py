@@ -1,0 +1,1 @@
+"""Evaluation under attack: who is asked, who checks, and what says whether to trust it."""

@@ -1,0 +1,303 @@
+"""The evaluation under attack: fixed blocks of samples, a ledger of outcomes, verification and audit.
+
+Samples come in a fixed order and are cut into blocks; each block goes through the stages in order, and only what still
+stands goes into the next stage. A finished stage of a block is committed whole and never run again. Everything random
+is drawn from (seed, block, stage), so an evaluation that was cut and resumed equals one that was not.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cfamc_cli.engine.attacks.plan import Plan, passes, run_stage, stage_name
+from cfamc_cli.engine.attacks.search import logits_at
+from cfamc_cli.engine.evaluation.audit import AuditSettings, cheap_checks, full_checks, judge, trace_checks
+from cfamc_cli.engine.evaluation.verify import BATCHES, Meter, Predictor, in_region, look, undisturbed
+from cfamc_cli.engine.randomness import addressed_generator, addressed_seed
+from cfamc_cli.engine.sink import Talk
+from cfamc_cli.store.records import Flag, Mask, Outcome, Stage
+
+BLOCK = 250  # samples; divides 500, 1,000 and 10,000, and its gradients fit a laptop
+_PROBED = 64  # samples that the cheap checks look at
+_HEARTBEAT = 1.0  # seconds between two reports within a stage
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Verified examples of one committed stage."""
+
+    positions: tuple[int, ...]  # their places in the order
+    images: Tensor  # in [0, 1], (k, C, H, W), on the CPU
+    labels: tuple[int, ...]  # what they are predicted as
+
+
+Commit = Callable[[Outcome, Examples], None]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A finished evaluation of n samples in the given order."""
+
+    outcomes: tuple[Outcome, ...]  # every committed stage, by block and stage
+    checks: tuple[Flag, ...]  # what says whether the numbers can be trusted
+
+    @property
+    def clean(self) -> Mask:
+        """Which samples are classified right without an attack; those with unsteady predictions among them."""
+        return tuple(not bit for o in self.outcomes if o.stage == 0 for bit in o.broken)
+
+    @property
+    def robust(self) -> Mask:
+        """Which samples stand after every stage."""
+        last = self.outcomes[-1].stage
+        return tuple(bit for o in self.outcomes if o.stage == last for bit in o.standing)
+
+    def totals(self) -> tuple[Stage, ...]:
+        """Each stage over all blocks, "clean" first."""
+        totals, given = [], len(self.clean)
+        for stage in range(self.outcomes[-1].stage + 1):
+            done = [o for o in self.outcomes if o.stage == stage]
+            total = Stage(
+                name=done[0].name,
+                attacked=given,
+                broken=sum(sum(o.broken) for o in done),
+                forward=sum(o.forward for o in done),
+                backward=sum(o.backward for o in done),
+                wall_seconds=sum(o.seconds for o in done),
+            )
+            totals.append(total)
+            given = sum(sum(o.standing) for o in done)
+        return tuple(totals)
+
+
+class _Pace:
+    """How far an evaluation is: the passes of the stage under way are held against about so many as it will make."""
+
+    def __init__(self, talk: Talk, label: str, plan: Plan, *, n: int, block_size: int) -> None:
+        self.meter = Meter(self._beat)
+        self._talk, self._label, self._n, self._block_size = talk, label, n, block_size
+        seen = 1 + len(BATCHES)  # passes with which an evaluator looks at a point
+        self._costs = [seen, *(seen + passes(stage, eot=plan.eot) for stage in plan.stages)]  # of one sample
+        self._first = self._stage = 0
+        self._standing = 1.0
+        self._last = time.monotonic()
+
+    def begin(self, first: int, stage: int, standing: Mask) -> None:
+        """A stage of the block that begins at sample `first` is next."""
+        self._first, self._stage, self._standing = first, stage, sum(standing) / len(standing)
+        self._report()
+
+    def end(self) -> None:
+        """All is done."""
+        self._first = self._n
+        self._talk.progress(self._label, self._n, self._n, {})
+
+    def _beat(self) -> None:
+        if time.monotonic() - self._last >= _HEARTBEAT and self._first < self._n:
+            self._report()
+
+    def _report(self) -> None:
+        self._last = time.monotonic()
+        size = min(self._block_size, self._n - self._first)
+        expected = self._costs[self._stage] * self._standing * size
+        within = min(self.meter.forward / max(1.0, expected), 0.99)
+        share = (sum(self._costs[: self._stage]) + within * self._costs[self._stage]) / sum(self._costs)
+        at = min(self._first + int(share * size), self._n - 1)
+        self._talk.progress(self._label, at, self._n, {"standing in block": self._standing})
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What the blocks of one evaluation share."""
+
+    predictor: Predictor  # its passes are counted
+    pace: _Pace
+    plan: Plan
+    seed: int
+    block_size: int
+    device: torch.device
+
+
+def evaluate(
+    predictor: Predictor,
+    x: Tensor,
+    y: Tensor,
+    *,
+    plan: Plan,
+    seed: int,
+    block_size: int,
+    device: torch.device,
+    finished: Sequence[Outcome],
+    commit: Commit,
+    audit: AuditSettings | None,
+    label: str,
+    talk: Talk,
+) -> Evaluation:
+    """Attack samples in fixed blocks and keep a ledger of what happened to each.
+
+    Args:
+        predictor: What is attacked, on `device`.
+        x: Clean images in their fixed order, float32 in [0, 1], (N, C, H, W), on any device.
+        y: Labels, int64 (N,).
+        plan: The stages of the attack.
+        seed: Of everything random; draws are addressed by (seed, block, stage).
+        block_size: Samples of a block. The last block may be smaller; if more samples are asked for later, that block
+            alone is done again, and all others are taken from `finished`.
+        device: Where the attacks compute.
+        finished: Outcomes committed earlier for the same predictor, data, plan, seed and block size. Those that do
+            not fit the blocks at hand are left unused; a stage that is missing among them is done again by itself.
+        commit: Called with each newly finished stage of a block and its verified examples, in order.
+        audit: What the full audit spends; None for the cheap checks alone.
+        label: What progress is reported under.
+        talk: Hears of it.
+
+    Returns:
+        The ledger, equal to that of an uncut evaluation except for times.
+
+    Raises:
+        ValueError: There is no sample, the images are not float32 in [0, 1], or labels and logits do not fit.
+    """
+    _require(x, y, block_size)
+    pace = _Pace(talk, label, plan, n=len(x), block_size=block_size)
+    work = _Work(pace.meter.watched(predictor), pace, plan, seed, block_size, device)
+    predict = work.predictor.logits
+    with undisturbed(predictor.modules, device) as traces:
+        torch.manual_seed(addressed_seed("predictor", seed))
+        head, head_labels = x[:_PROBED].to(device), y[:_PROBED].to(device)
+        classes = logits_at(predict, head).shape[1]
+        if not 0 <= int(y.min()) <= int(y.max()) < classes:
+            raise ValueError(f"labels reach from {int(y.min())} to {int(y.max())}, but there are {classes} logits")
+        checks = cheap_checks(predict, head, head_labels)
+        pace.meter.read()
+        outcomes = _all_blocks(work, x, y, {(o.block, o.stage): o for o in finished}, commit)
+        checks += _ledger_checks(outcomes)
+        if audit is not None:
+            checks += _audited(work, x, y, outcomes, audit)
+        checks += trace_checks(traces())
+    return Evaluation(tuple(outcomes), tuple(checks))
+
+
+def _require(x: Tensor, y: Tensor, block_size: int) -> None:
+    """Refuse what cannot be evaluated."""
+    if len(x) == 0 or len(x) != len(y) or x.dim() != 4:
+        raise ValueError(f"images {tuple(x.shape)} and labels {tuple(y.shape)} are no samples to evaluate")
+    if x.dtype != torch.float32 or not bool(((x >= 0) & (x <= 1)).all()):
+        raise ValueError(f"images must be float32 in [0, 1], not {x.dtype} in [{float(x.min())}, {float(x.max())}]")
+    if block_size < 1:
+        raise ValueError(f"a block holds at least one sample, not {block_size}")
+
+
+def _all_blocks(
+    work: _Work, x: Tensor, y: Tensor, known: dict[tuple[int, int], Outcome], commit: Commit
+) -> list[Outcome]:
+    """Every stage of every block, from `known` where it is there."""
+    outcomes: list[Outcome] = []
+    names = ("clean", *(stage_name(stage) for stage in work.plan.stages))
+    for block, first in enumerate(range(0, len(x), work.block_size)):
+        images = x[first : first + work.block_size].to(work.device)
+        labels = y[first : first + work.block_size].to(work.device)
+        standing: Mask = (True,) * len(images)
+        for number, name in enumerate(names):
+            work.pace.begin(first, number, standing)
+            outcome = known.get((block, number))
+            if outcome is None or not _follows(outcome, name, standing):
+                began = time.perf_counter()
+                torch.manual_seed(addressed_seed("predictor", work.seed, block, number))
+                if number == 0:
+                    fates, examples = _predicted(work, images, labels), _no_examples(images)
+                else:
+                    before = torch.tensor(standing, device=work.device)
+                    fates, examples = _attacked(work, images, labels, before, block, number, first)
+                standing, broken, not_finite, unsteady, invalid = (tuple(bits) for bits in fates.tolist())
+                passed = work.pace.meter.read()
+                seconds = time.perf_counter() - began
+                outcome = Outcome(
+                    block, number, name, standing, broken, not_finite, unsteady, invalid, *passed, seconds
+                )
+                commit(outcome, examples)
+            standing = outcome.standing
+            outcomes.append(outcome)
+    work.pace.end()
+    return outcomes
+
+
+def _follows(outcome: Outcome, name: str, standing: Mask) -> bool:
+    """Whether a committed stage is the one that comes next: it began with what stands."""
+    fates = zip(outcome.standing, outcome.broken, outcome.not_finite, strict=True)
+    if outcome.name != name or len(outcome.standing) != len(standing):
+        return False
+    return outcome.stage == 0 or tuple(any(fate) for fate in fates) == standing
+
+
+def _no_examples(x: Tensor) -> Examples:
+    return Examples((), torch.empty(0, *x.shape[1:]), ())
+
+
+def _predicted(work: _Work, x: Tensor, y: Tensor) -> Tensor:
+    """Stage 0, which samples are classified right at all: the five masks of its outcome, (5, N)."""
+    seen = look(work.predictor.logits, x)
+    right = seen.label == y
+    unsteady = ~seen.steady | (seen.moved > 0)
+    return torch.stack((right & seen.finite & seen.steady, ~right, ~seen.finite, unsteady, torch.zeros_like(right)))
+
+
+def _attacked(
+    work: _Work, x: Tensor, y: Tensor, standing: Tensor, block: int, number: int, first: int
+) -> tuple[Tensor, Examples]:
+    """One stage on the samples of a block that still stand: the five masks of its outcome, (5, N), and its examples."""
+    plan, target, alive = work.plan, work.predictor, standing.nonzero().flatten()
+    fates = torch.zeros((5, len(x)), dtype=torch.bool, device=x.device)
+    if not len(alive):
+        return fates, _no_examples(x)
+    given, labels = x[alive], y[alive]
+    generator, stage = addressed_generator("attack", work.seed, block, number), plan.stages[number - 1]
+    points = run_stage(stage, target.search, given, labels, embed=target.embed, eot=plan.eot, generator=generator)
+    valid = in_region(given, points, eps=plan.eps, norm=plan.norm)
+    points = torch.where(valid[:, None, None, None], points, given) if points.shape == given.shape else given
+    seen = look(target.logits, points)
+    shown = torch.where(seen.label != labels, seen.label, seen.other)  # as wrong as it is at any batch size
+    broken = valid & seen.finite & (shown != labels)
+    fates[:, alive] = torch.stack((~broken & seen.finite, broken, ~seen.finite, seen.moved > 0, ~valid))
+    hits = broken.nonzero().flatten()
+    places, classes = (alive[hits] + first).tolist(), shown[hits].tolist()
+    return fates, Examples(tuple(places), points[hits].cpu(), tuple(classes))
+
+
+def _ledger_checks(outcomes: Sequence[Outcome]) -> list[Flag]:
+    """What the ledger itself says against the numbers."""
+    return [
+        judge(
+            "not-finite", sum(sum(o.not_finite) for o in outcomes), 0, "samples with a prediction that is not finite"
+        ),
+        judge(
+            "batch",
+            sum(sum(o.unsteady) for o in outcomes),
+            0,
+            "samples whose prediction changes with the batch they are in",
+        ),
+        judge(
+            "invalid-example", sum(sum(o.invalid) for o in outcomes), 0, "examples that are no images or left the ball"
+        ),
+    ]
+
+
+def _audited(work: _Work, x: Tensor, y: Tensor, outcomes: Sequence[Outcome], audit: AuditSettings) -> list[Flag]:
+    """The full audit, on the first samples that stood without an attack."""
+    clean = torch.tensor([bit for o in outcomes if o.stage == 0 for bit in o.standing])
+    robust = torch.tensor([bit for o in outcomes if o.stage == len(work.plan.stages) for bit in o.standing])
+    rows = clean.nonzero().flatten()[: audit.samples]
+    return full_checks(
+        work.predictor.logits,
+        x[rows].to(work.device),
+        y[rows].to(work.device),
+        plan=work.plan,
+        broken=~robust[rows].to(work.device),
+        places=rows,
+        settings=audit,
+        seed=work.seed,
+    )

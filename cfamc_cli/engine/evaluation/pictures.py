@@ -1,0 +1,126 @@
+"""Pictures of adversarial examples, and how the loss climbs during an attack.
+
+A sheet shows per sample the clean image, the adversarial one and their difference amplified around grey.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from cfamc_cli.engine.attacks.pgd import cross_entropy_of, projected_ascent
+from cfamc_cli.engine.attacks.search import Predict, Region
+from cfamc_cli.recipe.schema import Norm
+
+_TILE = 112  # pixels of the smaller side that small images are enlarged to
+_GAP, _LINE = 8, 14
+_COLUMNS = 3
+_INK, _PAPER, _WRONG = (20, 20, 20), (255, 255, 255), (170, 20, 20)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One sample of a sheet."""
+
+    clean: Tensor  # (3, H, W) in [0, 1]
+    adversarial: Tensor  # (3, H, W) in [0, 1]
+    title: str  # which sample it is
+    label: str  # name of its class, which is also what the clean image is predicted as
+    predicted: str  # name of the class that the adversarial image is predicted as
+
+
+def sheet(samples: Sequence[Shown], *, heading: Sequence[str], gain: float) -> bytes:
+    """Draw samples as one PNG.
+
+    Args:
+        samples: At least one; images of one size.
+        heading: Lines above the pictures.
+        gain: What differences are multiplied by before they are added to middle grey.
+    """
+    height, width = samples[0].clean.shape[-2:]
+    scale = max(1, round(_TILE / min(height, width)))
+    tile_w, tile_h = width * scale, height * scale
+    cell_w, cell_h = 3 * tile_w + 2 * 2, tile_h + 3 * _LINE + _GAP
+    columns = min(_COLUMNS, len(samples))
+    rows = -(-len(samples) // columns)
+    font = ImageFont.load_default()
+    longest = max(round(font.getlength(_plain(line))) for line in heading)
+    top = _GAP + _LINE * (len(heading) + 1)
+    canvas_w = max(columns * (cell_w + 2 * _GAP), longest + 2 * _GAP)
+    canvas = Image.new("RGB", (canvas_w, top + rows * cell_h), _PAPER)
+    draw = ImageDraw.Draw(canvas)
+    for line, text in enumerate(heading):
+        draw.text((_GAP, _GAP + line * _LINE), _plain(text), fill=_INK, font=font)
+    for place, sample in enumerate(samples):
+        left = _GAP + place % columns * (cell_w + 2 * _GAP)
+        upper = top + place // columns * cell_h
+        difference = 0.5 + gain * (sample.adversarial - sample.clean)
+        for number, image in enumerate((sample.clean, sample.adversarial, difference)):
+            canvas.paste(_enlarged(image, (tile_w, tile_h)), (left + number * (tile_w + 2), upper))
+        below = upper + tile_h + 2
+        captions = (
+            (f"{sample.title}: {sample.label}, predicted so when clean", _INK),
+            (f"adversarial: predicted as {sample.predicted}", _WRONG),
+        )
+        for line, (text, ink) in enumerate(captions):
+            draw.text((left, below + line * _LINE), _fitting(text, cell_w, font), fill=ink, font=font)
+    out = io.BytesIO()
+    canvas.save(out, format="PNG")
+    return out.getvalue()
+
+
+_Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
+
+
+def _fitting(text: str, width: int, font: _Font) -> str:
+    """The text, cut where it is wider than its place."""
+    text = _plain(text)
+    while len(text) > 4 and font.getlength(text) > width:
+        text = text[:-4] + "..."
+    return text
+
+
+def _plain(text: str) -> str:
+    """What the built-in font can draw."""
+    return "".join(c if " " <= c <= "~" else "?" for c in text)
+
+
+def _enlarged(image: Tensor, size: tuple[int, int]) -> Image.Image:
+    pixels = (image.detach().cpu().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
+    return Image.fromarray(pixels.numpy()).resize(size, Image.Resampling.NEAREST)
+
+
+def loss_by_step(
+    predict: Predict, x: Tensor, y: Tensor, *, eps: float, norm: Norm, step_size: float, steps: int
+) -> tuple[list[float], list[float]]:
+    """How PGD from the clean images climbs when no sample stops early.
+
+    Args:
+        predict: Logits from images.
+        x: Clean images in [0, 1], (N, C, H, W).
+        y: Labels, (N,).
+        eps: Radius of the ball.
+        norm: Its norm.
+        step_size: Length of a step, in the units of eps.
+        steps: Number of steps.
+
+    Returns:
+        Mean cross-entropy and accuracy after 0 to `steps` steps; the last iterate counts, not the best.
+    """
+    losses: list[float] = []
+    right: list[float] = []
+    nobody = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+
+    def look(_samples: Tensor, _points: Tensor, logits: Tensor, values: Tensor) -> Tensor:
+        losses.append(float(values.mean()))
+        right.append(float((logits.argmax(1) == y).float().mean()))
+        return nobody
+
+    region = Region.around(x, eps=eps, norm=norm)
+    projected_ascent(predict, region, x, objective=cross_entropy_of(y), look=look, step_size=step_size, steps=steps)
+    return losses, right

@@ -1,0 +1,165 @@
+"""What a recipe costs before anything runs: counts, parameters, arithmetic and memory. Never imports torch.
+
+The encoder is torchvision's ResNet without its classifier, `pre_feature` and the projector, as in
+cfamc_cli/engine/models.py; tests hold the counts here to the modules there. Symbols: B images of a batch, V crops of an
+image, S side of a crop in pixels, F backbone features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, assert_never
+
+from cfamc_cli.datasets import KNOWN_SETS
+from cfamc_cli.recipe.schema import DEPTHS, FreeAdversary, Model, NoAdversary, PgdAdversary, Recipe
+
+PER_IMAGES = 1_000  # what counts refer to where the number of images is unknown
+_FLOAT = 4  # bytes of a float32
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cost of a run."""
+
+    images: int  # training images that the counts refer to
+    per_thousand: bool  # whether `images` only stands in for a number that is not known yet
+    batches_per_epoch: int  # whole batches of an epoch
+    batches: int  # batches of the run
+    weight_updates: int  # optimizer steps; each batch has one for every replay
+    view_passes: int  # forward and backward passes of one view that train the weights
+    attack_view_passes: int  # the same for the steps of a PGD adversary, perturbed views only
+    parameters: int  # trained numbers of the whole encoder
+    backbone_parameters: int  # those of the backbone
+    flops_per_view: float  # forward and backward of one view, 2 per multiply-add, averaged over the groups of crops
+    flops: int  # the run's, attack included, in whole floating-point operations
+    memory: int  # an estimate of the peak in bytes, from the parts below
+    weight_bytes: int  # weights, gradients and momentum
+    activation_bytes: int  # what one step keeps for its backward pass
+    data_bytes: int  # the resident images; 0 where their size is unknown
+    crop_bytes: int  # crops of one batch, and the perturbation with its gradient
+
+
+def plan(recipe: Recipe, images: int | None = None) -> Plan:
+    """Count what a run of `recipe` does.
+
+    Args:
+        recipe: A checked recipe.
+        images: Training images, where they were counted; else those of a known set, or 1,000 of a folder.
+
+    Raises:
+        CfamcError: As for `Recipe.require_fit`.
+    """
+    batch, counted = recipe.train.batch_size, recipe.data.known_images if images is None else images
+    count = max(PER_IMAGES, batch) if counted is None else counted
+    if counted is not None:
+        recipe.require_fit(counted)
+    batches = recipe.batches(count)
+    updates = batches * recipe.replays
+
+    # Per image: arithmetic of all its crops, and of those that a PGD step passes.
+    costs = [group.count * flops_per_view(recipe.model, size=group.size) for group in recipe.crops]
+    match recipe.adversary:
+        case NoAdversary() | FreeAdversary():
+            attacked, attack_cost = 0, 0  # a free adversary lives on the passes that train the weights
+        case PgdAdversary(views="all", steps=steps):
+            attacked, attack_cost = steps * recipe.views, steps * sum(costs)
+        case PgdAdversary(views="second", steps=steps):  # of every group but the first
+            attacked, attack_cost = steps * (recipe.views - recipe.crops[0].count), steps * sum(costs[1:])
+        case _ as never:
+            assert_never(never)  # type: ignore[arg-type]
+
+    parameters, backbone_parameters = parameter_counts(recipe.model)
+    activation = 4 if recipe.train.precision == "float32" else 2
+    kept = sum(group.count * activations_per_view(recipe.model, size=group.size) for group in recipe.crops)
+    activation_bytes = activation * batch * kept
+    pixels = sum(batch * group.count * 3 * group.size**2 for group in recipe.crops)
+    kept_pixels = 1 if isinstance(recipe.adversary, NoAdversary) else 3  # crops; with delta and its gradient
+    known = KNOWN_SETS.get(recipe.data.dataset)
+    size = recipe.data.size or (known.size if known else 0)
+    weight_bytes, data_bytes, crop_bytes = 3 * _FLOAT * parameters, count * 3 * size**2, _FLOAT * kept_pixels * pixels
+    return Plan(
+        images=count,
+        per_thousand=counted is None,
+        batches_per_epoch=count // batch,
+        batches=batches,
+        weight_updates=updates,
+        view_passes=updates * batch * recipe.views,
+        attack_view_passes=batches * batch * attacked,
+        parameters=parameters,
+        backbone_parameters=backbone_parameters,
+        flops_per_view=sum(costs) / recipe.views,
+        flops=batch * (updates * sum(costs) + batches * attack_cost),
+        memory=weight_bytes + activation_bytes + data_bytes + crop_bytes,
+        weight_bytes=weight_bytes,
+        activation_bytes=activation_bytes,
+        data_bytes=data_bytes,
+        crop_bytes=crop_bytes,
+    )
+
+
+class _Conv(NamedTuple):
+    """A convolution without bias and the batch norm behind it."""
+
+    inputs: int
+    outputs: int
+    kernel: int
+    size: int  # side of what comes out
+
+    @property
+    def weights(self) -> int:
+        return self.inputs * self.outputs * self.kernel**2
+
+
+def _convolutions(model: Model, *, size: int) -> Iterator[_Conv]:
+    """The backbone's convolutions, for crops of `size` pixels, in order."""
+    side = size if model.stem == "cifar" else _halved(size)
+    yield _Conv(3, model.width, 3 if model.stem == "cifar" else 7, side)
+    side = side if model.stem == "cifar" else _halved(side)  # max-pooling, kernel 3, stride 2
+    inputs = model.width
+    for stage, depth in enumerate(DEPTHS[model.backbone]):
+        width = model.width * 2**stage
+        outputs = 4 * width if model.backbone == "resnet50" else width
+        for place in range(depth):
+            strided = stage > 0 and place == 0
+            before, side = side, _halved(side) if strided else side
+            if model.backbone == "resnet50":
+                yield _Conv(inputs, width, 1, before)
+                yield _Conv(width, width, 3, side)
+                yield _Conv(width, outputs, 1, side)
+            else:
+                yield _Conv(inputs, width, 3, side)
+                yield _Conv(width, width, 3, side)
+            if strided or inputs != outputs:
+                yield _Conv(inputs, outputs, 1, side)  # shortcut
+            inputs = outputs
+
+
+def _halved(size: int) -> int:
+    return (size + 1) // 2
+
+
+def _linears(model: Model) -> tuple[tuple[int, int], ...]:
+    """(inputs, outputs) of the linear layers, all with bias: pre_feature, then the projector's two."""
+    features = model.width * (32 if model.backbone == "resnet50" else 8)
+    hidden = model.hidden_dim
+    return (features, hidden), (hidden, hidden), (hidden, model.embedding_dim)
+
+
+def parameter_counts(model: Model) -> tuple[int, int]:
+    """Trained numbers of the whole encoder, and of its backbone."""
+    backbone = sum(conv.weights + 2 * conv.outputs for conv in _convolutions(model, size=32))
+    heads = sum((inputs + 1) * outputs for inputs, outputs in _linears(model)) + 2 * 2 * model.hidden_dim
+    return backbone + heads, backbone
+
+
+def flops_per_view(model: Model, *, size: int) -> int:
+    """Floating-point operations of one view, forward and backward: 2 per multiply-add, backward twice the forward."""
+    convolved = sum(conv.weights * conv.size**2 for conv in _convolutions(model, size=size))
+    return 3 * 2 * (convolved + sum(inputs * outputs for inputs, outputs in _linears(model)))
+
+
+def activations_per_view(model: Model, *, size: int) -> int:
+    """Numbers that one view keeps for the backward pass: what goes into each batch norm, and what comes out of it."""
+    convolved = sum(2 * conv.outputs * conv.size**2 for conv in _convolutions(model, size=size))
+    return convolved + 2 * 2 * model.hidden_dim + model.embedding_dim

@@ -1,0 +1,1 @@
+"""What people read: the terminal, sheets, pictures, the page, the model card."""

@@ -1,0 +1,102 @@
+"""The model card of an export, in Markdown: what it is, how to load it, what was measured and what was not."""
+
+from __future__ import annotations
+
+import re
+
+from cfamc_cli.recipe import file as recipe_file
+from cfamc_cli.recipe.schema import DEPTHS, Recipe, number
+from cfamc_cli.report import terminal
+from cfamc_cli.report.sheets import markdown_table, markdown_text
+from cfamc_cli.store.records import AttackRecord, ExportRecord, ProbeRecord, RunRecord
+
+_ATTACK_COLUMNS = ("head", "threat model", "attack", "data", "n", "clean", "robust", "checks")
+_LIBRARY_WIDTH = 64  # the one width of torchvision's and timm's ResNets
+
+
+def card(made: ExportRecord, recipe: Recipe, run: RunRecord) -> str:
+    """The model card, in Markdown: what this is, how to load it, what was measured and what was not.
+
+    Text of recipes and data sets is escaped, so that no reader takes it for markup.
+    """
+    environment = terminal.templates()
+    environment.filters |= {"plain": markdown_text, "duration": terminal.duration}
+    read = [probe.features for probe in made.probes if probe.id == made.source.head]
+    written = [(file.name, f"{file.size:,}", file.sha256) for file in made.files]
+    toml = "\n".join(terminal.clean(line) for line in recipe_file.to_toml(recipe).splitlines())
+    return environment.get_template("card.md").render(
+        made=made,
+        recipe=recipe,
+        run=run,
+        file=f"{made.part}.{made.format}",
+        library_width=_LIBRARY_WIDTH,
+        depths=DEPTHS[recipe.model.backbone],
+        backbone_dim=recipe.model.width * (32 if recipe.model.backbone == "resnet50" else 8),
+        pre_feature=made.part == "encoder" or "pre_feature" in read,
+        probes=markdown_table(("probe", "head", "features", "data", "n", "accuracy"), map(_probe_row, made.probes)),
+        attacks=markdown_table(_ATTACK_COLUMNS, map(_attack_row, made.attacks)),
+        notes=list(dict.fromkeys(note for attack in made.attacks for note in attack.notes)),
+        gaps=not_measured(made),
+        files=markdown_table(("file", "bytes", "SHA-256"), written),
+        toml=_fenced(toml),
+    )
+
+
+def _probe_row(probe: ProbeRecord) -> tuple[str, ...]:
+    data, accuracy = f"{probe.test.dataset} {probe.test.split}", probe.test_accuracy
+    return (probe.id, probe.head, probe.features, data, f"{accuracy.n:,}", terminal.interval(accuracy))
+
+
+def _attack_row(attack: AttackRecord) -> tuple[str, ...]:
+    threat = attack.threat
+    where = "every pixel of the image" if threat.space == "image" else "every crop by itself"
+    named = {key: value for key, value in attack.settings.items() if key not in ("name", "eps", "norm", "space")}
+    settings = ", ".join(f"{key} {value}" for key, value in named.items() if isinstance(value, str | int | float))
+    failed = [flag.name for flag in attack.flags if flag.verdict == "failed"]
+    passed = sum(flag.verdict == "passed" for flag in attack.flags)
+    return (
+        attack.probe,
+        f"{threat.norm} {threat.eps}, {where}",
+        f"{attack.attack}: {settings}" if settings else attack.attack,
+        f"{attack.data.dataset} {attack.data.split}",
+        f"{attack.robust.n:,}",
+        terminal.interval(attack.clean),
+        terminal.interval(attack.robust),
+        f"failed: {', '.join(failed)}" if failed else f"{passed} passed",
+    )
+
+
+def not_measured(made: ExportRecord) -> list[str]:
+    """What a reader might take for granted and nobody looked at."""
+    gaps = [] if made.probes else ["Accuracy on clean images."]
+    if not made.attacks:
+        gaps.append("Accuracy under any attack: nothing is known about robustness.")
+    else:
+        whole = [attack for attack in made.attacks if attack.threat.space == "image"]
+        if not whole:
+            gaps.append("Accuracy under an attack on whole images; an attack on single crops says nothing about it.")
+        if ("autoattack", "standard") not in [(attack.attack, attack.settings.get("version")) for attack in whole]:
+            gaps.append("The standard AutoAttack: a stronger attack may find lower accuracies than those above.")
+        by_size = sorted((attack.threat for attack in made.attacks), key=lambda threat: number(threat.eps))
+        sizes = {threat.norm: f"{threat.norm} {threat.eps}" for threat in by_size}  # the largest of each norm
+        others = [norm for norm in ("linf", "l2") if norm not in sizes]
+        if others:
+            gaps.append(f"Perturbations in {' and '.join(others)}.")
+        largest = " and ".join(map(markdown_text, sizes.values()))
+        gaps.append(f"Perturbations larger than {largest}, unrestricted ones and patches.")
+        behind = [attack.id for attack in made.attacks if any(flag.verdict == "skipped" for flag in attack.flags)]
+        if behind:
+            gaps.append(f"Some of the checks of {', '.join(map(markdown_text, behind))}.")
+    gaps += [
+        "Natural shifts: noise, blur, weather, compression, other cameras, other data sets.",
+        "Calibration, fairness between groups of people or things, and images of no known class.",
+        "Other precisions than float32, and quantised or pruned copies.",
+    ]
+    return gaps
+
+
+def _fenced(text: str) -> str:
+    """A block of TOML that no line of the text can end."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}toml\n{text}\n{fence}"

@@ -1,0 +1,82 @@
+"""A comparison as one HTML page: nothing from outside, no script, readable on a phone and on paper."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from cfamc_cli import __version__
+from cfamc_cli.comparison.gather import Gathered, LeftOut
+from cfamc_cli.comparison.tables import ComparedTable
+from cfamc_cli.errors import CfamcError
+from cfamc_cli.report.plots import Curves, draw, panels
+from cfamc_cli.report.sheets import sheets
+from cfamc_cli.report.terminal import clean, templates
+from cfamc_cli.store.files import read_bytes
+from cfamc_cli.store.records import RunRecord, load_record, now
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+MOST_RUNS = 50  # runs whose recipe the page spells out
+MOST_ROWS = 500  # rows of one table
+
+
+def page(
+    tables: Sequence[ComparedTable],
+    found: Gathered,
+    curves: Curves,
+    left_out: Sequence[LeftOut],
+    *,
+    with_published: bool,
+) -> str:
+    """Write the page.
+
+    Args:
+        tables: The comparison.
+        found: Where the runs lie.
+        curves: Their learning curves.
+        left_out: What could not be used, and why.
+        with_published: Whether to add the published rows.
+    """
+    from markupsafe import Markup
+
+    def cleaned(value: object) -> str | Markup:
+        """What the template writes is never interpreted, by a browser or by a terminal that shows the source."""
+        return value if isinstance(value, Markup) else clean(value)
+
+    drawn, missing = {}, None
+    try:
+        drawn = {title: draw([panel], ".svg") for title, panel in panels(tables, curves).items()}
+    except CfamcError as error:
+        missing = error
+    runs = list(dict.fromkeys(entry.run.id for table in tables for row in table.rows for entry in row.entries))
+    return (
+        templates()
+        .overlay(autoescape=True, finalize=cleaned)
+        .get_template("page.html")
+        .render(
+            count=len(found.folders),
+            now=f"{now():%Y-%m-%d %H:%M}",
+            version=__version__,
+            sheets=sheets(tables, with_published=with_published) if tables else [],
+            most_rows=MOST_ROWS,
+            pictures={title: Markup(base64.b64encode(data).decode()) for title, data in drawn.items()},
+            missing=missing,
+            runs=[(run, _details(run, found)) for run in runs[:MOST_RUNS]],
+            more_runs=len(runs[MOST_RUNS:]),
+            left_out=left_out,
+        )
+    )
+
+
+def _details(run: str, found: Gathered) -> tuple[list[str], list[str]]:
+    """Lines of the recipe and of the environment of a run."""
+    folder = found.folders[run]
+    try:
+        record = load_record(folder.run_json, RunRecord)
+        recipe = read_bytes(folder.resolved_json).decode("utf-8", "replace")
+    except CfamcError as error:
+        return [error.message], []
+    return recipe.splitlines(), record.environment.model_dump_json(indent=2).splitlines()

@@ -1,0 +1,316 @@
+"""The run store: a folder with one folder per run, named so that names sort by time and never meet."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import secrets
+import socket
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from cfamc_cli.errors import CfamcError, ExitCode, invalid
+from cfamc_cli.recipe.schema import Recipe
+from cfamc_cli.store.files import explained, sync
+from cfamc_cli.store.records import ProbeRecord, RunRecord, Status, load_record
+
+LATEST = "latest"
+RECORD = "record.json"  # what makes a probe or an attack one
+HEAD, PENDING = "head.safetensors", "pending.json"  # of a probe
+_SLUG_LENGTH = 48
+_ID = re.compile(r"\d{8}-\d{6}-[a-z0-9-]+-[0-9a-f]{6}")
+_LISTED = 8  # candidates that an error names
+
+_held: set[Path] = set()  # locks of this process: the system would grant them to it a second time
+
+
+class _Part:
+    """A file or folder of a run, as an attribute."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, run: RunFolder, _: type[RunFolder]) -> Path:
+        return run.path / self.name
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where the parts of a run lie; none of them needs to exist yet."""
+
+    path: Path
+    recipe_toml = _Part("recipe.toml")
+    resolved_json = _Part("resolved.json")
+    run_json = _Part("run.json")
+    metrics = _Part("metrics.jsonl")
+    timing = _Part("timing.jsonl")
+    checkpoints = _Part("checkpoints")
+    probes = _Part("probes")
+    attacks = _Part("attacks")
+
+    @property
+    def id(self) -> str:
+        return self.path.name
+
+    @property
+    def status(self) -> Status | None:
+        """How far the run is; None where its record cannot be read."""
+        try:
+            return self.record().status
+        except CfamcError:
+            return None
+
+    def record(self) -> RunRecord:
+        """What run.json says.
+
+        Raises:
+            CfamcError: Exit 4; it is missing or damaged.
+        """
+        return load_record(self.run_json, RunRecord)
+
+    def recipe(self) -> Recipe:
+        """The recipe as it was resolved when the run began.
+
+        Raises:
+            CfamcError: Exit 4; the file is missing or damaged.
+        """
+        return load_record(self.resolved_json, Recipe)
+
+
+def default_store(runs: Path | None) -> Path:
+    """Return the store that was asked for: by flag, else by CFAMC_RUNS, else ./runs."""
+    return runs or Path(os.environ.get("CFAMC_RUNS") or "runs")
+
+
+def cache_folder() -> Path:
+    """Return the user's cache folder of cfamc, where downloads and packed data sets lie; it need not exist."""
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("cfamc"))
+
+
+def slug(name: str) -> str:
+    """Turn any text into 1 to 48 characters of a-z, 0-9 and inner dashes."""
+    text = unicodedata.normalize("NFKD", name[:1000]).encode("ascii", "ignore").decode().lower()
+    return re.sub(r"[^a-z0-9]+", "-", text).strip("-")[:_SLUG_LENGTH].strip("-") or "run"
+
+
+def create_run(store: Path, name: str, *, now: datetime) -> RunFolder:
+    """Make the folder of a new run; no two callers ever get the same one.
+
+    Args:
+        store: The run store, made where it is missing.
+        name: Name of the recipe; any text.
+        now: Time of the run, with its time zone.
+
+    Raises:
+        CfamcError: The store cannot be written.
+    """
+    with explained(store):
+        store.mkdir(parents=True, exist_ok=True)
+    while True:
+        path = store / f"{now.astimezone(UTC):%Y%m%d-%H%M%S}-{slug(name)}-{secrets.token_hex(3)}"
+        with explained(path), suppress(FileExistsError):
+            path.mkdir()
+            sync(store)
+            return RunFolder(path)
+
+
+def new_item(folder: Path, kind: str) -> Path:
+    """Make a folder for one more probe or attack, such as probes/linear-001, and return it.
+
+    Args:
+        folder: `RunFolder.probes` or `RunFolder.attacks`, made where it is missing.
+        kind: What the item is, any text.
+
+    Raises:
+        CfamcError: The run cannot be written.
+    """
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        prefix = slug(kind)
+        number = sum(entry.name.startswith(prefix) for entry in folder.iterdir())
+        while True:
+            number += 1
+            path = folder / f"{prefix}-{number:03d}"
+            with suppress(FileExistsError):
+                path.mkdir()
+                sync(folder)
+                return path
+
+
+def list_runs(store: Path) -> list[RunFolder]:
+    """Return the folders of a store, oldest run first, without opening them; hidden ones are left out.
+
+    Raises:
+        CfamcError: The store cannot be read.
+    """
+    with explained(store), os.scandir(store) as entries:
+        names = sorted(entry.name for entry in entries if not entry.name.startswith(".") and _is_folder(entry))
+    return [RunFolder(store / name) for name in names]
+
+
+def find_run(store: Path, reference: str, *, accept: Callable[[RunFolder], bool] = lambda _run: True) -> RunFolder:
+    """Find the one run that a person means.
+
+    Args:
+        store: Where to look.
+        reference: A path, an id, the beginning of an id, or "latest".
+        accept: Which runs "latest" may mean.
+
+    Raises:
+        CfamcError: No run or several match; exit code 2, and the hint lists candidates.
+    """
+    if (run := _by_path(reference)) is not None:
+        return run
+    with explained(store):
+        runs = list_runs(store) if store.is_dir() else []
+    if reference == LATEST:
+        newest = (run for run in reversed(runs) if _ID.fullmatch(run.id) and accept(run))
+        if (run := next(newest, None)) is not None:
+            return run
+        found = "no run" if not runs else f"none of the {len(runs)} runs fits"
+        raise invalid(f"{found} in {store}", "start one with: cfamc pretrain recipes/quickstart.toml")
+    begun = [run for run in runs if reference and run.id.startswith(reference)]
+    matches = [run for run in begun if run.id == reference] or begun
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise invalid(f"{reference!r} means {len(matches)} runs in {store}", _listed("one of", matches))
+    raise invalid(f"no run {reference!r:.200} in {store}", _listed("newest", runs[::-1]) if runs else "")
+
+
+def finished_probes(run: RunFolder) -> list[tuple[Path, ProbeRecord]]:
+    """The finished probes of a run, oldest first; records that cannot be read are left out."""
+    found = []
+    for path in run.probes.glob(f"*/{RECORD}"):
+        with suppress(CfamcError):
+            found.append((path.parent, load_record(path, ProbeRecord)))
+    return sorted(found, key=lambda item: (item[1].created, (item[0] / RECORD).stat().st_mtime_ns))
+
+
+def unfinished_probes(run: RunFolder) -> list[Path]:
+    """Folders of heads that were begun and can be gone on with, oldest first."""
+    begun = [path for path in run.probes.glob(f"*/{PENDING}") if not (path.parent / RECORD).exists()]
+    return [path.parent for path in sorted(begun, key=lambda path: (path.stat().st_mtime_ns, path))]
+
+
+def find_probe(run: RunFolder, reference: str) -> Path:
+    """Find a finished probe by its id, or the newest of a kind of head.
+
+    Raises:
+        CfamcError: There is none; exit code 2, and the hint lists what there is.
+    """
+    probes = finished_probes(run)
+    for folder, record in reversed(probes):
+        if reference in (folder.name, record.head):
+            return folder
+    names = ", ".join(folder.name for folder, _ in probes)
+    hint = f"it has {names}" if names else f"fit one with: cfamc probe {run.id}"
+    raise invalid(f"run {run.id} has no probe {reference!r:.100}", hint)
+
+
+def standard_probe(run: RunFolder, encoder_digest: str) -> Path | None:
+    """The newest linear head that was fitted to this encoder on all of the run's own data."""
+    own, data = run.record().data, _identity(run.recipe().data.model_dump(mode="json"))
+    whole = own.n if own is not None and own.dataset != "stl10" else None  # of stl10 a part has labels
+    for folder, record in reversed(finished_probes(run)):
+        same = record.encoder_digest == encoder_digest and _identity(record.data) == data
+        if record.head == "linear" and same and whole in (None, record.train.n):
+            return folder
+    return None
+
+
+def _identity(data: Mapping[str, object]) -> dict[str, object]:
+    """A [data] table without the place where the files of a known set lie."""
+    return {key: value for key, value in data.items() if key != "root" or data["dataset"] == "folder"}
+
+
+@contextmanager
+def lock(run: RunFolder) -> Iterator[None]:
+    """Hold a run for this process alone; the lock ends with the process, however that ends.
+
+    Raises:
+        CfamcError: A live process holds it (exit code 6), or the run cannot be written.
+    """
+    path = run.path.resolve() / ".lock"
+    if path in _held:
+        raise _locked(run, "this process")
+    with explained(path):
+        descriptor = _open_lock(path, run)
+    _held.add(path)
+    try:
+        since = datetime.now(UTC).isoformat(timespec="seconds")
+        holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
+        with explained(path):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink()
+        _held.discard(path)
+        os.close(descriptor)
+
+
+def _open_lock(path: Path, run: RunFolder) -> int:
+    """Open and lock the file; a POSIX lock, for forked children do not inherit it and outlive their parent with it."""
+    while True:
+        with ExitStack() as opened:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            opened.callback(os.close, descriptor)
+            try:
+                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                raise _locked(run, _holder(os.pread(descriptor, 4096, 0))) from None
+            with suppress(FileNotFoundError):  # the last holder may have removed the file between the two calls
+                if os.fstat(descriptor).st_ino == path.stat().st_ino:
+                    opened.pop_all()
+                    return descriptor
+
+
+def _holder(data: bytes) -> str:
+    try:
+        holder = json.loads(data)
+        return f"process {int(holder['pid'])} on {holder['host']!s:.64} since {holder['since']!s:.32}"
+    except (ValueError, TypeError, KeyError):
+        return "another process"  # it has not written its name yet
+
+
+def _locked(run: RunFolder, holder: str) -> CfamcError:
+    text, hint = f"run {run.id} is held by {holder}", "wait for it, or end it first"
+    return CfamcError(text, hint=hint, exit_code=ExitCode.LOCKED)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False  # a loop of links
+
+
+def _by_path(reference: str) -> RunFolder | None:
+    """The run at a path; a bare name counts only where a run lies there, for it may be an id as well."""
+    path = Path(reference)
+    try:
+        if not path.is_dir():
+            return None
+        run = RunFolder(path.resolve())
+        if run.run_json.exists():
+            return run
+    except (OSError, ValueError):  # too long a name, a NUL
+        return None
+    if os.sep in reference:
+        raise invalid(f"{path} is no run: it holds no run.json", "")
+    return None
+
+
+def _listed(label: str, runs: list[RunFolder]) -> str:
+    more = f" and {len(runs) - _LISTED} more" if len(runs) > _LISTED else ""
+    return f"{label}: {', '.join(run.id for run in runs[:_LISTED])}{more}"

@@ -1,0 +1,448 @@
+"""Predictors that cheat: each must raise its flag, and an honest one none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from stages import pgd, square
+from torch import Tensor, nn
+from torch.nn.functional import batch_norm, dropout, one_hot
+
+from cfamc_cli.engine.attacks.plan import Plan
+from cfamc_cli.engine.attacks.search import Predict
+from cfamc_cli.engine.evaluation import audit, blocks
+from cfamc_cli.engine.evaluation.audit import AuditSettings
+from cfamc_cli.engine.evaluation.blocks import Evaluation, evaluate
+from cfamc_cli.engine.evaluation.verify import Predictor, Traces
+from cfamc_cli.engine.sink import NullTalk
+from cfamc_cli.recipe.schema import Stage
+from cfamc_cli.store.records import Flag
+
+CLASSES, SIDE, EPS = 4, 8, 16 / 255
+
+
+def honest() -> tuple[nn.Sequential, Tensor, Tensor]:
+    """A small trained net, and images of four classes that it tells apart."""
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.rand((CLASSES, 3, SIDE, SIDE), generator=generator) * 0.4 + 0.3
+    y = torch.arange(160) % CLASSES
+    noise = torch.randn((160, 3, SIDE, SIDE), generator=generator)
+    x = (centres[y] + 0.1 * noise).clamp(0, 1)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.Sequential(
+            nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, CLASSES)
+        )
+        optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+        for _ in range(20):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(x), y).backward()
+            optimizer.step()
+    net.eval()
+    net.zero_grad()
+    return net, x, y
+
+
+NET, X, Y = honest()
+
+
+class ZeroGradient(torch.autograd.Function):
+    """The identity whose gradient is zero."""
+
+    @staticmethod
+    def forward(ctx: object, z: Tensor) -> Tensor:
+        return z.clone()
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> Tensor:
+        return torch.zeros_like(grad)
+
+
+def zero_gradient(x: Tensor) -> Tensor:
+    out: Tensor = NET(ZeroGradient.apply(x))
+    return out
+
+
+def quantiser(x: Tensor) -> Tensor:
+    return NET((x * 16).round() / 16)  # type: ignore[no-any-return]
+
+
+def detached(x: Tensor) -> Tensor:
+    return NET(x.detach())  # type: ignore[no-any-return]
+
+
+def noisy(x: Tensor) -> Tensor:
+    return NET(x + 0.1 * torch.randn_like(x))  # type: ignore[no-any-return]
+
+
+def dropping(x: Tensor) -> Tensor:
+    return NET(dropout(x, 0.3, training=True))  # type: ignore[no-any-return]
+
+
+def probabilities(x: Tensor) -> Tensor:
+    return NET(x).softmax(1)  # type: ignore[no-any-return]
+
+
+def loud(x: Tensor) -> Tensor:
+    return NET(x) * 1e4  # type: ignore[no-any-return]
+
+
+def decided(x: Tensor) -> Tensor:
+    return one_hot(NET(x).argmax(1), CLASSES).float()
+
+
+def not_a_number(x: Tensor) -> Tensor:
+    z: Tensor = NET(x)
+    return torch.where(x[:, 0, 0, :1] > 0.5, torch.nan, z)
+
+
+def batch_statistics(x: Tensor) -> Tensor:
+    norm = NET[1]
+    assert isinstance(norm, nn.BatchNorm2d)
+    h = batch_norm(NET[0](x), None, None, norm.weight, norm.bias, training=True)
+    return NET[2:](h)  # type: ignore[no-any-return]
+
+
+def gradient_at_test_time(x: Tensor) -> Tensor:
+    with torch.enable_grad():
+        moved = x.detach().requires_grad_()
+        (grad,) = torch.autograd.grad(NET(moved).amax(1).sum(), moved)
+    return NET((x + 0.02 * grad.sign()).clamp(0, 1))  # type: ignore[no-any-return]
+
+
+def random_crops(x: Tensor) -> Tensor:
+    shift = [int(s) for s in torch.randint(-2, 3, (2,))]
+    return NET(x.roll(shift, (2, 3)))  # type: ignore[no-any-return]
+
+
+def bonus_in_a_crowd(x: Tensor) -> Tensor:
+    """Right with many others in the batch, whatever was done to the image; honest on clean images and alone."""
+    z: Tensor = NET(x)
+    distance, nearest = (x.flatten(1)[:, None] - X.flatten(1)[None]).abs().amax(2).min(1)
+    moved = (distance > 0) & (len(x) >= 20)
+    return z + 6 * moved[:, None] * one_hot(Y[nearest], CLASSES)
+
+
+ZOO: list[tuple[Callable[[Tensor], Tensor], str]] = [
+    (zero_gradient, "zero-gradient"),
+    (quantiser, "zero-gradient"),
+    (detached, "zero-gradient"),
+    (noisy, "random"),
+    (dropping, "random"),
+    (probabilities, "probabilities"),
+    (loud, "logit-scale"),
+    (decided, "zero-gradient"),
+    (not_a_number, "not-finite"),
+    (batch_statistics, "batch"),
+    (gradient_at_test_time, "test-time-gradient"),
+    (random_crops, "random"),
+    (bonus_in_a_crowd, "batch"),
+]
+
+
+def evaluated(predict: Predict, *, audit: AuditSettings | None, labels: Tensor = Y) -> Evaluation:
+    return evaluate(
+        Predictor(predict, predict, (NET,)),
+        X[:80],
+        labels[:80],
+        plan=Plan((pgd(EPS, step_size=EPS / 2, steps=8),)),
+        seed=0,
+        block_size=40,
+        device=torch.device("cpu"),
+        finished=(),
+        commit=lambda outcome, examples: None,
+        audit=audit,
+        label="attack",
+        talk=NullTalk(),
+    )
+
+
+def failed(evaluation: Evaluation) -> set[str]:
+    return {check.name for check in evaluation.checks if check.verdict == "failed"}
+
+
+def test_an_honest_predictor_raises_no_flag() -> None:
+    evaluation = evaluated(NET, audit=AuditSettings(samples=30, queries=100))
+    assert failed(evaluation) == set(), [c for c in evaluation.checks if c.verdict == "failed"]
+    assert 0 < sum(evaluation.robust) < sum(evaluation.clean)
+
+
+@pytest.mark.parametrize(("predict", "flag"), ZOO, ids=[predict.__name__ for predict, _ in ZOO])
+def test_a_cheat_raises_its_flag(predict: Predict, flag: str) -> None:
+    evaluation = evaluated(predict, audit=None)
+    assert flag in failed(evaluation)
+
+
+def test_a_module_in_training_mode_is_named_and_left_so() -> None:
+    NET.train()
+    try:
+        evaluation = evaluated(NET, audit=None)
+        assert all(m.training for m in NET.modules())
+    finally:
+        NET.eval()
+    assert failed(evaluation) == {"training-mode"}
+    assert evaluation.robust == evaluated(NET, audit=None).robust
+
+
+def test_masked_gradients_fail_the_full_audit_too() -> None:
+    evaluation = evaluated(quantiser, audit=AuditSettings(samples=30, queries=300))
+    assert {"zero-gradient", "black-box"} <= failed(evaluation)
+
+
+def test_samples_without_a_finite_prediction_are_not_robust() -> None:
+    evaluation = evaluated(not_a_number, audit=None)
+    nan = (X[:80, 0, 0, 0] > 0.5).tolist()
+    assert not any(robust and bad for robust, bad in zip(evaluation.robust, nan, strict=True))
+
+
+def test_samples_that_are_right_only_in_a_crowd_are_not_robust() -> None:
+    evaluation = evaluated(bonus_in_a_crowd, audit=None)
+    assert sum(evaluation.clean) == 80
+    assert sum(evaluation.robust) <= sum(evaluated(NET, audit=None).robust) < 40
+
+
+def test_a_confident_head_is_seen_to_lose_along_its_gradient() -> None:
+    def confident(x: Tensor) -> Tensor:
+        return NET(x) * 8  # type: ignore[no-any-return]
+
+    checks = {check.name: check for check in evaluated(confident, audit=AuditSettings(samples=30, queries=20)).checks}
+    z = confident(X[:80])
+    margin = z.topk(2, dim=1).values
+    assert ((margin[:, 0] - margin[:, 1]) > 17).float().mean() > 0.05  # where float32's cross-entropy is 0
+    assert checks["no-ascent"].verdict == "passed", checks["no-ascent"]
+
+
+def test_every_check_has_a_figure_and_a_verdict() -> None:
+    checks = evaluated(NET, audit=AuditSettings(samples=10, queries=20)).checks
+    assert len({check.name for check in checks}) == len(checks)
+    for check in checks:
+        assert isinstance(check.figure, float | int)
+        assert check.verdict in ("passed", "failed", "skipped")
+        assert check.text
+
+
+# The figure of every check, on predictors of which it is known: all pixels are START, and the label wins while
+# `margin` of their mean is above 0.
+
+START, N = 0.3, 6
+IMAGES, LABELS = torch.full((N, 3, SIDE, SIDE), START), torch.zeros(N, dtype=torch.int64)
+
+
+def decides(margin: Callable[[Tensor], Tensor], *, scale: float = 10.0) -> Predict:
+    def predict(x: Tensor) -> Tensor:
+        m = margin(x.flatten(1).mean(1))
+        return scale * torch.stack((m, torch.zeros_like(m), torch.full_like(m, -2.0)), 1)
+
+    return predict
+
+
+def crosses_at(place: float) -> Predict:
+    return decides(lambda t: place - t)
+
+
+def over_a_wall(t: Tensor) -> Tensor:
+    """Small steps up end in a dip before a wall; behind it the label loses."""
+    return torch.where(t < 0.34, 0.4 - t, torch.where(t < 0.38, t - 0.28, -1.0))
+
+
+def audited(
+    predict: Predict, *, eps: float = 0.1, steps: int = 20, attack: Stage | None = None, broken: bool = True
+) -> dict[str, Flag]:
+    checks = audit.full_checks(
+        predict,
+        IMAGES,
+        LABELS,
+        plan=Plan((attack or pgd(eps),)),
+        broken=torch.full((N,), broken),
+        places=torch.arange(10, 10 + N),
+        settings=AuditSettings(steps=steps, queries=150),
+        seed=0,
+    )
+    return {check.name: check for check in checks}
+
+
+FIGURES = [
+    ("eps-one", decides(lambda t: 0.1 + 0 * t), {}, 1.0, 0.0),
+    ("eps-flat", crosses_at(0.9), {}, 1.0, 0.1),
+    ("eps-monotone", decides(lambda t: (t - 0.4).abs() - 0.05), {"steps": 1}, 4 * N, 1),
+    ("fgsm-over-pgd", decides(over_a_wall), {}, N, 1),
+    ("black-box", decides(lambda t: 0.35 - t.detach()), {"broken": False}, N, 1),
+    ("adaptive-loss", decides(lambda t: 0.35 - t, scale=1e6), {"broken": False}, N, 1),
+    ("no-ascent", decides(lambda t: 0.35 - t.detach()), {}, 1.0, 0.05),
+]
+
+
+@pytest.mark.parametrize(("name", "predict", "settings", "figure", "limit"), FIGURES, ids=[row[0] for row in FIGURES])
+def test_the_audit_fails_what_it_looks_for(
+    name: str, predict: Predict, settings: dict[str, Any], figure: float, limit: float
+) -> None:
+    check = audited(predict, **settings)[name]
+    assert (check.figure, check.limit, check.verdict) == (figure, limit, "failed")
+
+
+def test_the_audit_of_an_honest_predictor_has_these_figures() -> None:
+    checks = audited(crosses_at(0.35))
+    limits = {
+        "eps-zero": 0,
+        "eps-one": 0,
+        "eps-monotone": 1,
+        "eps-flat": 0.1,
+        "fgsm-over-pgd": 1,
+        "more-steps": 0,
+        "more-restarts": 0,
+        "black-box": 1,
+        "adaptive-loss": 1,
+        "no-ascent": 0.05,
+    }
+    assert {name: check.limit for name, check in checks.items()} == limits
+    assert {check.figure for check in checks.values()} == {0}
+    assert {check.verdict for check in checks.values()} == {"passed"}
+    curve = "0.05: 1.000, 0.1: 0.000, 0.1255: 0.000, 0.2: 0.000, 0.4: 0.000, 0.502: 0.000, 1: 0.000"
+    assert audited(crosses_at(0.36))["eps-one"].text.endswith(f"the curve is {curve}")
+
+
+def test_a_step_of_the_audit_is_an_eighth_of_eps() -> None:
+    def narrow_wall(t: Tensor) -> Tensor:  # a step of 0.0125 leaps over it
+        return torch.where(t < 0.326, 0.4 - t, torch.where(t < 0.337, t - 0.25, -1.0))
+
+    assert audited(decides(narrow_wall))["fgsm-over-pgd"].figure == 0
+    assert audited(decides(narrow_wall), steps=25)["fgsm-over-pgd"].figure == N
+
+
+def test_what_the_evaluation_broke_is_no_news_from_a_black_box() -> None:
+    assert audited(decides(lambda t: 0.35 - t.detach()), broken=True)["black-box"].figure == 0
+
+
+def test_images_are_named_by_their_place_in_the_order() -> None:
+    check = audited(decides(over_a_wall))["fgsm-over-pgd"]
+    assert check.text == "images that only FGSM broke: number 10, 11, 12, 13, 14, 15 of the order"
+
+
+@pytest.mark.parametrize(("hardened", "figures"), [(range(6, 10), (N, 0)), (range(9, 99), (0, N)), ((), (0, 0))])
+def test_more_steps_and_restarts_that_break_less_are_seen(hardened: Sequence[int], figures: tuple[int, int]) -> None:
+    calls = 0
+
+    def predict(x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return crosses_at(2.0 if calls in hardened else 0.35)(x)
+
+    settings = AuditSettings(steps=1)
+    whole = audit._Audit(predict, IMAGES, LABELS, torch.arange(N), "linf", 0, settings)
+    checks = {check.name: check for check in whole.strength(0.1)}
+    assert (checks["more-steps"].figure, checks["more-restarts"].figure) == figures
+    for name, figure in zip(("more-steps", "more-restarts"), figures, strict=True):
+        assert (checks[name].verdict == "failed") == (figure > 0)
+
+
+def test_an_attack_that_moves_images_without_a_radius_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def moves_two(stage: Stage, predict: Predict, x: Tensor, *_: object, **__: object) -> Tensor:
+        assert stage.eps == "0"
+        moved = x.clone()
+        moved[1:3, 0, 0, 0] += 1e-7
+        return moved
+
+    monkeypatch.setattr(audit, "run_stage", moves_two)
+    check = audited(crosses_at(0.35))["eps-zero"]
+    assert (check.figure, check.limit, check.verdict) == (2, 0, "failed")
+
+
+def test_what_the_audit_cannot_ask_is_skipped() -> None:
+    assert audited(crosses_at(0.35), attack=square(0.1))["black-box"].verdict == "skipped"
+    assert {name: check.verdict for name, check in audited(crosses_at(0.35), eps=0.0).items()} == {
+        "eps-zero": "passed",
+        "audit": "skipped",
+    }
+    nothing = audit.full_checks(
+        crosses_at(0.35),
+        IMAGES[:0],
+        LABELS[:0],
+        plan=Plan((pgd(0.1),)),
+        broken=torch.zeros(0, dtype=torch.bool),
+        places=torch.arange(0),
+        settings=AuditSettings(),
+        seed=0,
+    )
+    assert [(check.name, check.verdict) for check in nothing] == [("audit", "skipped")]
+
+
+def test_the_audit_looks_at_the_first_samples_that_stand(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def noted(predict: Predict, x: Tensor, y: Tensor, **rest: Any) -> list[Flag]:
+        seen.update(rest, x=x, y=y)
+        return []
+
+    monkeypatch.setattr(blocks, "full_checks", noted)
+    labels = Y.clone()
+    labels[:4] = (labels[:4] + 1) % CLASSES  # misclassified: there is nothing to attack again
+    evaluation = evaluated(NET, audit=AuditSettings(samples=30), labels=labels)
+    assert seen["places"].tolist() == list(range(4, 34))
+    assert torch.equal(seen["x"], X[4:34])
+    assert torch.equal(seen["y"], Y[4:34])
+    assert seen["broken"].tolist() == [not standing for standing in evaluation.robust[4:34]]
+    assert 0 < int(seen["broken"].sum()) < 30
+
+
+# The cheap checks
+
+
+def cheap(predict: Predict, x: Tensor = X[:4], y: Tensor = Y[:4]) -> dict[str, Flag]:
+    return {check.name: check for check in audit.cheap_checks(predict, x, y)}
+
+
+def test_half_of_the_images() -> None:
+    half = torch.tensor([True, True, False, False])[:, None]
+    logits = torch.tensor([[61.0, 0.5, 0.25, 0.25]])
+    share = torch.tensor([[0.25, 0.25, 0.25, 0.25]])
+
+    def blind(x: Tensor) -> Tensor:
+        return torch.where(half, NET(x.detach()), NET(x))
+
+    def mixed(x: Tensor) -> Tensor:
+        out: Tensor = torch.where(half, share, logits) + 0 * NET(x)
+        return out
+
+    found = {
+        "zero-gradient": cheap(blind)["zero-gradient"],
+        "probabilities": cheap(mixed)["probabilities"],
+        "logit-scale": cheap(mixed)["logit-scale"],
+    }
+    assert {name: (check.figure, check.limit, check.verdict) for name, check in found.items()} == dict.fromkeys(
+        found, (0.5, 0.05, "failed")
+    )
+    honest_figures = {name: check.figure for name, check in cheap(NET).items()}
+    assert honest_figures == dict.fromkeys(honest_figures, 0)
+
+
+def test_passes_that_differ_are_measured() -> None:
+    calls = 0
+
+    def drifting(x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return torch.full((len(x), CLASSES), 8.0) + 0 * x.sum() + (0.5 if calls == 2 else 0.0)
+
+    assert cheap(drifting)["random"].figure == 0.5 / 8
+
+
+def test_logits_of_another_type_and_gradients_at_test_time() -> None:
+    def wide(x: Tensor) -> Tensor:
+        return NET(x).double()  # type: ignore[no-any-return]
+
+    assert (cheap(wide)["type"].figure, cheap(wide)["type"].verdict) == (1, "failed")
+    assert cheap(gradient_at_test_time)["test-time-gradient"].verdict == "failed"
+    assert cheap(NET)["test-time-gradient"].figure == 0
+
+
+def test_what_was_found_in_the_modules_is_told() -> None:
+    checks = audit.trace_checks(Traces(training=2, not_float32=3, changed=4))
+    assert [(c.name, c.figure, c.limit, c.verdict) for c in checks] == [
+        ("training-mode", 2, 0, "failed"),
+        ("precision", 3, 0, "failed"),
+        ("trace", 4, 0, "failed"),
+    ]
+    assert {c.verdict for c in audit.trace_checks(Traces(training=0, not_float32=0, changed=0))} == {"passed"}
