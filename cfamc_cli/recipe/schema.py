@@ -2,7 +2,7 @@
 
 A system of arXiv:2501.03507 is one point of objective x adversary x crops. Images live in [0, 1]; eps and step sizes
 are exact text ("8/255") in that range, so that a record says what was meant and not what a float made of it.
-This module never imports torch. Reading files, overrides and the wording of errors live in recipe_file.py.
+This module never imports torch. Reading files, overrides and the wording of errors live beside it.
 """
 
 from __future__ import annotations
