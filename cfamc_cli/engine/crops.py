@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cfamc_cli.engine.device import move
 from cfamc_cli.recipe.schema import Augment, Crops
 
 BLUR_RADIUS = 6  # pixels: three times the largest sigma
@@ -118,7 +119,7 @@ def crop_batch(images: Tensor, parameters: CropParameters, *, size: int) -> Tens
 
 def _where(mask: Tensor, like: Tensor) -> Tensor:
     """The positions of a (V, B) mask on the CPU, found there so that the device is not waited for."""
-    return mask.flatten().nonzero().squeeze(1).to(like.device, non_blocking=True)
+    return move(mask.flatten().nonzero().squeeze(1), like.device)
 
 
 def resized_crops(images: Tensor, box: Tensor, flip: Tensor, *, size: int) -> Tensor:
@@ -136,10 +137,10 @@ def resized_crops(images: Tensor, box: Tensor, flip: Tensor, *, size: int) -> Te
     count, channels, height, width = images.shape
     if images.dtype == torch.uint8:
         images = images.float() / 255
-    box = box.to(images.device, non_blocking=True)
+    box = move(box, images.device)
     rows = interpolation(box[..., 0], box[..., 2], source=height, size=size)  # (V, B, S, H)
     columns = interpolation(box[..., 1], box[..., 3], source=width, size=size)  # (V, B, S, W)
-    flipped = flip[..., None, None].to(images.device, non_blocking=True)
+    flipped = move(flip[..., None, None], images.device)
     columns = torch.where(flipped, columns.flip(-2), columns)
 
     views = box.shape[0]
@@ -181,8 +182,8 @@ def jitter(crops: Tensor, parameters: CropParameters) -> Tensor:
     for place in range(4):
         for operation, kernel in enumerate(kernels):
             chosen = (mask & (order[:, place] == operation)).nonzero().squeeze(1)
-            strength = factors[chosen, operation].to(crops.device, non_blocking=True)
-            chosen = chosen.to(crops.device, non_blocking=True)
+            strength = move(factors[chosen, operation], crops.device)
+            chosen = move(chosen, crops.device)
             crops[chosen] = kernel(crops[chosen], strength)
     return crops
 

@@ -12,28 +12,35 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from cfamc_cli.errors import CfamcError, invalid
 
 Precision = Literal["float32", "bfloat16"]
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt
-_NO_MEMORY = ("allocate memory", "out of memory", "could not create a primitive")  # the last is how oneDNN says it
+_NO_MEMORY = (
+    *("allocate memory", "out of memory", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED"),
+    "could not create a primitive",  # as oneDNN says it
+)
 
 
 def pick_device(name: str) -> torch.device:
     """The device called `name`; "auto" is CUDA, then Apple's MPS, then the CPU.
 
+    CUDA without an index is the card of this process: the one that torchrun's LOCAL_RANK counts to, else the first. It
+    becomes the current card at once, before a process group could take another.
+
     Raises:
-        CfamcError: There is no such device here.
+        CfamcError: There is no such device here, or several processes would share a card.
     """
-    if name == "auto" and torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     if name == "auto":
-        name = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda", "mps"):
             raise NotImplementedError
+        if device.type == "cuda":
+            device = _own_card(device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         hint = "leave --device out, or name one of: cpu, cuda, cuda:0, mps"
@@ -41,6 +48,28 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cpu":
         _keep_freed_memory()
     return device
+
+
+def _own_card(device: torch.device) -> torch.device:
+    """The card of this process, made the current one."""
+    cards, rank = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", "0"))
+    if device.index is not None and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+        raise invalid(f"every process of torchrun would compute on {device}", "leave the index out: --device cuda")
+    index = rank if device.index is None else device.index
+    if 0 < cards <= index:
+        hint = f"start at most {cards} processes here" if device.index is None else f"the last is cuda:{cards - 1}"
+        raise invalid(f"there is no card cuda:{index}: this machine shows {cards}", hint)
+    found = torch.device("cuda", index)
+    torch.cuda.set_device(found)
+    return found
+
+
+def move(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`; on CUDA the host goes on at once.
+
+    Elsewhere the copy is finished first: MPS reads a temporary of the host after it was freed.
+    """
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def pick_precision(wanted: Literal["auto", "float32", "bfloat16"], device: torch.device) -> Precision:
@@ -81,7 +110,6 @@ def prepare(device: torch.device, *, deterministic: bool, precision: Precision) 
     """Set the process-wide switches of training on `device`."""
     torch.backends.cudnn.allow_tf32 = precision != "float32"
     if device.type == "cuda":
-        torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = not deterministic
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

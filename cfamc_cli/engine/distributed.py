@@ -15,7 +15,9 @@ from torch import Tensor
 
 from cfamc_cli.errors import CfamcError
 
-_LOST = re.compile(r"gloo|nccl|connection (closed|reset)|broken pipe", re.IGNORECASE)
+_LOST = re.compile(  # how gloo and NCCL tell that a peer is gone; their names alone also stand in errors of our own
+    r"connection (closed|reset|refused)|broken pipe|timed out|remote process exited|socket", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,9 @@ def peers(world: World) -> Iterator[None]:
         yield
     except RuntimeError as error:
         text = " ".join(str(error).split())
-        if world.size == 1 or not (isinstance(error, dist.DistError) or _LOST.search(text)):
+        if world.size == 1 or not (
+            isinstance(error, dist.DistNetworkError | dist.DistStoreError) or _LOST.search(text)
+        ):
             raise
         raise CfamcError(
             "another process of this run ended, or cannot be reached",

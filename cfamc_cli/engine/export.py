@@ -271,10 +271,10 @@ def _portable(module: nn.Module) -> nn.Module:
 
 def _plain_linear(head: LinearHead) -> nn.Linear:
     """The head with its standardisation folded into the weights, in float64."""
-    weight, bias = head.weight.detach().double().cpu(), head.bias.detach().double().cpu()
+    weight, bias = head.weight.detach().cpu().double(), head.bias.detach().cpu().double()
     if head.mean is not None and head.std is not None:
-        weight = weight / head.std.double().cpu()
-        bias = bias - weight @ head.mean.double().cpu()
+        weight = weight / head.std.cpu().double()
+        bias = bias - weight @ head.mean.cpu().double()
     plain = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
     plain.load_state_dict({"weight": weight.float(), "bias": bias.float()}, assign=True)
     return plain

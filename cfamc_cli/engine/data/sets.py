@@ -22,6 +22,7 @@ from torch import Tensor
 from cfamc_cli.datasets import FASHION_MINI_FINGERPRINTS, FASHION_MINI_FOLDER
 from cfamc_cli.engine.data import archives, folder
 from cfamc_cli.engine.data.packs import Pack, Pixels, Raw, fingerprint, packed
+from cfamc_cli.engine.device import move
 from cfamc_cli.engine.randomness import addressed_generator, balanced_order
 from cfamc_cli.engine.sink import Talk
 from cfamc_cli.errors import bad_data, invalid
@@ -169,15 +170,15 @@ def batch(images: Tensor, indices: Tensor, *, device: torch.device) -> Tensor:
         uint8, (B, 3, H, W), on the device, in the order of `indices`.
     """
     if images.device.type != "cpu":
-        return images.index_select(0, indices.to(images.device, non_blocking=True))
+        return images.index_select(0, move(indices, images.device))
     if device.type == "cpu":
         return images.index_select(0, indices)
     ascending, order = indices.sort()  # a mapped file is read forwards
     rows = images.index_select(0, ascending)
     if device.type == "cuda":
         rows = rows.pin_memory()
-    moved = rows.to(device, non_blocking=True)
-    return moved.index_select(0, order.argsort().to(device, non_blocking=True))
+    moved = move(rows, device)
+    return moved.index_select(0, move(order.argsort(), device))
 
 
 def class_balanced_split(labels: Tensor, count: int, *, seed: int) -> tuple[Tensor, Tensor]:

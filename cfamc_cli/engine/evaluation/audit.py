@@ -265,9 +265,9 @@ class _Audit:
     def ascent(self, eps: float) -> Flag:
         """The loss rises along the gradient (Pintor et al., arXiv:2106.09947, on attacks that do not optimise)."""
         points = self.fgsm(min(eps, 0.25 / 255) if self.norm == "linf" else eps / 100)
-        # In float64: that of a confident head is 0 to float32.
+        # In float64, which MPS has not: that of a confident head is 0 to float32.
         before, after = (
-            cross_entropy(logits_at(self.predict, images).double(), self.y, reduction="none")
+            cross_entropy(logits_at(self.predict, images).cpu().double(), self.y.cpu(), reduction="none")
             for images in (self.x, points)
         )
         flat = float((after <= before).sum()) / len(self.x)

@@ -141,12 +141,12 @@ def in_region(x: Tensor, points: Tensor, *, eps: float, norm: Norm) -> Tensor:
     """
     if points.shape != x.shape:
         return torch.zeros(len(x), dtype=torch.bool, device=x.device)
-    wide = points.double()
+    wide = points.cpu().double()  # MPS has no float64
     finite = wide.isfinite().flatten(1).all(1)
     boxed = ((wide >= 0) & (wide <= 1)).flatten(1).all(1)
-    distance = norms(wide - x.double(), norm=norm)
+    distance = norms(wide - x.cpu().double(), norm=norm)
     allowed = eps * (1 + 2 * _ROUNDING) + _ROUNDING if eps > 0 else 0.0
-    return finite & boxed & (distance <= allowed)
+    return (finite & boxed & (distance <= allowed)).to(x.device)
 
 
 @dataclass(frozen=True)

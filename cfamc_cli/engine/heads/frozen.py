@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cfamc_cli.engine.data.sets import ImageSet
-from cfamc_cli.engine.device import full_precision
+from cfamc_cli.engine.device import full_precision, move
 from cfamc_cli.engine.encoder import Encoder
 from cfamc_cli.engine.heads.classifier import (
     Classifier,
@@ -152,7 +152,7 @@ def _chunks(images: Tensor, size: int, *, device: torch.device, each: Each) -> I
     """Images (n, 3, S, S) in [0, 1] and their indices (n,), n of them at most `size`."""
     for indices in torch.arange(len(images)).split(size):
         first, last = int(indices[0]), int(indices[-1]) + 1
-        yield images[first:last].to(device, non_blocking=True).float() / 255, indices
+        yield move(images[first:last], device).float() / 255, indices
         each(last, len(images))
 
 

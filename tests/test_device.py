@@ -1,0 +1,112 @@
+"""Which device computes, where several processes share a machine, and what its errors are called."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cfamc_cli.engine.device import move, out_of_memory, pick_device
+from cfamc_cli.engine.distributed import World, peers
+from cfamc_cli.errors import CfamcError, ExitCode
+
+
+@pytest.fixture
+def chosen(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
+    """A machine that shows two CUDA cards; what was made the current one is listed."""
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch, "empty", lambda *_, device: device)
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    return current
+
+
+@pytest.mark.parametrize(("name", "rank", "index"), [("cuda", 0, 0), ("cuda", 1, 1), ("auto", 1, 1), ("cuda:1", 0, 1)])
+def test_a_process_takes_its_own_card(
+    name: str, rank: int, index: int, chosen: list[torch.device], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    assert pick_device(name) == torch.device("cuda", index)
+    assert chosen == [torch.device("cuda", index)]
+
+
+@pytest.mark.parametrize(
+    ("name", "rank", "size", "message", "hint"),
+    [
+        ("cuda", 2, 3, "there is no card cuda:2: this machine shows 2", "start at most 2 processes here"),
+        ("cuda:5", 0, 1, "there is no card cuda:5: this machine shows 2", "the last is cuda:1"),
+        ("cuda:0", 1, 2, "every process of torchrun would compute on cuda:0", "leave the index out: --device cuda"),
+    ],
+)
+def test_cards_that_are_not_there_or_shared(
+    name: str,
+    rank: int,
+    size: int,
+    message: str,
+    hint: str,
+    chosen: list[torch.device],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(size))
+    with pytest.raises(CfamcError) as caught:
+        pick_device(name)
+    assert (caught.value.message, caught.value.hint, caught.value.exit_code) == (message, hint, ExitCode.INVALID)
+    assert chosen == []
+
+
+def test_without_cuda_its_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    with pytest.raises(CfamcError, match="device 'cuda' is not available here"):
+        pick_device("cuda")
+
+
+@pytest.mark.parametrize(("kind", "waits"), [("cpu", True), ("mps", True), ("cuda", False)])
+def test_only_on_cuda_a_copy_goes_on_by_itself(kind: str, waits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, _device, non_blocking: asked.append(non_blocking) or tensor)
+    move(torch.zeros(1), torch.device(kind))
+    assert asked == [not waits]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA out of memory. Tried to allocate 2.00 GiB",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "could not create a primitive",
+    ],
+)
+def test_memory_that_is_out_is_called_so(text: str) -> None:
+    with pytest.raises(CfamcError, match="^out of memory: "), out_of_memory():
+        raise RuntimeError(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:2934",
+        "Read error [127.0.0.1]:2934: Connection reset by peer",
+        "Timed out waiting 1800000ms for recv operation to complete",
+        "NCCL error: ncclRemoteError: A call failed possibly due to a network error or a remote process exited",
+    ],
+)
+def test_a_process_that_is_gone_is_called_so(text: str) -> None:
+    with pytest.raises(CfamcError, match="another process of this run ended"), peers(World(0, 2)):
+        raise RuntimeError(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "NCCL error: ncclInvalidUsage: Duplicate GPU detected : rank 0 and rank 1 both on CUDA device 1b000",
+        "NCCL error: ncclUnhandledCudaError: Call to CUDA function failed.",
+        "[enforce fail at gloo] unsupported type",
+    ],
+)
+def test_other_errors_of_the_communication_library_keep_their_own_words(text: str) -> None:
+    with pytest.raises(RuntimeError, match=text[:20].replace("[", r"\[")), peers(World(0, 2)):
+        raise RuntimeError(text)
