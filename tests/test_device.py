@@ -66,7 +66,7 @@ def test_without_cuda_its_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(("kind", "waits"), [("cpu", True), ("mps", True), ("cuda", False)])
 def test_only_on_cuda_a_copy_goes_on_by_itself(kind: str, waits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bool] = []
-    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, _device, non_blocking: asked.append(non_blocking) or tensor)
+    monkeypatch.setattr(torch.Tensor, "to", lambda _tensor, _device, non_blocking: asked.append(non_blocking))
     move(torch.zeros(1), torch.device(kind))
     assert asked == [not waits]
 
@@ -81,7 +81,7 @@ def test_only_on_cuda_a_copy_goes_on_by_itself(kind: str, waits: bool, monkeypat
     ],
 )
 def test_memory_that_is_out_is_called_so(text: str) -> None:
-    with pytest.raises(CfamcError, match="^out of memory: "), out_of_memory():
+    with pytest.raises(CfamcError, match=r"^out of memory: "), out_of_memory():
         raise RuntimeError(text)
 
 

@@ -111,7 +111,7 @@ def crop_batch(images: Tensor, parameters: CropParameters, *, size: int) -> Tens
     crops[gray] = grayscale(crops[gray])
     blurred = _where(parameters.sigma > 0, crops)
     sigma = parameters.sigma.flatten()
-    crops[blurred] = gaussian_blur(crops[blurred], sigma[sigma > 0].to(crops.device))
+    crops[blurred] = gaussian_blur(crops[blurred], move(sigma[sigma > 0], crops.device))
     solarized = _where(parameters.solarized, crops)
     crops[solarized] = solarize(crops[solarized])
     return crops.clamp_(0, 1).view(views, count, *crops.shape[1:])  # sums of weights round to 1 + 2e-7
@@ -215,7 +215,7 @@ def hue(crops: Tensor, shift: Tensor) -> Tensor:
         torch.where(green == high, (blue - red) / safe + 2, (red - green) / safe + 4),
     )
     sixth = sixth + 6 * shift[:, None, None]
-    offsets = torch.tensor([5.0, 3.0, 1.0], device=crops.device)[:, None, None]
+    offsets = torch.arange(5.0, 0.0, -2.0, device=crops.device)[:, None, None]
     angle = (offsets + sixth.unsqueeze(1)) % 6  # (N, 3, S, S)
     weight = torch.minimum(angle, 4 - angle).clamp(0, 1)
     return high.unsqueeze(1) - chroma.unsqueeze(1) * weight

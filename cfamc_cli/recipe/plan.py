@@ -1,8 +1,8 @@
 """What a recipe costs before anything runs: counts, parameters, arithmetic and memory. Never imports torch.
 
 The encoder is torchvision's ResNet without its classifier, `pre_feature` and the projector, as in
-cfamc_cli/engine/encoder.py; tests hold the counts here to the modules there. Symbols: B images of a batch, V crops of an
-image, S side of a crop in pixels, F backbone features.
+cfamc_cli/engine/encoder.py; tests hold the counts here to the modules there. Symbols: B images of a batch, V crops of
+an image, S side of a crop in pixels, F backbone features.
 """
 
 from __future__ import annotations
