@@ -200,6 +200,16 @@ def test_a_damaged_pack_is_made_again(tmp_path: Path, cut_at: int, suffix: str) 
     assert path.read_bytes() == content
 
 
+@pytest.mark.parametrize("content", ["[]", "7", "null", '{"key": null}'])
+def test_a_manifest_of_something_else_is_written_again(tmp_path: Path, content: str) -> None:
+    root, cache = make_folder(tmp_path / "images"), tmp_path / "cache"
+    kept = read(Settings(root=str(root)), cache).images.clone()
+    (path,) = (cache / "packs").glob("*.json")
+    path.unlink()
+    path.write_text(content)
+    assert torch.equal(read(Settings(root=str(root)), cache).images, kept)
+
+
 def test_pixels_beside_the_manifest_of_others_are_no_pack(tmp_path: Path) -> None:
     def pack(value: int) -> packs.Pack:
         pixels, labels = np.full((1, 3, 2, 2), value, dtype=np.uint8), np.array([value])

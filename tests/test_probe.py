@@ -26,6 +26,7 @@ from cfamc_cli.engine.heads.classifier import Classifier, CropSource, LoadedEnco
 from cfamc_cli.engine.heads.supervised import SupervisedTrainer, shift_and_flip
 from cfamc_cli.engine.randomness import addressed_generator, epoch_order
 from cfamc_cli.engine.sink import NullTalk
+from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.recipe.schema import AggregatedCrops, Augment, Crops, Finetune, Linear, Model, Recipe, RobustLinear
 
 CPU = torch.device("cpu")
@@ -294,6 +295,18 @@ def test_a_cut_run_ends_as_an_uncut_one(kind: str, tmp_path: Path) -> None:
         for name in (checkpoint.MODEL, checkpoint.STATE):
             last = f"step-{uncut.updates:08d}"
             assert (folder / last / name).read_bytes() == (tmp_path / "uncut" / last / name).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["99.momentum_buffer", "first.momentum_buffer", "0000.momentum_buffer"])
+def test_a_checkpoint_whose_state_is_of_another_optimizer_is_refused(name: str, tmp_path: Path) -> None:
+    """The weights fit, and the state has a parameter too many, one without a number, or one of another shape."""
+    whole = trainer(LONG["pgd"]())
+    train(whole, tmp_path, until=1)
+    path, saved, _ = checkpoint.newest_valid(tmp_path)
+    saved.state[name] = torch.zeros(2, 7)
+    with pytest.raises(CfamcError, match=f"{path.name}: its state does not fit the head") as refused:
+        whole.load(saved, path=path)
+    assert refused.value.exit_code == ExitCode.BAD_DATA
 
 
 @pytest.mark.parametrize("kind", LONG)

@@ -41,7 +41,7 @@ from cfamc_cli.recipe import file as recipe_file
 from cfamc_cli.recipe.schema import Model
 from cfamc_cli.store.files import write_json, write_text
 from cfamc_cli.store.records import DataUsed, ProbeRecord, RunRecord, load_record, now, save_record
-from cfamc_cli.store.runs import HEAD, RunFolder, cache_folder, create_run
+from cfamc_cli.store.runs import HEAD, RunFolder, cache_folder, create_run, standard_probe
 
 CPU = torch.device("cpu")
 CLASSES = ("ant", "bee", "cat")
@@ -274,6 +274,21 @@ def test_what_changed_since_is_noticed(probe: Command, tmp_path: Path) -> None:
     with pytest.raises(CfamcError, match="not the one that linear-001") as changed_encoder:
         classifier_in(probe.run, folder)
     assert changed_encoder.value.exit_code == 4
+
+
+def test_a_record_with_tables_of_something_else_is_one_line(probe: Command) -> None:
+    """Edited by hand: its settings and its data are read again, and may be anything that is JSON."""
+    assert probe("--head", "crops", "--crops", "2", "--epochs", "1").code == 0
+    folder = probe.run.probes / "crops-001"
+    path, whole = folder / "record.json", json.loads((folder / "record.json").read_text())
+    path.write_text(json.dumps(whole | {"settings": whole["settings"] | {"crops": 0}}))
+    with pytest.raises(CfamcError, match=r"crops-001: settings: crops: .* greater than or equal to 1") as settings:
+        classifier_in(probe.run, folder)
+    path.write_text(json.dumps(whole | {"data": {"root": "here"}}))
+    with pytest.raises(CfamcError, match="crops-001: data: dataset: Field required") as data:
+        load_test_images(probe.run, load_record(path, ProbeRecord), talk=NullTalk())
+    assert settings.value.exit_code == data.value.exit_code == 4
+    assert standard_probe(probe.run, whole["encoder_digest"]) is None
 
 
 def test_a_standard_head_is_there_when_it_is_asked_for(

@@ -356,6 +356,11 @@ def test_one_problem(override: str, expected: str) -> None:
     assert problems(override) == [expected]
 
 
+def test_a_kind_of_problem_that_only_a_newer_pydantic_knows() -> None:
+    error = {"type": "too_blue", "loc": ("train", "epochs"), "input": 3, "msg": "must be {redder}", "ctx": {"hue": 4}}
+    assert wording.word_problems([error]) == [wording.Problem("train.epochs", "must be {redder}")]
+
+
 def test_several_idle_settings_are_told_apart() -> None:
     assert problems("probe={head='finetune', objective='clean', eps=0, steps=3}") == [
         'probe.eps: has no effect: objective "clean" attacks nothing',

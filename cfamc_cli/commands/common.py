@@ -130,7 +130,7 @@ def interruption(*, message: str = "interrupted", hint: Callable[[], str] = str)
 
 
 def load_images(recipe: Recipe, split: Literal["train", "test"], *, talk: Talk) -> ImageSet:
-    """The images of a recipe; see `engine.data.load`."""
+    """The images of a recipe; see `engine.data.sets.load`."""
     from cfamc_cli.engine.data.sets import load
 
     return load(recipe.data, split, seed=recipe.seed, cache=cache_folder(), talk=talk)

@@ -115,9 +115,8 @@ def _start(recipes: Sequence[Recipe], options: Options) -> list[RunRecord]:
             for recipe in recipes:
                 if results and (signal := working.signals.pending()):  # it came too late to cut the run before
                     raise Interrupted(signal)
-                data = load_images(
-                    recipe, "train", talk=working.talk
-                )  # this and the next two lines before a run is made for nothing
+                # This and the next two lines before a run is made for nothing.
+                data = load_images(recipe, "train", talk=working.talk)
                 plan(recipe, images=len(data.images))
                 _starting_weights(recipe, options.store)
                 run = create_run(options.store, recipe.name, now=now()) if world.leads else None

@@ -23,7 +23,17 @@ from cfamc_cli.recipe.schema import Data, Finetune, Recipe, RobustLinear
 from cfamc_cli.report import terminal
 from cfamc_cli.store.environment import capture_environment
 from cfamc_cli.store.ledger import found
-from cfamc_cli.store.records import Accuracy, DataUsed, PendingProbe, ProbeRecord, Totals, load_record, now, save_record
+from cfamc_cli.store.records import (
+    Accuracy,
+    DataUsed,
+    PendingProbe,
+    ProbeRecord,
+    Totals,
+    load_record,
+    now,
+    save_record,
+    settings_of,
+)
 from cfamc_cli.store.runs import (
     HEAD,
     LATEST,
@@ -136,7 +146,7 @@ def load_test_images(run: RunFolder, record: ProbeRecord, *, talk: Talk) -> Imag
     """
     recipe = run.recipe()
     if record.data:
-        recipe = recipe.model_copy(update={"data": Data.model_validate(record.data)})
+        recipe = recipe.model_copy(update={"data": settings_of(record, "data", Data)})
     images = load_images(recipe, "test", talk=talk).labelled()
     _same_data(images.used(), record.test, whose=f"head {record.id} was fitted")
     return images

@@ -1,7 +1,7 @@
-"""Recipes as files: finding, bounded reading, `--set` overrides, errors in a user's words, and writing.
+"""Recipes as files: finding, bounded reading, `--set` overrides, checks across tables, and writing.
 
-All problems of a recipe come in one CfamcError. A table that is broken is left out of the checks across tables, and the
-others are still held to them. This module never imports torch.
+All problems of a recipe come in one CfamcError, in the words of `wording`. A table that is broken is left out of the
+checks across tables, and the others are still held to them. This module never imports torch.
 """
 
 from __future__ import annotations
@@ -165,8 +165,8 @@ def validate(raw: Mapping[str, Any], *, label: str, before: Sequence[Problem] = 
     errors = []
     try:
         recipe = Recipe.model_validate(raw)
-    except ValidationError as invalid:
-        errors = invalid.errors(include_url=False)
+    except ValidationError as found:
+        errors = found.errors(include_url=False)
     broken = {str(error["loc"][0]) for error in errors}
     if broken:
         recipe = Recipe.model_validate(_STAND_INS | {key: value for key, value in raw.items() if key not in broken})

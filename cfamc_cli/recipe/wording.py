@@ -8,11 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from cfamc_cli.recipe.schema import (
-    Recipe,
-    Table,
-    tables,
-)
+from cfamc_cli.recipe.schema import Recipe, Table, tables
 
 _LISTS = ("crops", "attack")  # the tables with double brackets
 _MODELS = {field.alias or name: tables(field.annotation) for name, field in Recipe.model_fields.items()}
@@ -79,10 +75,10 @@ def _problems_of(error: Mapping[str, Any]) -> Iterator[Problem]:
         case "union_tag_invalid":
             yield Problem(f"{path}.{_tag(path)}", _not_among(value[_tag(path)], _choices(path)))
         case _:
-            yield Problem(path, _message(kind, value, context, loc))
+            yield Problem(path, _message(kind, value, context, loc, msg=error["msg"]))
 
 
-def _message(kind: str, value: Any, context: Mapping[str, Any], loc: Sequence[str | int]) -> str:
+def _message(kind: str, value: Any, context: Mapping[str, Any], loc: Sequence[str | int], *, msg: str) -> str:
     key = loc[-1]
     match kind:
         case "missing":
@@ -96,7 +92,8 @@ def _message(kind: str, value: Any, context: Mapping[str, Any], loc: Sequence[st
         case _:
             spelled = {name: _limit(found) for name, found in context.items()}
             length = len(value) if isinstance(value, str) else 0
-            text = _WORDS[kind].format(**spelled, shown=show_value(value), length=length, key=key)
+            words = _WORDS.get(kind, "{msg}")  # a newer Pydantic may know kinds that this does not
+            text = words.format(**spelled, shown=show_value(value), length=length, key=key, msg=msg)
             return text + _meant(kind, value, key)
 
 

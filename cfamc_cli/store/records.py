@@ -26,7 +26,7 @@ from pydantic import (
     ValidationError,
 )
 
-from cfamc_cli.errors import bad_data
+from cfamc_cli.errors import CfamcError, bad_data
 from cfamc_cli.recipe.schema import Features, Norm
 from cfamc_cli.store.files import read_bytes, read_jsonl, write_bytes
 
@@ -540,7 +540,8 @@ def read_metrics(path: Path) -> list[MetricLine]:
     """Read metrics.jsonl; a line that is still being written is left out.
 
     Raises:
-        CfamcError: Exit 4; the file cannot be read, or a line is none of these; names file, line and value.
+        CfamcError: Exit 1; the file is missing or cannot be read. Exit 4; a line is none of these: names file, line
+            and value.
     """
     return _read_lines(path, _METRIC)
 
@@ -591,19 +592,37 @@ def load_record(path: Path | str, model: type[R]) -> R:
     """Read a record, or a recipe as it was resolved.
 
     Raises:
-        CfamcError: The file cannot be read, or does not hold such a record; one line that names file and field.
+        CfamcError: Exit 1; the file is missing or cannot be read. Exit 4; it does not hold such a record: one line
+            that names file and field.
     """
     data = read_bytes(path)
     try:
         return model.model_validate_json(data)
     except ValidationError as error:
-        problem = error.errors(include_url=False, include_context=False)[0]
-        where = ".".join(map(str, problem["loc"]))
-        if where == "schema_version":
-            found = f"{path}: schema version {problem['input']!r:.20}, where {SCHEMA_VERSION} is known"
-            raise bad_data(found, "read it with the version of cfamc that wrote it, or a newer one") from error
-        cause = " ".join(problem["msg"].split())
-        raise bad_data(f"{path}: {where + ': ' if where else ''}{cause}"[:500]) from error
+        raise _unfit(error, str(path)) from error
+
+
+def settings_of(probe: ProbeRecord, key: Literal["data", "settings"], model: type[R]) -> R:
+    """A table of the recipe that a probe's record keeps as plain values.
+
+    Raises:
+        CfamcError: Exit 4; it is no such table: one line that names probe and field.
+    """
+    try:
+        return model.model_validate_json(json.dumps(getattr(probe, key)))
+    except ValidationError as error:
+        raise _unfit(error, f"{probe.id}: {key}") from error
+
+
+def _unfit(error: ValidationError, what: str) -> CfamcError:
+    """The first thing in which what was read differs from its schema."""
+    problem = error.errors(include_url=False, include_context=False)[0]
+    where = ".".join(map(str, problem["loc"]))
+    if where == "schema_version":
+        found = f"{what}: schema version {problem['input']!r:.20}, where {SCHEMA_VERSION} is known"
+        return bad_data(found, "read it with the version of cfamc that wrote it, or a newer one")
+    cause = " ".join(problem["msg"].split())
+    return bad_data(f"{what}: {where + ': ' if where else ''}{cause}"[:500])
 
 
 def save_record(path: Path, record: Record) -> None:

@@ -70,7 +70,7 @@ class RunFolder:
         """What run.json says.
 
         Raises:
-            CfamcError: Exit 4; it is missing or damaged.
+            CfamcError: As for `load_record`.
         """
         return load_record(self.run_json, RunRecord)
 
@@ -78,7 +78,7 @@ class RunFolder:
         """The recipe as it was resolved when the run began.
 
         Raises:
-            CfamcError: Exit 4; the file is missing or damaged.
+            CfamcError: As for `load_record`.
         """
         return load_record(self.resolved_json, Recipe)
 
@@ -229,7 +229,7 @@ def standard_probe(run: RunFolder, encoder_digest: str) -> Path | None:
 
 def _identity(data: Mapping[str, object]) -> dict[str, object]:
     """A [data] table without the place where the files of a known set lie."""
-    return {key: value for key, value in data.items() if key != "root" or data["dataset"] == "folder"}
+    return {key: value for key, value in data.items() if key != "root" or data.get("dataset") == "folder"}
 
 
 @contextmanager

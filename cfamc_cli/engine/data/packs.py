@@ -90,7 +90,7 @@ def packed(folder: Path, name: str, *, key: str, make: Callable[[], Raw], task: 
         if found["key"] == key:
             labels = found["labels"] and torch.tensor(found["labels"])
             return Pack(_mapped(pixels), labels, tuple(found["classes"]), found["fingerprint"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError):
         pass  # absent or damaged: made anew
     raw = make()
     with cached_file(pixels, needed=int(np.prod(raw.shape))) as temporary:

@@ -22,7 +22,7 @@ from cfamc_cli.engine.randomness import addressed_generator
 from cfamc_cli.engine.sink import Talk
 from cfamc_cli.errors import CfamcError, bad_data, invalid
 from cfamc_cli.recipe.schema import AggregatedCrops, Augment, Crops, Features, Model, Recipe
-from cfamc_cli.store.records import ProbeRecord
+from cfamc_cli.store.records import ProbeRecord, settings_of
 
 _VIEWS = 512  # views of one forward pass
 _BLOCK = 64  # samples whose crops are drawn together; part of the address of a sample's crops
@@ -216,7 +216,7 @@ def load_classifier(loaded: LoadedEncoder, probe: ProbeRecord, path: Path, recip
 
     Raises:
         CfamcError: Exit 2 for knn, which has no logits to differentiate. Exit 4 where the file is missing or damaged,
-            or where encoder or head are not those that the record was made with.
+            where encoder or head are not those that the record was made with, or where its settings are none.
     """
     name = path.parent.name
     if probe.head == "knn":
@@ -233,7 +233,7 @@ def load_classifier(loaded: LoadedEncoder, probe: ProbeRecord, path: Path, recip
     head = LinearHead(dim, len(probe.classes), standardized="head.mean" in tensors).to(loaded.device)
     crops = None
     if probe.head == "crops":
-        crops = crop_source(recipe, AggregatedCrops.model_validate(probe.settings), split="test")
+        crops = crop_source(recipe, settings_of(probe, "settings", AggregatedCrops), split="test")
     classifier = Classifier(loaded.encoder, head, features=probe.features, crops=crops)
     checkpoints.load_state(stored(classifier, finetuned=probe.head == "finetune"), tensors, path=path)
     return classifier.eval().requires_grad_(False)

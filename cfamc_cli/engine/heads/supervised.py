@@ -27,7 +27,7 @@ from cfamc_cli.engine.heads.classifier import Classifier, feature_dim, stored
 from cfamc_cli.engine.heads.frozen import Fitted, Task, classify, new_head
 from cfamc_cli.engine.optim import learning_rate
 from cfamc_cli.engine.randomness import addressed_generator, epoch_order
-from cfamc_cli.errors import CfamcError, ExitCode
+from cfamc_cli.errors import CfamcError, ExitCode, bad_data
 from cfamc_cli.recipe.schema import Cosine, Finetune, RobustLinear, number
 
 _KEEP = 2  # checkpoints, so that one damaged is not the end
@@ -121,13 +121,18 @@ class SupervisedTrainer:
             CfamcError: Exit 4; it does not fit.
         """
         checkpoints.load_state(self._saved, saved.model, path=path)
-        for name, tensor in saved.state.items():
-            place, _, key = name.partition(".")
-            parameter = self.parameters[int(place)]
-            # like its parameter in memory, which a convolution's gradient is too
-            own = torch.empty_like(parameter).copy_(tensor) if tensor.dim() else tensor.clone()
-            self.optimizer.state[parameter][key] = own
-        self.step = int(str(saved.progress["step"]))
+        try:
+            for name, tensor in saved.state.items():
+                place, _, key = name.partition(".")
+                parameter = self.parameters[int(place)]
+                if tensor.dim() and tensor.shape != parameter.shape:
+                    raise ValueError("another parameter's state")
+                # like its parameter in memory, which a convolution's gradient is too
+                own = torch.empty_like(parameter).copy_(tensor) if tensor.dim() else tensor.clone()
+                self.optimizer.state[parameter][key] = own
+            self.step = int(str(saved.progress["step"]))
+        except (LookupError, ValueError) as error:
+            raise bad_data(f"{path}: its state does not fit the head") from error
 
     def judged(self) -> Fitted:
         """The classifier as it stands, and what it answers on whole splits."""
