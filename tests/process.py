@@ -218,48 +218,44 @@ def kill_in_save(point: str, nth: int) -> None:
     state = {"saves": 0}
     save, write, rename, fsync = checkpoint.save, cfamc_cli.store.files._write_all, Path.rename, os.fsync
 
-    def die(at: str) -> None:
-        if state["saves"] == nth and at == point:
+    def die(at: str, where: str, part: str = "checkpoints") -> None:
+        if at == point and part in where and state["saves"] == nth:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def counted_save(*arguments: Any) -> Path:
         state["saves"] += 1
         done = save(*arguments)
-        die("after save")
+        die("after save", str(done))
         return done
 
     def counted_write(descriptor: int, data: bytes) -> None:
-        where = str(Path(f"/proc/self/fd/{descriptor}").readlink())
-        if "checkpoints" in where and state["saves"] == nth and point == "half the data":
-            write(descriptor, data[: len(data) // 2])
-            die(point)
-        write(descriptor, data)
-        if "checkpoints" in where:
-            die("after data")
+        where, half = _path_of(descriptor), len(data) // 2
+        write(descriptor, data[:half])
+        die("half the data", where)
+        write(descriptor, data[half:])
+        die("after data", where)
 
     def counted_fsync(descriptor: int) -> None:
-        where = str(Path(f"/proc/self/fd/{descriptor}").readlink())
-        inside = "checkpoints" in where
-        if inside:
-            die("before fsync")
+        where = _path_of(descriptor)
+        die("before fsync", where)
         fsync(descriptor)
-        if inside:
-            die("after fsync")
-            if where.endswith("checkpoints"):
-                die("after the folder's fsync")
+        die("after fsync", where)
+        die("after the folder's fsync", where[-len("checkpoints") :])
 
     def counted_rename(self: Path, target: Path) -> Path:
-        if "step-" in str(target):
-            die("before rename")
+        die("before rename", str(target), "step-")
         moved = rename(self, target)
-        if "step-" in str(target):
-            die("after rename")
+        die("after rename", str(target), "step-")
         return moved
 
     mock.patch.object(checkpoint, "save", counted_save).start()
     mock.patch.object(cfamc_cli.store.files, "_write_all", counted_write).start()
     mock.patch.object(os, "fsync", counted_fsync).start()
     mock.patch.object(Path, "rename", counted_rename).start()
+
+
+def _path_of(descriptor: int) -> str:
+    return str(Path(f"/proc/self/fd/{descriptor}").readlink())
 
 
 def wait_in_save(flag: str) -> None:

@@ -180,8 +180,11 @@ def test_confusion_and_accuracy_by_class_are_counts() -> None:
     found = frozen.accuracy_by_class(confusion, ["a", "b", "c", "d"])
     assert [part.name for part in found] == ["a", "b", "c", "d"]
     assert [None if part.accuracy is None else (part.accuracy.correct, part.accuracy.n) for part in found] == [
-        (1, 3), (1, 2), None, (3, 4),
-    ]  # fmt: skip
+        (1, 3),
+        (1, 2),
+        None,
+        (3, 4),
+    ]
 
 
 SOURCE = CropSource(group=Crops(count=3, size=8), augment=Augment(), seed=0, split="test")
@@ -339,58 +342,64 @@ def ascent(
     return x + delta
 
 
+EPS, SIZE, STEPS, BETA, LR = 6 / 255, 0.01, 3, 2.5, 0.05
+
+
+def settings_by_hand(kind: str) -> RobustLinear | Finetune:
+    """Two epochs in batches of 9 of robust-linear, or of fine-tuning's objective of that name."""
+    fixed = {"epochs": 2, "batch_size": 9, "lr": LR}
+    attack = {} if kind == "clean" else {"eps": "6/255", "step_size": "0.01", "steps": STEPS}
+    if kind == "robust-linear":
+        return RobustLinear.model_validate({"head": kind} | fixed | attack)
+    own = {"momentum": 0.8, "weight_decay": 0.01} | ({"trades_beta": BETA} if kind == "trades" else {})
+    return Finetune.model_validate({"head": "finetune", "objective": kind} | fixed | own | attack)
+
+
+def points_by_hand(plain: Any, kind: str, batch: torch.Tensor, y: torch.Tensor, g: torch.Generator) -> torch.Tensor:
+    """Where an update reads the classifier: the batch, or its adversarial examples."""
+    start, loss_of = torch.zeros_like(batch), lambda z: F.cross_entropy(z, y)
+    if kind == "clean":
+        return batch
+    if kind == "pgd":
+        start = ((2 * torch.rand(batch.shape, generator=g) - 1) * EPS + batch).clamp(0, 1) - batch
+    elif kind == "trades":
+        start = 0.001 * torch.randn(batch.shape, generator=g)
+        with torch.no_grad():
+            p = plain(batch).softmax(1)
+        loss_of = lambda z: (p * (p.log() - z.log_softmax(1))).sum() / len(z)  # noqa: E731
+    return ascent(plain, batch, start, loss_of, eps=EPS, size=SIZE, k=STEPS)
+
+
+def loss_by_hand(plain: Any, kind: str, batch: torch.Tensor, points: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    if kind != "trades":
+        return F.cross_entropy(plain(points), y)
+    p, q = plain(batch).softmax(1), plain(points).softmax(1)
+    return -p[range(len(y)), y].log().mean() + BETA * (p * (p / q).log()).sum(1).mean()
+
+
 @pytest.mark.parametrize("kind", ["clean", "pgd", "trades", "robust-linear"])
 def test_training_is_written_down_step_by_step(kind: str, tmp_path: Path) -> None:
     """Each update by hand: the batch, its examples, the loss, and the rate: half a cosine, or Adam's constant one."""
-    eps, size, k, beta, lr = 6 / 255, 0.01, 3, 2.5, 0.05
-    attack: dict[str, Any] = {"eps": "6/255", "step_size": "0.01", "steps": k}
-    settings: RobustLinear | Finetune
-    if kind == "robust-linear":
-        settings = RobustLinear(head="robust-linear", epochs=2, batch_size=9, lr=lr, **attack)
-    else:
-        more = {} if kind == "clean" else attack
-        more |= {"trades_beta": beta} if kind == "trades" else {}
-        fixed = {"head": "finetune", "objective": kind, "epochs": 2, "batch_size": 9, "lr": lr}
-        settings = Finetune.model_validate(fixed | {"momentum": 0.8, "weight_decay": 0.01} | more)
-    trained = trainer(settings)
-    plain = trainer(settings).classifier
+    settings = settings_by_hand(kind)
+    trained, plain = trainer(settings), trainer(settings).classifier
     x, labels = images().float() / 255, torch.arange(24) % 4
     parts = [plain.head, *([] if kind == "robust-linear" else [plain.encoder.backbone, plain.encoder.pre_feature])]
     parameters = [parameter for part in parts for parameter in part.parameters()]
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer = torch.optim.SGD(parameters, lr=LR, momentum=0.8, weight_decay=0.01)
     if kind == "robust-linear":
-        optimizer = torch.optim.Adam(parameters, lr=lr)
-    else:
-        optimizer = torch.optim.SGD(parameters, lr=lr, momentum=0.8, weight_decay=0.01)
+        optimizer = torch.optim.Adam(parameters, lr=LR)
     for update in range(6):  # 9, 9 and 6 images in each of 2 epochs
         epoch, index = divmod(update, 3)
         before = {name: value.clone() for name, value in trained.classifier.state_dict().items()}
         plain.load_state_dict(before)  # so that rounding does not add up
         chosen = epoch_order(0, epoch, 24)[9 * index : 9 * index + 9]
         batch, y = x[chosen], labels[chosen]
-        generator = addressed_generator("finetune-delta", 0, epoch, index)
         if kind != "robust-linear":
             batch = shift_and_flip(batch, addressed_generator("finetune-shift", 0, epoch, index))
-            optimizer.param_groups[0]["lr"] = lr * [1.0, 0.9330127, 0.75, 0.5, 0.25, 0.0669873][update]
-        points, loss_of = batch, lambda z, y=y: F.cross_entropy(z, y)
-        if kind == "pgd":
-            start = ((2 * torch.rand(batch.shape, generator=generator) - 1) * eps + batch).clamp(0, 1) - batch
-        elif kind == "trades":
-            start = 0.001 * torch.randn(batch.shape, generator=generator)
-            with torch.no_grad():
-                target = plain(batch).softmax(1)
-            loss_of = lambda z, p=target: (p * (p.log() - z.log_softmax(1))).sum() / len(z)  # noqa: E731
-        else:
-            start = torch.zeros_like(batch)
-        if kind != "clean":
-            points = ascent(plain, batch, start, loss_of, eps=eps, size=size, k=k)
+            optimizer.param_groups[0]["lr"] = LR * [1.0, 0.9330127, 0.75, 0.5, 0.25, 0.0669873][update]
+        points = points_by_hand(plain, kind, batch, y, addressed_generator("finetune-delta", 0, epoch, index))
         plain.encoder.train(kind != "robust-linear")
-        if kind == "trades":
-            p = plain(batch).softmax(1)
-            q = plain(points).softmax(1)
-            loss = -p[range(len(y)), y].log().mean() + beta * (p * (p / q).log()).sum(1).mean()
-        else:
-            loss = F.cross_entropy(plain(points), y)
+        loss = loss_by_hand(plain, kind, batch, points, y)
         plain.eval()
         optimizer.zero_grad()
         loss.backward()

@@ -371,8 +371,9 @@ def test_on_a_terminal(env: dict[str, str], live: bool, tmp_path: Path) -> None:
 
     reader = threading.Thread(target=read)
     reader.start()
-    child: Child = warm().start("pretrain", write_and_name(tmp_path), *TINY, "--json", cwd=tmp_path, env=env,
-                                terminal=os.ttyname(slave))  # fmt: skip
+    child: Child = warm().start(
+        "pretrain", write_and_name(tmp_path), *TINY, "--json", cwd=tmp_path, env=env, terminal=os.ttyname(slave)
+    )
     done = child.wait()
     os.close(slave)
     reader.join(10)
@@ -405,8 +406,11 @@ def test_without_a_home(home: str, tmp_path: Path) -> None:
 
 
 def secrets() -> dict[str, str]:
-    names = [f"{service}_{kind}" for service in ("AWS", "HF", "WANDB", "GITHUB", "OPENAI", "SMTP") for kind in
-             ("TOKEN", "SECRET_KEY", "PASSWORD", "API_KEY", "CREDENTIALS")]  # fmt: skip
+    names = [
+        f"{service}_{kind}"
+        for service in ("AWS", "HF", "WANDB", "GITHUB", "OPENAI", "SMTP")
+        for kind in ("TOKEN", "SECRET_KEY", "PASSWORD", "API_KEY", "CREDENTIALS")
+    ]
     return {name: f"s3cr3t-{index:02d}-{name.lower()}" for index, name in enumerate(names)}
 
 

@@ -99,12 +99,20 @@ TOO_DEEP = "{path}: is nested too deeply"
         pytest.param(b"a = 1\nb = '\xff'", "{path}: line 2 is not UTF-8 (byte 0xff)", id="Latin-1"),
         pytest.param("schema = 1".encode("utf-16"), "{path}: line 1 holds a NUL byte", id="UTF-16"),
         pytest.param(
-            b"seed = 1\nseed = 2\n", "{path}: not TOML: Cannot overwrite a value (at line 2, column 9)", id="duplicate key"
+            b"seed = 1\nseed = 2\n",
+            "{path}: not TOML: Cannot overwrite a value (at line 2, column 9)",
+            id="duplicate key",
         ),
         pytest.param(
-            b"[data]\n[data]\n", "{path}: not TOML: Cannot declare ('data',) twice (at line 2, column 6)", id="duplicate table"
+            b"[data]\n[data]\n",
+            "{path}: not TOML: Cannot declare ('data',) twice (at line 2, column 6)",
+            id="duplicate table",
         ),
-        pytest.param(b"seed 1", "{path}: not TOML: Expected '=' after a key in a key/value pair (at line 1, column 6)", id="syntax"),
+        pytest.param(
+            b"seed 1",
+            "{path}: not TOML: Expected '=' after a key in a key/value pair (at line 1, column 6)",
+            id="syntax",
+        ),
         pytest.param(b"a = " + b"[" * 10_000, TOO_DEEP, id="arrays"),
         pytest.param(b"a = " + b"{a=" * 10_000, TOO_DEEP, id="inline tables"),
         pytest.param(b"a." * 10_000 + b"a = 1", TOO_DEEP, id="dotted key"),
@@ -114,7 +122,7 @@ TOO_DEEP = "{path}: is nested too deeply"
         pytest.param(b"#" * (2**20 + 1), "{path}: is larger than 1 MiB", id="over 1 MiB"),
         pytest.param(b"a." * 500_000 + b"a=1", TOO_DEEP, id="1 MiB of dots"),
     ],
-)  # fmt: skip
+)
 def test_text_that_is_no_recipe(write: Any, content: bytes, message: str) -> None:
     path = write(content)
     assert refusal(path).message == message.format(path=path)
@@ -152,15 +160,23 @@ def test_a_file_without_permission(write: Any, monkeypatch: pytest.MonkeyPatch) 
     ("reference", "shown", "hint"),
     [
         ("cifar11", "cifar11", 'did you mean "cifar10"? `cfamc recipes list` shows what ships'),
-        ("recipes/cifar1000.toml", "recipes/cifar1000.toml", 'did you mean "cifar100"? `cfamc recipes list` shows what ships'),
-        ("elsewhere/cifar10.toml", "elsewhere/cifar10.toml", 'did you mean "cifar10"? `cfamc recipes list` shows what ships'),
+        (
+            "recipes/cifar1000.toml",
+            "recipes/cifar1000.toml",
+            'did you mean "cifar100"? `cfamc recipes list` shows what ships',
+        ),
+        (
+            "elsewhere/cifar10.toml",
+            "elsewhere/cifar10.toml",
+            'did you mean "cifar10"? `cfamc recipes list` shows what ships',
+        ),
         ("zzz", "zzz", "`cfamc recipes list` shows what ships"),
         ("", "", "`cfamc recipes list` shows what ships"),
         ("a\0b", r"a\x00b", "`cfamc recipes list` shows what ships"),
         ("\x1b[31m", r"\x1b[31m", "`cfamc recipes list` shows what ships"),
         ("q" * 5_000, "q" * 200 + "...", "`cfamc recipes list` shows what ships"),
     ],
-)  # fmt: skip
+)
 def test_no_such_recipe(reference: str, shown: str, hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     error = refusal(reference)
@@ -212,12 +228,21 @@ def test_overrides_reach_tables_that_the_file_leaves_to_their_defaults(write: An
         (["train.epochs"], ["--set train.epochs: write KEY=VALUE with a dotted key, such as --set train.epochs=5"]),
         (["=5"], ["--set =5: write KEY=VALUE with a dotted key, such as --set train.epochs=5"]),
         (["a..b=5"], ["--set a..b=5: write KEY=VALUE with a dotted key, such as --set train.epochs=5"]),
-        (["a." * 20 + "a=5"], [f"--set {'a.' * 20}a=5: write KEY=VALUE with a dotted key, such as --set train.epochs=5"]),
+        (
+            ["a." * 20 + "a=5"],
+            [f"--set {'a.' * 20}a=5: write KEY=VALUE with a dotted key, such as --set train.epochs=5"],
+        ),
         (["train.epochs=1", "train.epochs=2"], ["--set train.epochs: given twice"]),
         (["train.epochs=1", "train={}"], ["--set train: would undo --set train.epochs; give it first"]),
-        (["crops.count=8"], ['--set crops.count: crops is a list, so an index comes next (did you mean "crops.0.count"?)']),
+        (
+            ["crops.count=8"],
+            ['--set crops.count: crops is a list, so an index comes next (did you mean "crops.0.count"?)'],
+        ),
         (["crops.1.count=8"], ["--set crops.1.count: crops has 1 entry, counted from 0"]),
-        (["attack.-1.eps=0"], ['--set attack.-1.eps: attack is a list, so an index comes next (did you mean "attack.0.-1.eps"?)']),
+        (
+            ["attack.-1.eps=0"],
+            ['--set attack.-1.eps: attack is a list, so an index comes next (did you mean "attack.0.-1.eps"?)'],
+        ),
         (["attack.2.eps=0"], ["--set attack.2.eps: attack has 2 entries, counted from 0"]),
         (["train.epochs.x=1"], ["--set train.epochs.x: train.epochs is 10.0, not a table"]),
         (["name.x=1"], ['--set name.x: name is the text "cifar10-cf-amc-ssl", not a table']),
@@ -234,7 +259,7 @@ def test_overrides_reach_tables_that_the_file_leaves_to_their_defaults(write: An
         (["name=\x1b[31m", "model.width=0"], ["model.width: must be at least 1, not 0"]),
         (["x." * 3 + "a=[[[" + "[" * 10_000], ['unknown key "x"']),
     ],
-)  # fmt: skip
+)
 def test_bad_overrides(overrides: list[str], expected: list[str]) -> None:
     assert problems(*overrides) == expected
 
@@ -265,7 +290,10 @@ def test_another_choice_leaves_stale_keys_and_the_hint_says_how_to_replace_the_t
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ('train.epochs="0.3"', 'train.epochs: must be a number, not the text "0.3" (did you mean 0.3, without quotes?)'),
+        (
+            'train.epochs="0.3"',
+            'train.epochs: must be a number, not the text "0.3" (did you mean 0.3, without quotes?)',
+        ),
         ("train.epochs=.3", 'train.epochs: must be a number, not the text ".3" (did you mean 0.3?)'),
         ("train.epochs=-3.", 'train.epochs: must be a number, not the text "-3." (did you mean -3.0?)'),
         ("train.epochs=soon", 'train.epochs: must be a number, not the text "soon"'),
@@ -287,8 +315,11 @@ def test_another_choice_leaves_stale_keys_and_the_hint_says_how_to_replace_the_t
         ("data=cifar10", 'data: must be a table, not the text "cifar10"'),
         ("data.root=", "data.root: must not be empty"),
         (r'data.root="a\u0000"', "data.root: a path cannot hold a NUL character"),
-        ("data.dataset=cifar", 'data.dataset: must be "fashion-mini", "cifar10", "cifar100", "fashion-mnist", "svhn", '
-         '"stl10" or "folder", not the text "cifar" (did you mean "cifar10"?)'),
+        (
+            "data.dataset=cifar",
+            'data.dataset: must be "fashion-mini", "cifar10", "cifar100", "fashion-mnist", "svhn", '
+            '"stl10" or "folder", not the text "cifar" (did you mean "cifar10"?)',
+        ),
         ("data.dataset=folder", 'data.root: missing; dataset "folder" needs the folder that holds train/ and test/'),
         ("name=7", "name: must be text, not 7 (in quotes it is text; from a shell: 'name=\"7\"')"),
         ("name=", "name: must not be empty"),
@@ -298,7 +329,10 @@ def test_another_choice_leaves_stale_keys_and_the_hint_says_how_to_replace_the_t
         ("seed=4294967296", "seed: must be below 4_294_967_296, not 4294967296"),
         ("schema=2", "schema: must be 1, the version that this cfamc reads, not 2"),
         ("schema=one", 'schema: must be 1, the version that this cfamc reads, not the text "one"'),
-        (f"schema={10**40}", "schema: must be 1, the version that this cfamc reads, not a number of more than 38 digits"),
+        (
+            f"schema={10**40}",
+            "schema: must be 1, the version that this cfamc reads, not a number of more than 38 digits",
+        ),
         ("optimizer.name=sgd", 'optimizer.name: must be "lars", not the text "sgd"'),
         ("crops=[]", "crops: needs at least one table: [[crops]]"),
         ("crops=3", "crops: must be a list, not 3"),
@@ -314,16 +348,27 @@ def test_another_choice_leaves_stale_keys_and_the_hint_says_how_to_replace_the_t
         ("crops.0.scale=[0.5,0.2]", "crops.0.scale: the lower end 0.5 is above the upper end 0.2"),
         ("crops.0.scale=[0.5,1.2]", "crops.0.scale: 1.2 is larger than the image; shares of its area lie in (0, 1]"),
         ("crops.0.scale=[0,1]", "crops.0.scale.0: must be above 0, not 0"),
-        ('crops.0.scale=["0.1",1]', 'crops.0.scale.0: must be a number, not the text "0.1" (did you mean 0.1, without quotes?)'),
+        (
+            'crops.0.scale=["0.1",1]',
+            'crops.0.scale.0: must be a number, not the text "0.1" (did you mean 0.1, without quotes?)',
+        ),
         ("augment.flip=2", "augment.flip: must be at most 1, not 2"),
         ("augment.jitter=[0,0,0]", "augment.jitter: must be a list of 4 numbers, not of 3"),
         ("augment.jitter=[0,0,0,0.6]", "augment.jitter: hue, the fourth number, lies in [0, 0.5]"),
-        ("augment.jitter=[2,0,0,0]", "augment.jitter: brightness, contrast and saturation, the first three numbers, lie in [0, 1]"),
+        (
+            "augment.jitter=[2,0,0,0]",
+            "augment.jitter: brightness, contrast and saturation, the first three numbers, lie in [0, 1]",
+        ),
         ("augment.jitter_p=0", "augment.jitter: has no effect: jitter_p is 0"),
         ("objective.tcr_weight=0", "objective.tcr_eps: has no effect: tcr_weight is 0"),
-        ("objective={name='emp-ssl', tcr_weight=0, invariance_weight=0}",
-         "objective.invariance_weight: must not be 0 where tcr_weight is 0: nothing would be learnt"),
-        ("objective.name=simclrr", 'objective.name: must be "emp-ssl", "simclr" or "supcon", not the text "simclrr" (did you mean "simclr"?)'),
+        (
+            "objective={name='emp-ssl', tcr_weight=0, invariance_weight=0}",
+            "objective.invariance_weight: must not be 0 where tcr_weight is 0: nothing would be learnt",
+        ),
+        (
+            "objective.name=simclrr",
+            'objective.name: must be "emp-ssl", "simclr" or "supcon", not the text "simclrr" (did you mean "simclr"?)',
+        ),
         ("objective={}", 'objective.name: missing; must be "emp-ssl", "simclr" or "supcon"'),
         ("objective=[]", "objective: must be a table, not a list"),
         ("adversary={name=3}", 'adversary.name: must be "none", "pgd" or "free", not 3'),
@@ -333,25 +378,45 @@ def test_another_choice_leaves_stale_keys_and_the_hint_says_how_to_replace_the_t
         ("adversary.eps=-1/255", "adversary.eps: '-1/255' is not a number such as 8/255 or 0.03 between 0 and 1"),
         ("adversary.eps=1e400", "adversary.eps: 'inf' is not a number such as 8/255 or 0.03 between 0 and 1"),
         ("adversary.eps=nan", "adversary.eps: 'nan' is not a number such as 8/255 or 0.03 between 0 and 1"),
-        ("adversary.step_size=8//255", "adversary.step_size: '8//255' is not a number such as 8/255 or 0.03 between 0 and 1"),
+        (
+            "adversary.step_size=8//255",
+            "adversary.step_size: '8//255' is not a number such as 8/255 or 0.03 between 0 and 1",
+        ),
         ("adversary.eps=0x1" + "0" * 5_000, "adversary.eps: is larger than 1: images live in [0, 1]"),
         ("adversary.replays=0", "adversary.replays: must be at least 1, not 0"),
         ("adversary={name='pgd', steps=0}", "adversary.steps: must be at least 1, not 0"),
         ("optimizer.momentum=0", "optimizer.nesterov: has no effect: momentum is 0 (set nesterov = false)"),
         ("optimizer.momentum=1", "optimizer.momentum: must be below 1, not 1"),
         ("optimizer.lr=-1", "optimizer.lr: must be at least 0, not -1"),
-        ("probe={head='linear', protocol='converged', lr=0.1}",
-         'probe.lr: has no effect: protocol "converged" trains until the loss stands still'),
-        ("probe={head='finetune', objective='clean', eps='8/255'}", 'probe.eps: has no effect: objective "clean" attacks nothing'),
-        ("probe={head='finetune', trades_beta=3}", 'probe.trades_beta: has no effect: it belongs to objective "trades"'),
-        ("probe={head='svm'}", 'probe.head: must be "linear", "robust-linear", "crops", "knn" or "finetune", not the text "svm"'),
+        (
+            "probe={head='linear', protocol='converged', lr=0.1}",
+            'probe.lr: has no effect: protocol "converged" trains until the loss stands still',
+        ),
+        (
+            "probe={head='finetune', objective='clean', eps='8/255'}",
+            'probe.eps: has no effect: objective "clean" attacks nothing',
+        ),
+        (
+            "probe={head='finetune', trades_beta=3}",
+            'probe.trades_beta: has no effect: it belongs to objective "trades"',
+        ),
+        (
+            "probe={head='svm'}",
+            'probe.head: must be "linear", "robust-linear", "crops", "knn" or "finetune", not the text "svm"',
+        ),
         ("probe={k=3}", 'probe.head: missing; must be "linear", "robust-linear", "crops", "knn" or "finetune"'),
-        ("attack=[{}]", 'attack.0.name: missing; must be "pgd", "fgsm", "apgd-ce", "apgd-dlr", "apgd-t", "fab", "square", "embedding" or "autoattack"'),
-        ("attack=[{name='pdg'}]", 'attack.0.name: must be "pgd", "fgsm", "apgd-ce", "apgd-dlr", "apgd-t", "fab", "square", "embedding" or "autoattack", not the text "pdg" (did you mean "pgd"?)'),
+        (
+            "attack=[{}]",
+            'attack.0.name: missing; must be "pgd", "fgsm", "apgd-ce", "apgd-dlr", "apgd-t", "fab", "square", "embedding" or "autoattack"',
+        ),
+        (
+            "attack=[{name='pdg'}]",
+            'attack.0.name: must be "pgd", "fgsm", "apgd-ce", "apgd-dlr", "apgd-t", "fab", "square", "embedding" or "autoattack", not the text "pdg" (did you mean "pgd"?)',
+        ),
         ("attack={name='pgd'}", "attack: must be a list, not a table (did you mean [[attack]], with double brackets?)"),
         ("attack.1.norm=l1", 'attack.1.norm: must be "linf" or "l2", not the text "l1"'),
     ],
-)  # fmt: skip
+)
 def test_one_problem(override: str, expected: str) -> None:
     assert problems(override) == [expected]
 
@@ -385,25 +450,39 @@ def test_missing_tables(write: Any) -> None:
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["crops.0.count=1"], "crops.0.count: emp-ssl draws the crops of an image together, and this is one "
-         "(set crops.0.count = 2 or more)"),
-        (["crops.0.count=1", "objective={name='simclr'}"],
-         "crops.0.count: simclr compares two views of an image, and this is one (set crops.0.count = 2)"),
-        (["crops.0.count=1", "objective={name='supcon'}"],
-         "crops.0.count: supcon compares two views of an image, and this is one (set crops.0.count = 2)"),
-        (["adversary.views=second"], 'adversary.views: "second" perturbs the second group of crops, and there is one group'),
+        (
+            ["crops.0.count=1"],
+            "crops.0.count: emp-ssl draws the crops of an image together, and this is one "
+            "(set crops.0.count = 2 or more)",
+        ),
+        (
+            ["crops.0.count=1", "objective={name='simclr'}"],
+            "crops.0.count: simclr compares two views of an image, and this is one (set crops.0.count = 2)",
+        ),
+        (
+            ["crops.0.count=1", "objective={name='supcon'}"],
+            "crops.0.count: supcon compares two views of an image, and this is one (set crops.0.count = 2)",
+        ),
+        (
+            ["adversary.views=second"],
+            'adversary.views: "second" perturbs the second group of crops, and there is one group',
+        ),
         (["adversary={name='pgd', eps=0}"], 'adversary.eps: pgd has no effect with eps 0 (set name = "none")'),
-        (["adversary={name='pgd', step_size='0'}"], "adversary.step_size: pgd has no effect with a step of 0 from zero"),
-        (["adversary.replays=1", "schedule.name=official-cosine"],
-         'schedule.name: "official-cosine" differs from "cosine" only in a free adversary of 2 or more replays'),
+        (
+            ["adversary={name='pgd', step_size='0'}"],
+            "adversary.step_size: pgd has no effect with a step of 0 from zero",
+        ),
+        (
+            ["adversary.replays=1", "schedule.name=official-cosine"],
+            'schedule.name: "official-cosine" differs from "cosine" only in a free adversary of 2 or more replays',
+        ),
         (["data.limit=60000"], "data.limit: cifar10 has 50000 training images, not 60000"),
         (["train.batch_size=60000"], "train.batch_size: 60000 is more than the 50000 training images"),
         (["data.limit=64"], "train.batch_size: 100 is more than the 64 training images"),
-        (["data={dataset='folder', root='x', limit=64}"],
-         "train.batch_size: 100 is more than the 64 training images"),
+        (["data={dataset='folder', root='x', limit=64}"], "train.batch_size: 100 is more than the 64 training images"),
         (["schedule.warmup=15000"], "schedule.warmup: 15000 updates of warm-up leave nothing of a run of 15000"),
     ],
-)  # fmt: skip
+)
 def test_tables_that_do_not_fit(overrides: list[str], expected: str) -> None:
     assert problems(*overrides) == [expected]
 
@@ -463,13 +542,17 @@ SCALARS = st.one_of(
     st.floats(),
     st.booleans(),
     st.text(max_size=20),
-    st.sampled_from(["8/255", "0", "none", "pgd", "free", "second", "simclr", "folder", "knn", "official-cosine", "clean"]),
-)  # fmt: skip
+    st.sampled_from(
+        ["8/255", "0", "none", "pgd", "free", "second", "simclr", "folder", "knn", "official-cosine", "clean"]
+    ),
+)
 VALUES = st.recursive(
     SCALARS,
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["name", "head", "eps", "count", "x"]), inner),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["name", "head", "eps", "count", "x"]), inner)
+    ),
     max_leaves=6,
-)  # fmt: skip
+)
 
 
 def _as_toml(value: Any) -> str:

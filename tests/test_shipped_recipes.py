@@ -97,9 +97,14 @@ def test_systems_of_the_published_table(name: str) -> None:
         case _:
             assert adversary == "none"
     assert recipe.optimizer.model_dump() == {
-        "name": "lars", "lr": 0.3, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4,
-        "trust_coefficient": 0.005, "clip": True,
-    }  # fmt: skip
+        "name": "lars",
+        "lr": 0.3,
+        "momentum": 0.9,
+        "nesterov": True,
+        "weight_decay": 1e-4,
+        "trust_coefficient": 0.005,
+        "clip": True,
+    }
     assert recipe.schedule.model_dump() == {"name": "cosine", "warmup": 0}
     simclr = objective == "simclr"
     assert recipe.augment.jitter == (0.4, 0.4, 0.4, 0.1 if simclr else 0.2)
