@@ -208,7 +208,9 @@ def test_what_is_wrong_is_told_in_a_line(attack: Attack, arguments: Sequence[str
 def test_a_run_without_a_checkpoint(attack: Attack, store: Path) -> None:
     run = the_run(store)
     shutil.rmtree(run.checkpoints)
-    assert attack(run.id)[0] == ExitCode.BAD_DATA
+    code, _, err = attack(run.id)
+    assert code == ExitCode.BAD_DATA
+    assert f"hint: go on with: cfamc pretrain --resume {run.path}" in err  # which is found from anywhere
     code, _, err = attack()
     assert code == ExitCode.INVALID
     assert "none of the 1 runs fits" in err

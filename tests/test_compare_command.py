@@ -20,7 +20,7 @@ import pytest
 from tiny import NOON, attack_record, data_used, probe_record, run_record, write_record
 
 from cfamc_cli.commands.compare import compare
-from cfamc_cli.comparison.gather import final_encoder_digest, gather
+from cfamc_cli.comparison.gather import gather
 from cfamc_cli.comparison.tables import tabulate
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.report import sheets
@@ -356,8 +356,8 @@ def test_the_manifest_of_a_checkpoint_tells_the_digest_of_its_encoder(tmp_path: 
         nn.init.constant_(norm.weight, step)
         saved = checkpoint.Checkpoint(module.state_dict(), {}, {"step": step})
         checkpoint.save(tmp_path / "checkpoints", step, saved)
-    assert final_encoder_digest(RunFolder(tmp_path)) == checkpoint.digest_of(module)
-    assert final_encoder_digest(RunFolder(tmp_path / "none")) is None
+    assert RunFolder(tmp_path).final_encoder_digest() == checkpoint.digest_of(module)
+    assert RunFolder(tmp_path / "none").final_encoder_digest() is None
 
 
 def test_a_head_fitted_to_fewer_images_hides_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

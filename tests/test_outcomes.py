@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from cfamc_cli.errors import CfamcError, ExitCode
-from cfamc_cli.store.outcomes import OUTCOMES, TIMING, key_of, open_ledger
+from cfamc_cli.store.outcomes import key_of, open_ledger
 from cfamc_cli.store.records import Outcome, Outcomes, load_record, unpack_bits
-from cfamc_cli.store.runs import RunFolder
+from cfamc_cli.store.runs import OUTCOMES, RunFolder
 
 BLOCK = 4
 NAMES = ("clean", "pgd-2")
@@ -71,7 +71,7 @@ def test_what_the_file_holds(tmp_path: Path) -> None:
         assert unpack_bits(part.robust, 10) == [bit for one in own for bit in one.standing]
         for name in ("broken", "not_finite", "unsteady", "invalid"):
             assert unpack_bits(getattr(part, name), 10) == [bit for one in own for bit in getattr(one, name)]
-    lines = [json.loads(line) for line in (folder / TIMING).read_text().splitlines()]
+    lines = [json.loads(line) for line in (RunFolder(folder).timing).read_text().splitlines()]
     assert [(line["block"], line["stage"], line["seconds"]) for line in lines] == [
         (one.block, one.stage, one.seconds) for one in done
     ]
@@ -126,7 +126,7 @@ def test_outcomes_that_contradict_each_other_are_left_alone(tmp_path: Path, chan
 
 def test_lost_times_lose_nothing_else(tmp_path: Path) -> None:
     folder, _, _ = work(tmp_path, 8, list(every(8)))
-    (folder / TIMING).write_text('{"block": "one"}\n')
+    (RunFolder(folder).timing).write_text('{"block": "one"}\n')
     assert work(tmp_path, 8, [])[1] == [replace(one, seconds=0.0) for one in every(8)]
 
 

@@ -33,7 +33,7 @@ from cfamc_cli.store.records import (
     now,
     save_record,
 )
-from cfamc_cli.store.runs import HEAD, LATEST, RECORD, RunFolder, find_run
+from cfamc_cli.store.runs import ACCURACY, EXAMPLES, HEAD, LATEST, LOSS, RECORD, SHEET, RunFolder, find_run
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,9 +60,10 @@ def attack(reference: str | None, *, flags: Flags, options: Options) -> None:
     check_flags(flags)
     if flags.plot and find_spec("matplotlib") is None:
         raise missing_library("--plot needs matplotlib", extra="plots")
-    run = find_run(options.store, reference or LATEST, accept=_has_checkpoint)
-    if not _has_checkpoint(run):
-        raise bad_data(f"run {run.id} has no checkpoint to attack yet", f"go on with: cfamc pretrain --resume {run.id}")
+    run = find_run(options.store, reference or LATEST, accept=RunFolder.has_checkpoint)
+    if not run.has_checkpoint():
+        hint = f"go on with: cfamc pretrain --resume {options.reference(run)}"
+        raise bad_data(f"run {run.id} has no checkpoint to attack yet", hint)
     recipe, status = run.recipe(), run.record().status
     asked = asked_attacks(flags, recipe)
     message, again = "interrupted; every finished stage is kept", "go on with the same command"
@@ -76,10 +77,6 @@ def attack(reference: str | None, *, flags: Flags, options: Options) -> None:
             results = [work.evaluate(table) for table in asked]
             drawn = work.plots(asked, results) if flags.plot else []
     tell(run, results, drawn, strict=flags.strict, options=options)
-
-
-def _has_checkpoint(run: RunFolder) -> bool:
-    return run.checkpoints.is_dir() and any(path.name.startswith("step-") for path in run.checkpoints.iterdir())
 
 
 class _Work:
@@ -100,7 +97,7 @@ class _Work:
         if self.space == "crops" and self.probe.head != "crops":
             raise invalid(
                 f"--space crops attacks the crops of an aggregated head, and {folder.name} reads whole images",
-                f"name one with --head, or fit one with: cfamc probe {run.id} --head crops",
+                f"name one with --head, or fit one with: cfamc probe {working.options.reference(run)} --head crops",
             )
         self.classifier = load_classifier(loaded, self.probe, folder / HEAD, recipe)
         self.data = load_test_images(run, self.probe, talk=self.talk)
@@ -141,7 +138,7 @@ class _Work:
         label = f"{self._name(table)} {table.norm} {table.eps}"
         empty, wanted = self._empty(table, BLOCK), self.flags.save_examples or 0
         with open_ledger(self.run, self._name(table), empty, warn=self.talk.warning) as ledger:
-            path = ledger.folder / "examples.safetensors"
+            path = ledger.folder / EXAMPLES
             gallery = Gallery(path, ledger.outcomes, block_size=BLOCK, wanted=wanted)
             record, again = ledger.record(), gallery.missing()
             audited = record is not None and not lacks_audit(record)
@@ -284,7 +281,7 @@ class _Work:
             f"{self.run.id}  {record.probe}  {record.attack} {threat.norm} eps {threat.eps}",
             f"clean | adversarial | difference x {gain:.3g} around grey",
         ]
-        path = ledger.folder / "examples.png"
+        path = ledger.folder / SHEET
         write_bytes(path, sheet(samples, heading=heading, gain=gain))
         fewer = len(samples) < (self.flags.save_examples or 0)
         note = f" (no more were broken than {len(samples)})" if fewer else ""
@@ -310,9 +307,9 @@ class _Work:
                     self.target.search, x, y, eps=eps, norm=table.norm, step_size=step_size, steps=steps
                 )
             title = f"PGD {table.norm} {table.eps}, step {step_size:.3g}, {len(rows)} samples right at first"
-            drawn[result.folder / "loss.png"] = draw_loss(losses, right, title=title)
+            drawn[result.folder / LOSS] = draw_loss(losses, right, title=title)
         for group in curves(results):
-            drawn[group[-1].folder / "accuracy.png"] = draw_accuracy(group)
+            drawn[group[-1].folder / ACCURACY] = draw_accuracy(group)
         for path, picture in drawn.items():
             write_bytes(path, picture)
         return list(drawn)

@@ -80,7 +80,7 @@ def export(
     chosen, form = part or "backbone", wanted or "safetensors"
 
     def fits(run: RunFolder) -> bool:
-        return any(run.checkpoints.glob("step-*")) if metrics is None else run.metrics.is_file()
+        return run.has_checkpoint() if metrics is None else run.metrics.is_file()
 
     with session(options) as working, interruption(message="interrupted; nothing was handed over"):
         run = find_run(options.store, reference or LATEST, accept=fits)

@@ -99,7 +99,7 @@ def probe(
             run = _import(foreign, request, working)
         else:
             run = find_run(options.store, reference or LATEST, accept=lambda run: run.status == "finished")
-        with interruption(hint=lambda: f"go on with: {_way_on(run)}"):
+        with interruption(hint=lambda: f"go on with: {_way_on(run, options)}"):
             if resume:
                 if request != Request():
                     raise invalid("--resume goes on with the head as it was begun", "leave the other options out")
@@ -419,5 +419,5 @@ def _show(record: ProbeRecord) -> None:
     terminal.print_rows(title, ("class", "n", "test % [95 %]"), rows, right=(1, 2))
 
 
-def _way_on(run: RunFolder) -> str:
-    return f"cfamc probe {run.id} --resume" if unfinished_probes(run) else "the same command"
+def _way_on(run: RunFolder, options: Options) -> str:
+    return f"cfamc probe {options.reference(run)} --resume" if unfinished_probes(run) else "the same command"

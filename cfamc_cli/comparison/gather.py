@@ -32,7 +32,7 @@ from cfamc_cli.store.records import (
     read_metrics,
     read_timing,
 )
-from cfamc_cli.store.runs import RunFolder, find_run, list_runs
+from cfamc_cli.store.runs import OUTCOMES, RECORD, RunFolder, find_run, list_runs
 
 _SCALAR = (str, int, float, type(None))
 Result = TypeVar("Result", ProbeResult, AttackResult)
@@ -93,7 +93,7 @@ class KeptOutcomes:
 
     def _read_once(self, run: str, result: str, counts: tuple[int, str, int, int]) -> Outcomes | None:
         try:
-            outcomes = load_record(self._folders[run].path / result / "outcomes.json", Outcomes)
+            outcomes = load_record(self._folders[run].path / result / OUTCOMES, Outcomes)
         except CfamcError as error:
             self.left_out.append((f"{run} {result}", f"compared without pairs: {error.message}"))
             return None
@@ -130,7 +130,7 @@ class _Reader:
     def read(self, folder: RunFolder) -> None:
         """Read one run with all its results."""
         try:
-            record = load_record(f"{folder.path}/run.json", RunRecord)
+            record = folder.record()
             if record.id in self.found.folders:
                 if not folder.path.samefile(self.found.folders[record.id].path):
                     self._leave_out(folder.id, f"the same run as {self.found.folders[record.id].path}")
@@ -266,7 +266,7 @@ class _Reader:
             self._leave_out(f"{run.id} {kind}", str(error))
             return
         for name in names:
-            path = f"{run.path}/{kind}/{name}/record.json"
+            path = f"{run.path}/{kind}/{name}/{RECORD}"
             try:
                 record = load_record(path, model)
             except CfamcError as error:
@@ -309,17 +309,8 @@ def _is_of_final_encoder(record: ProbeResult | AttackResult, run: RunFolder, tra
     """Whether a result is of the encoder that its run ended with; checkpoints are looked at only in doubt."""
     if record.created - timedelta(seconds=record.wall_seconds) >= trained.updated:
         return True
-    final = final_encoder_digest(run)
+    final = run.final_encoder_digest()
     return record.created >= trained.updated if final is None else record.encoder_digest == final
-
-
-def final_encoder_digest(run: RunFolder) -> str | None:
-    """SHA-256 of the encoder in the newest checkpoint, as its manifest tells it; None where there is none to read."""
-    try:
-        newest = max(run.checkpoints.glob("step-*/manifest.json"), key=lambda path: int(path.parent.name[5:]))
-        return str(json.loads(read_bytes(newest))["files"]["model.safetensors"]["sha256"])
-    except (CfamcError, OSError, ValueError, TypeError, KeyError, RecursionError):
-        return None
 
 
 @lru_cache(maxsize=1000)

@@ -28,9 +28,7 @@ from cfamc_cli.store.records import (
     save_record,
     unpack_bits,
 )
-from cfamc_cli.store.runs import RECORD, RunFolder, lock, slug
-
-OUTCOMES, TIMING = "outcomes.json", "timing.jsonl"
+from cfamc_cli.store.runs import OUTCOMES, RECORD, RunFolder, lock, slug
 
 
 def key_of(settings: Mapping[str, object]) -> str:
@@ -211,7 +209,7 @@ def _read(folder: Path, stored: Outcomes) -> list[Outcome]:
 
 
 def _keep_times(folder: Path, outcomes: Iterable[Outcome]) -> None:
-    with JsonLines(folder / TIMING) as timing:
+    with JsonLines(RunFolder(folder).timing) as timing:
         for o in outcomes:
             timing.append(StageTime(block=o.block, stage=o.stage, name=o.name, seconds=o.seconds).model_dump())
 
@@ -219,7 +217,7 @@ def _keep_times(folder: Path, outcomes: Iterable[Outcome]) -> None:
 def _read_times(folder: Path) -> dict[tuple[int, int], float]:
     """Times by block and stage; none where they cannot be read."""
     try:
-        lines = [StageTime.model_validate(line) for line in read_jsonl(folder / TIMING)]
+        lines = [StageTime.model_validate(line) for line in read_jsonl(RunFolder(folder).timing)]
     except (CfamcError, ValidationError):
         return {}
     return {(line.block, line.stage): line.seconds for line in lines}

@@ -17,12 +17,14 @@ from pathlib import Path
 
 from cfamc_cli.errors import CfamcError, ExitCode, invalid
 from cfamc_cli.recipe.schema import Recipe
-from cfamc_cli.store.files import explained, sync
+from cfamc_cli.store.files import explained, read_bytes, sync
 from cfamc_cli.store.records import ProbeRecord, RunRecord, Status, load_record
 
 LATEST = "latest"
 RECORD = "record.json"  # what makes a probe or an attack one
 HEAD, PENDING = "head.safetensors", "pending.json"  # of a probe
+OUTCOMES, EXAMPLES = "outcomes.json", "examples.safetensors"  # of an attack; below, its pictures
+SHEET, LOSS, ACCURACY = "examples.png", "loss.png", "accuracy.png"
 _SLUG_LENGTH = 48
 _ID = re.compile(r"\d{8}-\d{6}-[a-z0-9-]+-[0-9a-f]{6}")
 _LISTED = 8  # candidates that an error names
@@ -81,6 +83,18 @@ class RunFolder:
             CfamcError: As for `load_record`.
         """
         return load_record(self.resolved_json, Recipe)
+
+    def has_checkpoint(self) -> bool:
+        """Whether there is a checkpoint, unchecked."""
+        return any(self.checkpoints.glob("step-*"))
+
+    def final_encoder_digest(self) -> str | None:
+        """SHA-256 of the encoder in the newest checkpoint, as its manifest tells it; None where none can be read."""
+        try:
+            newest = max(self.checkpoints.glob("step-*/manifest.json"), key=lambda path: int(path.parent.name[5:]))
+            return str(json.loads(read_bytes(newest))["files"]["model.safetensors"]["sha256"])
+        except (CfamcError, OSError, ValueError, TypeError, KeyError, RecursionError):
+            return None
 
 
 def default_store(runs: Path | None) -> Path:
