@@ -41,9 +41,9 @@ class Clock:
         return self.now
 
 
-def plain_talk(width: int = 80) -> tuple[render.Talk, io.StringIO]:
+def plain_talk(width: int = 80) -> tuple[render.TalkConsole, io.StringIO]:
     out = io.StringIO()
-    return render.Talk(file=out, width=width, highlight=False, emoji=False, markup=False), out
+    return render.TalkConsole(file=out, width=width, highlight=False, emoji=False, markup=False), out
 
 
 @pytest.mark.parametrize(("text", "shown"), HOSTILE.values(), ids=HOSTILE)

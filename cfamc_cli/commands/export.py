@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, assert_never
 
 from cfamc_cli import __version__
-from cfamc_cli.commands.common import Options, Session, interruption, session
+from cfamc_cli.commands.common import Options, Session, interruption, load_images, session
 from cfamc_cli.errors import CfamcError, bad_data, invalid
 from cfamc_cli.recipe.schema import Recipe
 from cfamc_cli.report import terminal
@@ -41,7 +41,7 @@ from cfamc_cli.store.records import (
     read_metrics,
     save_record,
 )
-from cfamc_cli.store.runs import HEAD, LATEST, RECORD, RunFolder, cache_folder, find_run
+from cfamc_cli.store.runs import HEAD, LATEST, RECORD, RunFolder, find_run
 
 if TYPE_CHECKING:
     from cfamc_cli.engine.export import Subject
@@ -118,7 +118,6 @@ def _weights(
     record, talk = run.record(), working.talk
     from cfamc_cli.commands.probe import load_test_images
     from cfamc_cli.engine import export as engine
-    from cfamc_cli.engine.data import sets as datasets
     from cfamc_cli.engine.device import out_of_memory
 
     engine.require(wanted)
@@ -127,7 +126,7 @@ def _weights(
         if record.status != "finished":
             talk.warning(f"run {run.id} is not finished ({record.status}); its newest checkpoint is exported")
         subject, source, probe = _chosen(run, record, recipe, part, head, working)
-        images = datasets.load(recipe.data, "train", seed=recipe.seed, cache=cache_folder(), talk=talk)
+        images = load_images(recipe, "train", talk=talk)
         licence = images.licence
         if probe is not None:
             trained_on, images = images, load_test_images(run, probe, talk=talk)  # a head may read other data

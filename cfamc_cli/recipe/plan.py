@@ -141,9 +141,8 @@ def _halved(size: int) -> int:
 
 def _linears(model: Model) -> tuple[tuple[int, int], ...]:
     """(inputs, outputs) of the linear layers, all with bias: pre_feature, then the projector's two."""
-    features = model.width * (32 if model.backbone == "resnet50" else 8)
     hidden = model.hidden_dim
-    return (features, hidden), (hidden, hidden), (hidden, model.embedding_dim)
+    return (model.feature_dim, hidden), (hidden, hidden), (hidden, model.embedding_dim)
 
 
 def parameter_counts(model: Model) -> tuple[int, int]:

@@ -232,6 +232,11 @@ class Model(Table):
     hidden_dim: Annotated[int, Field(ge=2, le=65536)] = 4096
     embedding_dim: Annotated[int, Field(ge=2, le=65536)] = 1024
 
+    @property
+    def feature_dim(self) -> int:
+        """F, what the backbone hands on: eight times the width, and in bottlenecks four times that."""
+        return self.width * (32 if self.backbone == "resnet50" else 8)
+
 
 class EmpSsl(Table):
     """EMP-SSL, arXiv:2304.03977: invariance of the crops plus total coding rate."""

@@ -31,7 +31,7 @@ def card(made: ExportRecord, recipe: Recipe, run: RunRecord) -> str:
         file=f"{made.part}.{made.format}",
         library_width=_LIBRARY_WIDTH,
         depths=DEPTHS[recipe.model.backbone],
-        backbone_dim=recipe.model.width * (32 if recipe.model.backbone == "resnet50" else 8),
+        backbone_dim=recipe.model.feature_dim,
         pre_feature=made.part == "encoder" or "pre_feature" in read,
         probes=markdown_table(("probe", "head", "features", "data", "n", "accuracy"), map(_probe_row, made.probes)),
         attacks=markdown_table(_ATTACK_COLUMNS, map(_attack_row, made.attacks)),

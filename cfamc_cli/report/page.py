@@ -14,7 +14,7 @@ from cfamc_cli.report.plots import Curves, draw, panels
 from cfamc_cli.report.sheets import sheets
 from cfamc_cli.report.terminal import clean, templates
 from cfamc_cli.store.files import read_bytes
-from cfamc_cli.store.records import RunRecord, load_record, now
+from cfamc_cli.store.records import now
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -75,7 +75,7 @@ def _details(run: str, found: Gathered) -> tuple[list[str], list[str]]:
     """Lines of the recipe and of the environment of a run."""
     folder = found.folders[run]
     try:
-        record = load_record(folder.run_json, RunRecord)
+        record = folder.record()
         recipe = read_bytes(folder.resolved_json).decode("utf-8", "replace")
     except CfamcError as error:
         return [error.message], []

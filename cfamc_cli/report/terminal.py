@@ -35,7 +35,7 @@ PLAIN_SECONDS = 10.0  # at least this long between two plain lines of one task
 _LONGEST = 4000  # characters of one text; a name of a megabyte is nobody's name
 
 
-class Talk(Console):
+class TalkConsole(Console):
     """A rich console that falls silent when nobody listens any more."""
 
     def on_broken_pipe(self) -> None:
@@ -50,9 +50,9 @@ class Talk(Console):
             self.on_broken_pipe()
 
 
-def talk() -> Talk:
+def talk() -> TalkConsole:
     """A console on stderr; NO_COLOR and TERM=dumb are heeded."""
-    return Talk(stderr=True, highlight=False, emoji=False, markup=False)
+    return TalkConsole(stderr=True, highlight=False, emoji=False, markup=False)
 
 
 def clean(text: object) -> str:
@@ -64,7 +64,7 @@ def clean(text: object) -> str:
     return shown if len(full) <= _LONGEST else f"{shown}... ({len(full):,} characters)"
 
 
-def error(failure: CfamcError, *, console: Talk | None = None) -> None:
+def error(failure: CfamcError, *, console: TalkConsole | None = None) -> None:
     """Say what went wrong and what to do about it, on stderr."""
     console = console or talk()
     message, *rest = failure.message.split("\n")
@@ -217,7 +217,7 @@ class Terminal:
         self,
         *,
         quiet: bool,
-        console: Talk | None = None,
+        console: TalkConsole | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Begin to speak.

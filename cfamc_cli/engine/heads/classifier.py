@@ -216,7 +216,7 @@ def load_classifier(loaded: LoadedEncoder, probe: ProbeRecord, path: Path, recip
 
     Raises:
         CfamcError: Exit 2 for knn, which has no logits to differentiate. Exit 4 where the file is missing or damaged,
-            where encoder or head are not those that the record was made with, or where its settings are none.
+            where encoder or head are not those that the record was made with, or where its settings are of no head.
     """
     name = path.parent.name
     if probe.head == "knn":
