@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
+import by_hand
 import pytest
 import torch
 from stages import apgd, embedding, ensemble, fab, fgsm, pgd, square, targeted
@@ -11,11 +13,11 @@ from torch import Tensor, nn
 
 from cfamc_cli.engine.attacks.apgd import checkpoints
 from cfamc_cli.engine.attacks.fab import to_hyperplane
-from cfamc_cli.engine.attacks.objectives import dlr, label_margin, ranked_targets, targeted_dlr
+from cfamc_cli.engine.attacks.objectives import Loss, dlr, label_margin, ranked_targets, targeted_dlr
 from cfamc_cli.engine.attacks.plan import plan, run_stage, stage_name
 from cfamc_cli.engine.attacks.search import Region, fooled, logits_at
 from cfamc_cli.engine.attacks.square import _bump, _Hunt, _move_mass, _pyramid, _square, share_of_area
-from cfamc_cli.engine.ball import norms
+from cfamc_cli.engine.ball import norms, random_start
 from cfamc_cli.engine.evaluation.pictures import loss_by_step
 from cfamc_cli.engine.evaluation.verify import in_region
 from cfamc_cli.recipe.schema import AutoAttackAttack, FabAttack, Norm, SquareAttack, Stage, TargetedApgdAttack, number
@@ -409,3 +411,127 @@ def test_one_window_is_emptied_and_another_gets_its_mass_and_a_share_of_what_is_
     for channel, length in enumerate(((0.09 + 0.16 / 3) ** 0.5, (0.16 / 3) ** 0.5, -((0.16 / 3) ** 0.5))):
         expected[channel, 6:, 6:] = length * _bump(3)
     torch.testing.assert_close(delta, expected, atol=1e-6, rtol=0)
+
+
+# Every point against a second transcription of the papers, in float64
+
+
+def wild(shape: tuple[int, int, int], *, n: int = 10, classes: int = CLASSES) -> tuple[nn.Module, Tensor, Tensor]:
+    """A net on which attacks have turns to take, and images of which a few are misclassified from the start."""
+    g = generator(11)
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), 24), nn.Tanh(), nn.Linear(24, classes)).double()
+    with torch.no_grad():
+        net[1].weight *= 6  # type: ignore[operator]
+    x = torch.rand((n, *shape), generator=g).double()
+    x[1, :, 0] = 0  # on the border of the box
+    y = logits_at(net, x).argmax(1)
+    y[3] = (y[3] + 1) % classes
+    return net.eval().requires_grad_(False), x, y
+
+
+def found(stage: Stage, net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    points = run_stage(stage, net, x, y, embed=net, generator=generator(1))
+    broken = fooled(logits_at(net, points), y)
+    assert 1 < int(broken.sum()) < len(x) or stage.name == "embedding", stage  # some fall, and some stand
+    return points
+
+
+def one_by_one(net: nn.Module, x: Tensor, y: Tensor) -> list[tuple[int, by_hand.Logits, Tensor, int]]:
+    """Of each sample its number, the logits as a function of one image, the image and its label."""
+    return [(i, lambda point: net(point[None])[0], x[i], int(y[i])) for i in range(len(x))]
+
+
+def starts(x: Tensor, runs: int, eps: float, norm: Norm) -> list[Tensor]:
+    g = generator(1)
+    return [x + random_start(x, eps=eps, norm=norm, generator=g) for _ in range(runs)]
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.03), ("l2", 0.25)])
+@pytest.mark.parametrize("start", ["zero", "random"])
+def test_pgd_goes_where_its_paper_says(norm: Norm, eps: float, start: Literal["zero", "random"]) -> None:
+    net, x, y = wild((3, 4, 5))
+    stage = pgd(eps, norm, step_size=eps / 3, steps=5, restarts=3, start=start)
+    begin = [x, *starts(x, 2, eps, norm)] if start == "zero" else starts(x, 3, eps, norm)
+    expected = [
+        by_hand.pgd(f, image, label, [s[i] for s in begin], eps=eps, norm=norm, step_size=eps / 3, steps=5)
+        for i, f, image, label in one_by_one(net, x, y)
+    ]
+    torch.testing.assert_close(found(stage, net, x, y), torch.stack(expected), atol=1e-6, rtol=0)
+    by_fgsm = [by_hand.fgsm(f, image, label, eps=eps, norm=norm) for _, f, image, label in one_by_one(net, x, y)]
+    torch.testing.assert_close(found(fgsm(eps, norm), net, x, y), torch.stack(by_fgsm), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.03), ("l2", 0.25)])
+def test_the_attack_on_the_embedding_ends_at_the_furthest_point_it_met(norm: Norm, eps: float) -> None:
+    net, x, y = wild((3, 4, 5))
+    stage = embedding(eps, norm, step_size=eps, steps=4).model_copy(update={"restarts": 3})
+    expected = [
+        by_hand.embedding_pgd(
+            f, image, [s[i] for s in starts(x, 3, eps, norm)], eps=eps, norm=norm, step_size=eps, steps=4
+        )
+        for i, f, image, _ in one_by_one(net, x, y)
+    ]
+    torch.testing.assert_close(found(stage, net, x, y), torch.stack(expected), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.025), ("l2", 0.2)])
+@pytest.mark.parametrize("loss", ["apgd-ce", "apgd-dlr", "apgd-t"])
+def test_apgd_goes_where_its_paper_says(norm: Norm, eps: float, loss: Loss) -> None:
+    net, x, y = wild((3, 4, 5), n=8)
+    aims, steps = 2 if loss == "apgd-t" else 1, 16
+    g, runs = generator(1), []
+    for _ in range(aims * 2):
+        drawn = torch.rand(x.shape, generator=g) * 2 - 1 if norm == "linf" else torch.randn(x.shape, generator=g)
+        runs.append(torch.stack([image + eps * d / by_hand.length(d, norm) for image, d in zip(x, drawn, strict=True)]))
+    stage: Stage = (
+        targeted(eps, norm, steps=steps, targets=aims).model_copy(update={"restarts": 2})
+        if loss == "apgd-t"
+        else apgd(eps, norm, loss=loss, steps=steps, restarts=2)
+    )
+    expected = []
+    for i, f, image, label in one_by_one(net, x, y):
+        ranked = by_hand.likeliest(f, image, label)
+        own = [(ranked[number // 2], run[i]) for number, run in enumerate(runs)]
+        expected.append(by_hand.apgd(f, image, label, own, loss=loss, eps=eps, norm=norm, steps=steps))
+    torch.testing.assert_close(found(stage, net, x, y), torch.stack(expected), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.025), ("l2", 0.2)])
+def test_fab_goes_where_its_paper_says(norm: Norm, eps: float) -> None:
+    net, x, y = wild((3, 4, 5))
+    expected = [
+        by_hand.fab(f, image, label, by_hand.likeliest(f, image, label)[:2], eps=eps, norm=norm, steps=6)
+        for _, f, image, label in one_by_one(net, x, y)
+    ]
+    points = found(fab(eps, norm, steps=6, targets=2), net, x, y)
+    torch.testing.assert_close(points, torch.stack(expected), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("norm", "eps", "shape"),
+    [
+        ("linf", 0.02, (2, 21, 25)),
+        ("linf", 0.06, (1, 4, 30)),
+        ("l2", 0.3, (2, 21, 25)),
+        ("l2", 0.3, (2, 5, 12)),
+    ],
+)
+def test_square_goes_where_its_paper_says(norm: Norm, eps: float, shape: tuple[int, int, int]) -> None:
+    net, x, y = wild(shape)
+    n, (channels, height, width), g = len(x), shape, generator(1)
+    if norm == "linf":
+        up = torch.rand((n, channels, 1, width), generator=g) < 0.5
+        first = [by_hand.stripes(image, bits[:, 0], eps) for image, bits in zip(x, up, strict=True)]
+    else:
+        side = max(3, min(height, width) // 5)
+        drawn = torch.rand((2, n, channels, height // side, width // side), generator=g)
+        first = [by_hand.tiles(image, drawn[:, i], eps) for i, image in enumerate(x)]
+    draws = torch.cat([torch.rand((64, n, 5 + channels), generator=g) for _ in range(2)])[:74]
+    expected = [
+        by_hand.square(f, image, label, first[i], list(draws[:, i]), eps=eps, norm=norm)
+        for i, f, image, label in one_by_one(net, x, y)
+    ]
+    points = found(square(eps, norm, queries=75), net, x, y)
+    torch.testing.assert_close(points, torch.stack(expected), atol=1e-6, rtol=0)
