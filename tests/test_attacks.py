@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import by_hand
@@ -12,10 +15,10 @@ from stages import apgd, embedding, ensemble, fab, fgsm, pgd, square, targeted
 from torch import Tensor, nn
 
 from cfamc_cli.engine.attacks.apgd import checkpoints
-from cfamc_cli.engine.attacks.fab import to_hyperplane
+from cfamc_cli.engine.attacks.fab import _crossed, to_hyperplane
 from cfamc_cli.engine.attacks.objectives import Loss, dlr, label_margin, ranked_targets, targeted_dlr
-from cfamc_cli.engine.attacks.plan import plan, run_stage, stage_name
-from cfamc_cli.engine.attacks.search import Region, fooled, logits_at
+from cfamc_cli.engine.attacks.plan import passes, plan, run_stage, stage_name
+from cfamc_cli.engine.attacks.search import Region, Roster, climb, fooled, logits_at
 from cfamc_cli.engine.attacks.square import _bump, _Hunt, _move_mass, _pyramid, _square, share_of_area
 from cfamc_cli.engine.ball import norms, random_start
 from cfamc_cli.engine.evaluation.pictures import loss_by_step
@@ -535,3 +538,201 @@ def test_square_goes_where_its_paper_says(norm: Norm, eps: float, shape: tuple[i
     ]
     points = found(square(eps, norm, queries=75), net, x, y)
     torch.testing.assert_close(points, torch.stack(expected), atol=1e-6, rtol=0)
+
+
+# What the attacks share
+
+
+@dataclass
+class Walkers:
+    """A state with one number a row beside the points."""
+
+    region: Region
+    points: Tensor
+    done: Tensor
+    tag: Tensor
+
+
+def walkers(n: int, done: Sequence[int]) -> Walkers:
+    x = torch.arange(n, dtype=torch.float32)[:, None, None, None] / n
+    finished = torch.zeros(n, dtype=torch.bool)
+    finished[list(done)] = True
+    return Walkers(Region.around(x, eps=0.1, norm="linf"), x + 100, finished, torch.arange(n))
+
+
+def test_a_region_is_a_ball_within_the_box() -> None:
+    x = torch.tensor([0.1, 0.5, 0.9]).reshape(1, 1, 1, 3)
+    square_one, round_one = (Region.around(x, eps=0.2, norm=norm) for norm in NORMS)
+    torch.testing.assert_close(square_one.low.flatten(), torch.tensor([0.0, 0.3, 0.7]))
+    torch.testing.assert_close(square_one.high.flatten(), torch.tensor([0.3, 0.7, 1.0]))
+    assert (round_one.low.unique().tolist(), round_one.high.unique().tolist()) == ([0.0], [1.0])
+    far = x + torch.tensor([-0.3, 0.0, 0.4])
+    torch.testing.assert_close(square_one.project(far).flatten(), torch.tensor([0.0, 0.5, 1.0]))
+    torch.testing.assert_close(round_one.project(far).flatten(), torch.tensor([0.0, 0.5, 1.0]))  # 0.9 + 0.16 is cut
+    near = x + torch.tensor([0.3, 0.0, -0.4])
+    torch.testing.assert_close(round_one.project(near).flatten(), torch.tensor([0.1 + 0.12, 0.5, 0.9 - 0.16]))
+    assert square_one.distance(near).tolist() == pytest.approx([0.4])
+    assert round_one.distance(near).tolist() == pytest.approx([0.5])
+
+
+def test_who_is_done_is_put_away_once_it_is_worth_it() -> None:
+    state = walkers(48, [4, 9])
+    roster = Roster(state.region.x)
+    assert roster.settle(state, step=0) is state  # 2 of 48 are not worth moving the others
+    assert roster.settle(walkers(48, []), step=0).tag.tolist() == list(range(48))
+    left = roster.settle(walkers(48, [4, 9, 47]), step=0)
+    rows = [i for i in range(47) if i not in (4, 9)]
+    assert left.tag.tolist() == roster.index.tolist() == rows
+    assert torch.equal(left.region.x, state.region.x[rows])
+    assert torch.equal(left.points, state.points[rows])
+    last = dataclasses.replace(left, done=torch.arange(45) < 3)
+    left = roster.settle(last, step=1)
+    assert left.tag.tolist() == roster.index.tolist() == rows[3:]
+    points = roster.close(left.points * 2)
+    expected = state.points.clone()
+    expected[rows[3:]] *= 2
+    assert torch.equal(points, expected)
+    everybody = walkers(3, [0, 1, 2])
+    assert len(Roster(everybody.region.x).settle(everybody, step=0).done) == 0
+    one = walkers(17, [5])
+    assert len(Roster(one.region.x).settle(one, step=3).done) == 17
+    one = walkers(16, [5])
+    assert len(Roster(one.region.x).settle(one, step=3).done) == 15
+
+
+def test_an_accelerator_is_waited_for_now_and_then() -> None:
+    state = walkers(4, [0, 1])
+    elsewhere = Walkers(state.region, state.points.to("meta"), state.done.to("meta"), state.tag)  # it cannot be read
+    roster = Roster(state.region.x)
+    for step in (1, 3, 7, 9):
+        assert roster.settle(elsewhere, step=step) is elsewhere
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        roster.settle(elsewhere, step=8)
+
+
+def test_a_climb_is_the_mean_of_its_passes() -> None:
+    w = torch.randn((2, 12), generator=generator())
+    x = torch.rand((3, 3, 2, 2), generator=generator())
+    calls = 0
+
+    def predict(points: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return points.flatten(1) @ w.T * calls
+
+    logits, values, grad = climb(predict, x, lambda z: z.square().sum(1), passes=3)
+    z = x.flatten(1) @ w.T
+    torch.testing.assert_close(logits, 2 * z)  # (1 + 2 + 3) / 3
+    torch.testing.assert_close(values, (1 + 4 + 9) / 3 * z.square().sum(1))
+    torch.testing.assert_close(grad.flatten(1), (1 + 4 + 9) / 3 * 2 * z @ w)
+    calls = 1
+    logits, values, grad = climb(predict, x, lambda z: z.square().sum(1))
+    torch.testing.assert_close((logits, values), (2 * z, 4 * z.square().sum(1)))
+    torch.testing.assert_close(grad.flatten(1), 8 * z @ w)
+    assert not any(t.requires_grad for t in (logits, values, grad, x))
+    for blind in (lambda points: points.detach().flatten(1), lambda points: torch.zeros((3, 2)).requires_grad_()):
+        for times in (1, 2):
+            _, _, none = climb(blind, x, lambda z: z.sum(1), passes=times)
+            assert torch.equal(none, torch.zeros_like(x))
+
+
+def test_only_samples_that_still_stand_are_asked_about() -> None:
+    asked: list[int] = []
+
+    def predict(points: Tensor) -> Tensor:
+        asked.append(len(points))
+        return LINEAR(points)
+
+    x, y = LINEAR.x[:40], LINEAR.y[:40].clone()
+    y[::4] = (y[::4] + 1) % CLASSES
+    for stage, calls in (
+        (pgd(1e-4, step_size=1e-4, steps=2, restarts=2), [40, 30, 30, 30, 30, 30]),
+        (apgd(1e-4, steps=2, restarts=2), [40, 30, 30, 30, 30, 30, 30]),
+        (targeted(1e-4, steps=1, targets=2), [40, 30, 30, 30, 30]),
+        (fab(1e-4, steps=3, targets=2), [40, 30, 30, 30, 30, 30, 30]),  # nobody comes within the ball
+        (square(1e-4, queries=4), [40, 40, 30, 30, 30]),
+    ):
+        asked.clear()
+        run_stage(stage, predict, x, y, embed=None, generator=generator())
+        assert asked == calls, stage
+
+
+def test_a_walk_asks_of_the_points_within_the_ball_alone_unless_that_would_wait_for_a_device() -> None:
+    asked: list[int] = []
+
+    def predict(points: Tensor) -> Tensor:
+        asked.append(len(points))
+        return points.flatten(1)
+
+    points, y = torch.eye(4)[:, :, None, None], torch.tensor([0, 0, 2, 0])
+    within = torch.tensor([True, True, True, False])
+    assert _crossed(predict, points, y, within)[:3].tolist() == [False, True, False]
+    assert not _crossed(predict, points, y, ~within | within & False)[:3].any()
+    assert not _crossed(predict, points, y, within & False).any()
+    there = [t.to("meta") for t in (points, y, within)]
+    assert _crossed(predict, *there).shape == (4,)
+    assert asked == [3, 1, 4]
+
+
+def test_nobody_is_attacked() -> None:
+    for stage in [*stages(0.1, "linf"), embedding(0.1)]:
+        points = run_stage(stage, LINEAR, LINEAR.x[:0], LINEAR.y[:0], embed=LINEAR, generator=generator())
+        assert points.shape == LINEAR.x[:0].shape
+    still = embedding(1.0).model_copy(update={"eps": "0"})
+    assert torch.equal(run_stage(still, LINEAR, LINEAR.x, LINEAR.y, embed=LINEAR, generator=generator()), LINEAR.x)
+
+
+def test_passes_and_names_of_the_stages() -> None:
+    two = {"restarts": 2}
+    table: list[tuple[Stage, str, int]] = [
+        (fgsm(0.1), "fgsm", 1),
+        (pgd(0.1, steps=7, restarts=3), "pgd-7", 24),
+        (embedding(0.1, steps=7).model_copy(update=two), "embedding", 16),
+        (apgd(0.1, steps=7).model_copy(update=two), "apgd-ce", 16 * 5),
+        (apgd(0.1, steps=7, loss="apgd-dlr"), "apgd-dlr", 8 * 5),
+        (targeted(0.1, steps=7, targets=3).model_copy(update=two), "apgd-t", 48 * 5),
+        (fab(0.1, steps=7, targets=3), "fab-t", 48),
+        (square(0.1, queries=7), "square", 8),
+    ]
+    assert [(stage, stage_name(stage), passes(stage, eot=5)) for stage, _, _ in table] == table
+    assert passes(apgd(0.1, steps=7), eot=1) == 8
+
+
+def test_what_a_person_is_told_of_few_classes() -> None:
+    standard, rand = (AutoAttackAttack(name="autoattack", eps="0.03", version=v) for v in ("standard", "rand"))
+    fewer = "{} instead of 9, as there are {} classes"
+    assert plan(standard, classes=3).notes == (
+        "apgd-t: " + fewer.format("2 targets", 3),
+        "apgd-t: the ratio divides by z_(1) - z_(3), as the published one needs at least 4 classes",
+        "fab-t: " + fewer.format("2 targets", 3),
+    )
+    assert plan(standard, classes=2).notes == (
+        "apgd-t: " + fewer.format("1 targets", 2),
+        "apgd-t: the plain gap instead of the ratio, which needs at least 3 classes",
+        "fab-t: " + fewer.format("1 targets", 2),
+    )
+    margin = "apgd-dlr: the plain margin instead of the ratio, which needs at least 3 classes"
+    assert plan(rand, classes=2).notes == (margin,)
+    assert plan(rand, classes=3).notes == ()
+    assert plan(apgd(0.1, loss="apgd-dlr"), classes=2).eot == plan(standard, classes=2).eot == 1
+    assert plan(targeted(0.1, targets=3), classes=4).notes == ()
+
+
+def test_losses_of_three_classes_and_of_equal_logits() -> None:
+    z, y = torch.tensor([[4.0, 1.0, 3.0], [0.0, 2.0, 5.0]]), torch.tensor([0, 1])
+    torch.testing.assert_close(targeted_dlr(z, y, torch.tensor([1, 2])), torch.tensor([-3 / 3, 3 / 5]))
+    torch.testing.assert_close(dlr(z, y), torch.tensor([-1 / 3, 3 / 5]))
+    assert dlr(torch.zeros(1, 4), torch.tensor([0])).tolist() == [0.0]
+    assert targeted_dlr(torch.zeros(1, 4), torch.tensor([0]), torch.tensor([1])).tolist() == [0.0]
+    assert ranked_targets(torch.zeros(1, 20), torch.tensor([1]), count=3).tolist() == [[0, 2, 3]]
+    assert ranked_targets(torch.full((1, 3), -3e38), torch.tensor([1]), count=9).tolist() == [[0, 2]]
+
+
+def test_points_where_the_hyperplane_is_met_nowhere_or_at_once() -> None:
+    x = torch.full((4, 1, 1, 2), 0.5)
+    w = torch.tensor([[3.0, 1.0], [0.0, 0.0], [1e-20, 2e-20], [1e20, -1e20]]).reshape(4, 1, 1, 2)
+    gap = torch.tensor([-0.9, -1.0, -0.6e-20, -0.4e20])
+    by_linf = to_hyperplane(x, w, gap, norm="linf").flatten(1)
+    torch.testing.assert_close(by_linf, torch.tensor([[0.225, 0.225], [0.0, 0.0], [0.2, 0.2], [0.2, -0.2]]))
+    by_l2 = to_hyperplane(x, w, gap, norm="l2").flatten(1)
+    torch.testing.assert_close(by_l2, torch.tensor([[0.27, 0.09], [0.0, 0.0], [0.12, 0.24], [0.2, -0.2]]))

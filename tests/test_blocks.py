@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Mapping
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from stages import apgd, embedding, ensemble, pgd
 from torch import Tensor, nn
 
-from cfamc_cli.engine.attacks.plan import Plan
-from cfamc_cli.engine.attacks.search import Predict
+from cfamc_cli.engine.attacks.plan import Plan, run_stage, stage_name
+from cfamc_cli.engine.attacks.search import Predict, logits_at
 from cfamc_cli.engine.ball import norms
+from cfamc_cli.engine.checkpoint import read_tensors, write_tensors
+from cfamc_cli.engine.encoder import build_encoder
 from cfamc_cli.engine.evaluation import blocks as module
+from cfamc_cli.engine.evaluation import folding, pictures
 from cfamc_cli.engine.evaluation.blocks import Evaluation, Examples, evaluate
+from cfamc_cli.engine.evaluation.examples import Gallery
 from cfamc_cli.engine.evaluation.folding import frozen_copy
+from cfamc_cli.engine.evaluation.predictor import as_predictor, stacked_crops
 from cfamc_cli.engine.evaluation.verify import Meter, Predictor, in_region, look, undisturbed
-from cfamc_cli.engine.randomness import balanced_order
+from cfamc_cli.engine.heads.classifier import Classifier, CropSource, LinearHead
+from cfamc_cli.engine.randomness import addressed_generator, addressed_seed, balanced_order
 from cfamc_cli.engine.sink import NullTalk
-from cfamc_cli.recipe.schema import Norm, Stage
+from cfamc_cli.recipe.schema import Augment, Crops, Model, Norm, Stage
 from cfamc_cli.store.records import Outcome
 from cfamc_cli.store.records import Stage as StageTotal
 
@@ -448,3 +458,515 @@ def test_a_plan_says_how_many_passes_are_averaged() -> None:
         total = judge_half(predict, plan=Plan((apgd(EPS, steps=3),), eot=eot)).totals()[1]
         assert total.forward == 8 * (1 + 4 * eot + 4)  # the clean logits, four gradients, and the look at the end
         assert total.backward == 8 * 4 * eot
+
+
+# Values: what a block commits, what a report says, what the evaluator sees
+
+
+def test_a_block_is_what_its_attacks_return_and_the_evaluator_sees() -> None:
+    """Stage by stage from the attacks themselves; examples and masks bit for bit."""
+    ledger, seed = Ledger(), 3
+    run(ledger, seed=seed)
+    made = {(o.block, o.stage): (o, e) for o, e in zip(ledger.outcomes, ledger.examples, strict=True)}
+    for block, first in enumerate((0, 20, 40)):
+        x, y = X[first : first + 20], Y[first : first + 20]
+        standing = logits_at(NET, x).argmax(1) == y
+        assert made[block, 0][0].standing == tuple(standing.tolist())
+        assert (made[block, 0][1].positions, made[block, 0][1].images.shape) == ((), (0, 3, 8, 8))
+        for number, stage in enumerate(ENSEMBLE.stages, 1):
+            rows = standing.nonzero().flatten()
+            generator = addressed_generator("attack", seed, block, number)
+            points = run_stage(stage, PREDICTOR.search, x[rows], y[rows], embed=None, generator=generator)
+            seen = logits_at(NET, points).argmax(1)
+            fallen = rows[seen != y[rows]]
+            standing[fallen] = False
+            outcome, examples = made[block, number]
+            assert outcome.name == stage_name(stage)
+            assert outcome.standing == tuple(standing.tolist())
+            assert outcome.broken == tuple(row in fallen for row in range(len(x)))
+            assert examples.positions == tuple((first + fallen).tolist())
+            assert examples.labels == tuple(seen[seen != y[rows]].tolist())
+            assert torch.equal(examples.images, points[seen != y[rows]])
+
+
+def test_whatever_a_predictor_draws_itself_is_addressed_by_block_and_stage() -> None:
+    seeds: list[int] = []
+
+    def predict(x: Tensor) -> Tensor:
+        if torch.initial_seed() not in seeds:
+            seeds.append(torch.initial_seed())
+        return two_classes(1 - 1e-6 * x.flatten(1).sum(1))
+
+    evaluate(
+        Predictor(predict, predict, (nn.Identity(),)),
+        HALF,
+        torch.zeros(8, dtype=torch.int64),
+        plan=Plan((pgd(EPS, steps=1),)),
+        seed=7,
+        block_size=5,
+        device=CPU,
+        finished=(),
+        commit=Ledger().commit,
+        audit=None,
+        label="attack",
+        talk=NullTalk(),
+    )
+    places = [(), (0, 0), (0, 1), (1, 0), (1, 1)]
+    assert seeds == [addressed_seed("predictor", 7, *place) for place in places]
+
+
+def test_an_example_that_is_wrong_at_one_batch_size_only_is_shown_as_that() -> None:
+    def predict(x: Tensor) -> Tensor:
+        moved = x[:, 0, 0, 0] != 0.5
+        z = torch.where(moved & (len(x) == 7), -1.0, 1.0) - 1e-4 * x.flatten(1).sum(1)
+        return two_classes(z)
+
+    examples: list[Examples] = []
+    evaluation = evaluate(
+        Predictor(predict, predict, (nn.Identity(),)),
+        HALF,
+        torch.zeros(8, dtype=torch.int64),
+        plan=Plan((pgd(EPS, steps=1),)),
+        seed=0,
+        block_size=8,
+        device=CPU,
+        finished=(),
+        commit=lambda _, found: examples.append(found),
+        audit=None,
+        label="attack",
+        talk=NullTalk(),
+    )
+    # a batch of 7 and one of 1: the last image is never in one of 7
+    assert evaluation.outcomes[1].broken == (True,) * 7 + (False,)
+    assert evaluation.outcomes[1].standing == (False,) * 7 + (True,)
+    assert evaluation.outcomes[1].unsteady == (True,) * 7 + (False,)
+    assert (examples[1].positions, examples[1].labels) == (tuple(range(7)), (1,) * 7)
+
+
+def test_what_the_ledger_says_against_the_numbers() -> None:
+    def marks(text: str) -> tuple[bool, ...]:
+        return tuple(bit == "1" for bit in text)
+
+    outcomes = [
+        Outcome(0, 0, "clean", marks("111"), marks("000"), marks("100"), marks("110"), marks("111"), 0, 0, 0.0),
+        Outcome(0, 1, "square", marks("111"), marks("111"), marks("001"), marks("011"), marks("101"), 0, 0, 0.0),
+    ]
+    checks = [(check.name, check.figure, check.limit, check.verdict) for check in module._ledger_checks(outcomes)]
+    assert checks == [("not-finite", 2, 0, "failed"), ("batch", 4, 0, "failed"), ("invalid-example", 5, 0, "failed")]
+    assert {check.verdict for check in module._ledger_checks([])} == {"passed"}
+
+
+def test_a_committed_stage_follows_where_it_began_with_what_stands() -> None:
+    none = (False,) * 3
+    clean = Outcome(0, 0, "clean", (True, True, False), (False, False, True), none, none, none, 0, 0, 0.0)
+    lost = (False, True, False)
+    later = Outcome(0, 1, "fgsm", (True, False, False), none, lost, none, none, 0, 0, 0.0)
+    broken = dataclasses.replace(later, broken=lost, not_finite=none)
+    assert module._follows(clean, "clean", (True, True, True))
+    assert not module._follows(clean, "fgsm", (True, True, True))
+    assert not module._follows(clean, "clean", (True, True))
+    for outcome in (later, broken):
+        assert module._follows(outcome, "fgsm", (True, True, False))
+        assert not module._follows(outcome, "fgsm", (True, False, False))
+        assert not module._follows(outcome, "fgsm", (True, True, True))
+
+
+class Clock:
+    """A clock that is set by hand."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr(module.time, "monotonic", lambda: self.now)
+
+
+def test_progress_is_the_share_of_the_passes_that_the_plan_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, heard = Clock(monkeypatch), Spoken()
+    pace = module._Pace(heard, "attack", Plan((pgd(0.1, steps=6), apgd(0.1, steps=3)), eot=2), n=50, block_size=20)
+    predict = pace.meter.watch(lambda x: x)  # costs of a sample: 4 to look at it; 7 + 4; 4 * 2 + 4
+    pace.begin(0, 0, (True,) * 20)
+    predict(torch.zeros(40, 1))  # of 80
+    assert heard.steps == [("attack", 0, 50, {"standing in block": 1.0})]  # it is not yet time for another
+    clock.now += 0.99
+    predict(torch.zeros(1, 1))
+    assert len(heard.steps) == 1
+    clock.now += 0.01
+    predict(torch.zeros(4, 1))
+    assert heard.steps[-1] == ("attack", int(20 * 4 * 45 / 80 / 27), 50, {"standing in block": 1.0})
+    clock.now += 0.5
+    predict(torch.zeros(1, 1))
+    assert len(heard.steps) == 2  # a report starts the clock again
+    pace.meter.read()
+    pace.begin(20, 1, (True, False) * 10)
+    assert heard.steps[-1] == ("attack", 20 + int(20 * 4 / 27), 50, {"standing in block": 0.5})
+    clock.now += 1
+    predict(torch.zeros(55, 1))  # of 10 * 11
+    assert heard.steps[-1] == ("attack", 20 + int(20 * 9.5 / 27), 50, {"standing in block": 0.5})
+    clock.now += 1
+    predict(torch.zeros(500, 1))  # more than was expected never passes the end of the stage
+    assert heard.steps[-1] == ("attack", 20 + int(20 * (4 + 0.99 * 11) / 27), 50, {"standing in block": 0.5})
+    pace.meter.read()
+    pace.begin(40, 2, (False,) * 10)  # the last block is smaller
+    assert heard.steps[-1] == ("attack", 40 + int(10 * 15 / 27), 50, {"standing in block": 0.0})
+    clock.now += 1
+    predict(torch.zeros(1, 1))
+    assert heard.steps[-1] == ("attack", 40 + int(10 * (15 + 0.99 * 12) / 27), 50, {"standing in block": 0.0})
+    pace.end()
+    clock.now += 5
+    predict(torch.zeros(1, 1))
+    assert heard.steps[-1] == ("attack", 50, 50, {})
+    single = module._Pace(heard, "one", Plan((pgd(0.1, steps=1),)), n=1, block_size=1)
+    single.begin(0, 1, (True,))
+    single.meter.forward = 1000
+    single._report()
+    assert heard.steps[-1] == ("one", 0, 1, {"standing in block": 1.0})
+
+
+class Spoken(NullTalk):
+    """Remembers the progress that was reported."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[str, int, int, dict[str, float]]] = []
+
+    def progress(self, task: str, done: int, total: int, values: Mapping[str, float]) -> None:
+        self.steps.append((task, done, total, dict(values)))
+
+
+def test_what_is_just_outside_is_refused() -> None:
+    y = Y[:2]
+    for images, labels, size in (
+        (X[:2], y[:1], 20),
+        (X[:2] - 1, y, 20),
+        (torch.full_like(X[:2], 1.0001), y, 20),
+        (torch.full_like(X[:2], -0.0001), y, 20),
+        (X[:2], y, 0),
+    ):
+        with pytest.raises(ValueError, match=r"samples|float32|at least one"):
+            module._require(images, labels, size)
+    for edge in (0.0, 1.0):
+        module._require(torch.full_like(X[:2], edge), y, 1)
+    for labels in (torch.tensor([0, -1]), torch.tensor([4, 0])):
+        with pytest.raises(ValueError, match=f"from {int(labels.min())} to {int(labels.max())}, but there are 4"):
+            run(Ledger(), n=2, labels=labels, attack=pgd(EPS))
+
+
+def test_the_evaluator_looks_alone_and_in_batches_of_other_sizes() -> None:
+    """65 images: all at once, singly, in sevens (the last two alone), and 64 with one left over."""
+    n = 65
+    plain = torch.stack((torch.full((n,), 2.0), torch.linspace(0, 1.9, n), torch.full((n,), -4.0)), 1)
+    x = torch.arange(n).double()[:, None]
+
+    def predict(rows: Tensor) -> Tensor:
+        numbers = rows[:, 0].long()
+        z = plain[numbers].clone()
+        size = len(rows)
+        z[(numbers == 3) & (size == 1), 1] = 3.0  # another class when it is alone
+        z[(numbers == 4) & (size == 7), 2] = 5.0  # another in sevens
+        z[(numbers == 4) & (size == 64), 1] = 5.0  # and a third: the first counts
+        z[(numbers == 5) & (size == 64), 2] += 0.01  # moves, by 0.01 of 4
+        z[(numbers == 6) & (size == 7), 2] += 0.0002  # moves within rounding
+        z[(numbers == 7) & (size == 7), 1] = torch.nan
+        z[(numbers == 8) & (size == n), 2] = -torch.inf
+        z[(numbers == 9) & (size == 1), 0] += 0.02
+        z[(numbers == 9) & (size == 7), 0] += 0.01
+        return z
+
+    seen = look(predict, x)
+    expected = {"label": torch.zeros(n, dtype=torch.int64), "moved": torch.zeros(n)}
+    other = torch.zeros(n, dtype=torch.int64)
+    other[3], other[4], other[7] = 1, 2, 1  # argmax takes what is not a number for the largest
+    expected["moved"][[3, 4, 5, 9]] = torch.tensor([(3 - float(plain[3, 1])) / 4, 9 / 4, 0.0025, 0.005])
+    assert torch.equal(seen.label, expected["label"])
+    assert torch.equal(seen.other, other)
+    assert torch.equal(seen.steady, other == 0)
+    assert (~seen.finite).nonzero().flatten().tolist() == [7, 8]
+    torch.testing.assert_close(seen.moved, expected["moved"], atol=1e-6, rtol=0)
+    assert float(seen.moved[6]) == 0.0
+    zero = look(lambda rows: torch.zeros(len(rows), 2) + 1e-7 * (len(rows) == 1), torch.zeros(3, 1))
+    assert zero.moved.tolist() == pytest.approx([0.1] * 3)  # relative to 1e-6 at the least
+
+
+def test_what_is_found_and_left_in_the_modules_is_counted() -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Sequential(nn.Dropout()))
+    net[0].double()
+    net[1].running_var = net[1].running_var.half()  # type: ignore[union-attr, operator]
+    net.eval()
+    net[2].train()
+    net[0].bias.requires_grad_(False)  # type: ignore[union-attr, operator]
+    wanted = [p.requires_grad for p in net.parameters()]
+    net[1].weight.grad = torch.ones(2)  # type: ignore[assignment]
+    modules = (net, net[2])  # a module that is there twice counts once
+    caller = torch.get_rng_state()
+    with undisturbed(modules, CPU) as traces:
+        assert not any(m.training for m in net.modules())
+        assert not any(p.requires_grad for p in net.parameters())
+        assert (traces().training, traces().not_float32, traces().changed) == (2, 3, 0)
+        torch.rand(1)
+        net[0].weight.data += 1  # type: ignore[operator]
+        assert traces().changed == 1
+        net[1].num_batches_tracked += 1  # type: ignore[operator]
+        assert traces().changed == 2
+        net[1].weight.grad *= 2  # type: ignore[operator]
+        assert traces().changed == 3
+        net[1].weight.grad = torch.ones(2)  # type: ignore[assignment]
+        assert traces().changed == 3  # the same numbers, but not the caller's
+        net[1].bias.grad = torch.zeros(2)  # type: ignore[assignment]
+        assert traces().changed == 4
+    assert [m.training for m in net.modules()] == [False, False, False, True, True]
+    assert [p.requires_grad for p in net.parameters()] == wanted
+    assert torch.equal(torch.get_rng_state(), caller)
+
+
+def test_a_watched_predictor_counts_every_way_in() -> None:
+    beats: list[int] = []
+    meter = Meter(lambda: beats.append(1))
+    plain = meter.watched(Predictor(NET, NET, (NET,)))
+    assert plain.embed is None
+    assert plain.modules == (NET,)
+    whole = meter.watched(PREDICTOR)
+    assert whole.embed is not None
+    for predict, expected in ((whole.logits, NET(X[:3])), (whole.search, NET(X[:3])), (whole.embed, ENCODER(X[:3]))):
+        torch.testing.assert_close(predict(X[:3]), expected, atol=1e-5, rtol=1e-5)
+    assert (meter.read(), len(beats)) == ((9, 0), 3)
+
+
+# The copy that attacks look through
+
+
+class Layers(nn.Module):
+    """Norms that can be folded, and some that cannot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, bias=False)
+        self.norm = nn.BatchNorm2d(4)
+        self.biased = nn.Conv2d(4, 4, 1)
+        self.plain = nn.BatchNorm2d(4, affine=False, eps=0.1)
+        self.twice = nn.Conv2d(4, 4, 1)
+        self.after_twice = nn.BatchNorm2d(4)
+        self.some = nn.Conv2d(4, 4, 1)
+        self.others = nn.Conv2d(4, 4, 1)
+        self.shared = nn.BatchNorm2d(4)
+        self.alone = nn.BatchNorm2d(4)  # not fed by a layer
+        self.linear = nn.Linear(4, 5)
+        self.flat = nn.BatchNorm1d(5)
+        self.batch = nn.BatchNorm1d(5, track_running_stats=False)
+        self.last = nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.plain(self.biased(self.norm(self.conv(x)).tanh()))
+        x = self.after_twice(self.twice(self.twice(x).tanh()))
+        x = self.shared(self.some(x)) + self.shared(self.others(x))
+        x = self.alone(x.tanh()).mean((2, 3))
+        out: Tensor = self.batch(self.last(self.flat(self.linear(x))))
+        return out
+
+
+def test_every_norm_behind_one_layer_is_folded_and_no_other() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        net = Layers()
+        for part in net.modules():
+            if isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d):
+                if part.affine:
+                    nn.init.uniform_(part.weight, 0.5, 2)
+                    nn.init.uniform_(part.bias, -1, 1)
+                if part.running_mean is not None and part.running_var is not None:
+                    part.running_mean.uniform_(-1, 1)
+                    part.running_var.uniform_(0.3, 3)
+    net.double().eval()
+    x = X[:8].double()
+    expected = net(x).detach()
+    folded = copy.deepcopy(net).requires_grad_(False)
+    folding._fold(folded, x)
+    gone = {name for name, part in folded.named_children() if isinstance(part, nn.Identity)}
+    assert gone == {"norm", "plain", "flat"}
+    torch.testing.assert_close(logits_at(folded, x), expected, atol=1e-9, rtol=0)
+    assert not any(p.requires_grad for p in folded.parameters())
+    assert not any(part._forward_hooks for part in folded.modules())
+    assert all(isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d) for part in (net.norm, net.plain, net.flat))
+
+
+def test_the_copy_is_the_folded_one_where_that_is_the_same_and_lies_channels_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten()).train()
+    layouts: list[bool] = []
+
+    def fold(network: nn.Module, images: Tensor) -> None:
+        assert not network.training
+        assert images.shape == (8, 3, 8, 8)
+        bias = network[0].bias  # type: ignore[index]
+        bias += change  # type: ignore[operator]
+        network.register_forward_pre_hook(
+            lambda _, inputs: layouts.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
+        )
+
+    monkeypatch.setattr(folding, "_fold", fold)
+    scale = float(logits_at(copy.deepcopy(net).eval(), X[:8]).abs().max())
+    change = 0.0
+    for share, chosen in ((0.5e-4, True), (3e-4, False)):
+        change = share * scale
+        layouts.clear()
+        search = frozen_copy(net, X[:8])
+        calls = len(layouts)
+        search(X)
+        assert (len(layouts) > calls) == chosen
+        assert not chosen or layouts[-1]
+    assert net.training
+    assert all(p.requires_grad for p in net.parameters())
+
+
+# A classifier as attacks see it
+
+
+def test_images_or_their_crops_are_what_is_attacked() -> None:
+    model = Model(width=8, hidden_dim=16, embedding_dim=8)
+    encoder = build_encoder(model, generator=addressed_generator("test encoder")).eval().requires_grad_(False)
+    source = CropSource(group=Crops(count=3, size=8), augment=Augment(), seed=0, split="test")
+    head = LinearHead(16, 4)
+    nn.init.normal_(head.weight, generator=addressed_generator("head"))
+    nn.init.normal_(head.bias, generator=addressed_generator("bias"))
+    classifier = Classifier(encoder, head.requires_grad_(False), features="pre_feature", crops=source).eval()
+    x, indices = X[:6], torch.tensor([4, 70, 2, 3, 9, 11])
+
+    by_image = as_predictor(classifier, x, space="image")
+    first = classifier.read(x, torch.zeros(6, dtype=torch.int64))  # every image through the crops of the first
+    assert by_image.modules == (classifier,)
+    assert by_image.embed is not None
+    torch.testing.assert_close(by_image.embed(x), first)
+    for predict in (by_image.logits, by_image.search):
+        torch.testing.assert_close(predict(x), classifier.logits(first), atol=1e-4, rtol=1e-4)
+
+    crops = stacked_crops(classifier, x, indices)
+    cut = classifier.cut(x, indices)  # (3, 6, 3, 8, 8)
+    assert crops.shape == (6, 9, 8, 8)
+    for sample in range(6):
+        for view in range(3):
+            assert torch.equal(crops[sample, 3 * view : 3 * view + 3], cut[view, sample].clamp(0, 1))
+    by_crops = as_predictor(classifier, crops, space="crops")
+    assert (by_crops.modules, by_crops.embed) == ((classifier,), None)
+    expected = classifier.logits(torch.stack([encoder.features(part, features="pre_feature") for part in cut]).mean(0))
+    for predict in (by_crops.logits, by_crops.search):
+        torch.testing.assert_close(predict(crops), expected, atol=1e-4, rtol=1e-4)
+
+
+# Examples and their picture
+
+
+def fallen(block: int, stage: int, broken: str) -> Outcome:
+    bits, none = tuple(bit == "1" for bit in broken), (False,) * len(broken)
+    return Outcome(block, stage, "x", none, bits, none, none, none, 0, 0, 0.0)
+
+
+def examples_of(*positions: int) -> Examples:
+    """Images that are as bright as their place."""
+    images = torch.stack([torch.full((3, 2, 2), place / 100) for place in positions])
+    return Examples(positions, images, tuple(place + 5 for place in positions))
+
+
+def test_the_first_examples_are_kept_and_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "examples.safetensors"
+    outcomes = {(0, 0): fallen(0, 0, "1000"), (0, 1): fallen(0, 1, "0010")}  # a misclassified image is no example
+    gallery = Gallery(path, outcomes, block_size=4, wanted=4)
+    assert gallery.outcomes is outcomes
+    assert (gallery.missing(), gallery.shown()) == ({(0, 1)}, [])
+    gallery.add(outcomes[0, 1], examples_of(2))
+    assert gallery.missing() == set()
+    outcomes[1, 1] = fallen(1, 1, "1111")
+    gallery.add(outcomes[1, 1], examples_of(4, 5, 6, 7))  # no more than four in all
+    assert [(place, float(image[0, 0, 0]), label) for place, image, label in gallery.shown()] == [
+        (place, pytest.approx(place / 100), place + 5) for place in (2, 4, 5, 6)
+    ]
+    outcomes[0, 2] = fallen(0, 2, "0100")
+    assert gallery.missing() == {(0, 2)}  # a stage before what was kept
+    gallery.add(fallen(0, 2, "0100"), examples_of(1))
+    assert [place for place, _, _ in gallery.shown()] == [1, 2, 4, 5]
+
+    again = Gallery(path, outcomes, block_size=4, wanted=4)
+    assert again.missing() == set()
+    for (place, image, label), (_, before, _) in zip(again.shown(), gallery.shown(), strict=True):
+        assert torch.equal(image, before)
+        assert label == place + 5
+    stored = read_tensors(path)
+    assert stored["positions"].tolist() == [1, 2, 4, 5, 6]
+    assert stored["labels"].tolist() == [6, 7, 9, 10, 11]
+    assert stored["images"][:, 0, 0, 0].tolist() == pytest.approx([0.01, 0.02, 0.04, 0.05, 0.06])
+    assert Gallery(path, outcomes, block_size=4, wanted=0).shown() == []
+
+
+@pytest.mark.parametrize("content", [b"", b"no tensors at all", None])
+def test_examples_that_cannot_be_read_are_made_again(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "examples.safetensors"
+    if content is None:
+        write_tensors(path, {"positions": torch.tensor([2])})
+    else:
+        path.write_bytes(content)
+    gallery = Gallery(path, {(0, 1): fallen(0, 1, "0010")}, block_size=4, wanted=4)
+    assert gallery.missing() == {(0, 1)}
+    gallery.add(fallen(1, 1, "0000"), Examples((), torch.empty(0, 3, 2, 2), ()))
+    assert content is None or path.read_bytes() == content  # nothing new is nothing to write
+
+
+def drawn(size: tuple[int, int], texts: Sequence[tuple[tuple[int, int], str, tuple[int, int, int]]]) -> Image.Image:
+    """A sheet of paper with these texts."""
+    canvas = Image.new("RGB", size, (255, 255, 255))
+    draw = ImageDraw.Draw(canvas)
+    for place, text, ink in texts:
+        draw.text(place, text, fill=ink, font=ImageFont.load_default())
+    return canvas
+
+
+def test_a_sheet_shows_clean_adversarial_and_amplified_difference() -> None:
+    """Four samples of 40 x 30 pixels, four times enlarged, three in a row and one below."""
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.rand((4, 3, 30, 40), generator=generator)
+    adversarial = (clean + 0.2 * torch.rand((4, 3, 30, 40), generator=generator) - 0.1).clamp(0, 1)
+    names = [f"sample {i}" for i in range(4)]
+    long = "a class whose name is far too long for the place below three little pictures " * 2
+    shown = [
+        pictures.Shown(clean=c, adversarial=a, title=t, label="caf\u00e9", predicted=long)
+        for c, a, t in zip(clean, adversarial, names, strict=True)
+    ]
+    sheet = Image.open(io.BytesIO(pictures.sheet(shown, heading=("what it is", "how \u00b5"), gain=3.0)))
+    font = ImageFont.load_default()
+    tile_w, tile_h = 160, 120  # 4 times: nearest to 112 on the smaller side
+    cell_w, cell_h, top = 3 * tile_w + 4, tile_h + 3 * 14 + 8, 8 + 3 * 14
+    assert (sheet.mode, sheet.size) == ("RGB", (3 * (cell_w + 16), top + 2 * cell_h))
+    cut = f"adversarial: predicted as {long}"
+    while font.getlength(cut) > cell_w:
+        cut = cut[:-4] + "..."
+    texts = [((8, 8), "what it is", (20, 20, 20)), ((8, 22), "how ?", (20, 20, 20))]
+    corners = [(8 + i % 3 * (cell_w + 16), top + i // 3 * cell_h) for i in range(4)]
+    for (left, upper), name in zip(corners, names, strict=True):
+        texts.append(((left, upper + tile_h + 2), f"{name}: caf?, predicted so when clean", (20, 20, 20)))
+        texts.append(((left, upper + tile_h + 16), cut, (170, 20, 20)))
+    expected = drawn(sheet.size, texts)
+    for i, (left, upper) in enumerate(corners):
+        for column, image in enumerate((clean[i], adversarial[i], 0.5 + 3 * (adversarial[i] - clean[i]))):
+            pixels = (image.clamp(0, 1) * 255).round().byte().repeat_interleave(4, 1).repeat_interleave(4, 2)
+            expected.paste(Image.fromarray(pixels.permute(1, 2, 0).numpy()), (left + column * (tile_w + 2), upper))
+    assert sheet.tobytes() == expected.tobytes()
+
+
+def test_a_sheet_of_one_is_as_wide_as_its_heading() -> None:
+    small = torch.zeros(3, 100, 200)
+    shown = pictures.Shown(clean=small, adversarial=small, title="t", label="l", predicted="p")
+    font = ImageFont.load_default()
+    narrow = Image.open(io.BytesIO(pictures.sheet([shown], heading=("w",), gain=1.0)))
+    assert narrow.size == (3 * 200 + 4 + 16, 8 + 2 * 14 + 100 + 3 * 14 + 8)
+    assert narrow.getpixel((8 + 2 * 202 + 5, 8 + 28 + 5)) == (128, 128, 128)  # no difference is middle grey
+    heading = "w" * 200
+    wide = Image.open(io.BytesIO(pictures.sheet([shown], heading=("w", heading, "w"), gain=1.0)))
+    assert wide.size == (round(font.getlength(heading)) + 16, 8 + 4 * 14 + 100 + 3 * 14 + 8)
+    large = torch.zeros(3, 300, 300)  # never made smaller
+    shown = pictures.Shown(clean=large, adversarial=large, title="t", label="l", predicted="p")
+    assert Image.open(io.BytesIO(pictures.sheet([shown], heading=("w",), gain=1.0))).size == (920, 386)
+
+
+def test_text_is_cut_to_its_place_and_drawn_in_ascii() -> None:
+    font = ImageFont.load_default()
+    assert pictures._fitting("plain", 1000, font) == "plain"
+    assert pictures._fitting("plain", round(font.getlength("plain")) + 1, font) == "plain"
+    assert pictures._fitting("a long text", round(font.getlength("a lo...")) + 1, font) == "a lo..."
+    assert pictures._fitting("words", 0, font) == "w..."
+    assert pictures._plain(" ~a\x1f\x7f\u00e9\n") == " ~a????"
