@@ -424,9 +424,9 @@ def wild(shape: tuple[int, int, int], *, n: int = 10, classes: int = CLASSES) ->
     g = generator(11)
     with torch.random.fork_rng():
         torch.manual_seed(7)
-        net = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), 24), nn.Tanh(), nn.Linear(24, classes)).double()
-    with torch.no_grad():
-        net[1].weight *= 6  # type: ignore[operator]
+        first = nn.Linear(math.prod(shape), 24)
+        net = nn.Sequential(nn.Flatten(), first, nn.Tanh(), nn.Linear(24, classes)).double()
+    first.weight.data *= 6
     x = torch.rand((n, *shape), generator=g).double()
     x[1, :, 0] = 0  # on the border of the box
     y = logits_at(net, x).argmax(1)

@@ -7,18 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from stages import pgd, square
+from stages import embedding, pgd, square
 from torch import Tensor, nn
 from torch.nn.functional import batch_norm, dropout, one_hot
 
 from cfamc_cli.engine.attacks.plan import Plan
-from cfamc_cli.engine.attacks.search import Predict
+from cfamc_cli.engine.attacks.search import Predict, Region
 from cfamc_cli.engine.evaluation import audit, blocks
 from cfamc_cli.engine.evaluation.audit import AuditSettings
 from cfamc_cli.engine.evaluation.blocks import Evaluation, evaluate
 from cfamc_cli.engine.evaluation.verify import Predictor, Traces
+from cfamc_cli.engine.randomness import addressed_generator
 from cfamc_cli.engine.sink import NullTalk
-from cfamc_cli.recipe.schema import Stage
+from cfamc_cli.recipe.schema import Norm, Stage
 from cfamc_cli.store.records import Flag
 
 CLASSES, SIDE, EPS = 4, 8, 16 / 255
@@ -379,7 +380,10 @@ def test_the_audit_looks_at_the_first_samples_that_stand(monkeypatch: pytest.Mon
     monkeypatch.setattr(blocks, "full_checks", noted)
     labels = Y.clone()
     labels[:4] = (labels[:4] + 1) % CLASSES  # misclassified: there is nothing to attack again
-    evaluation = evaluated(NET, audit=AuditSettings(samples=30), labels=labels)
+    settings = AuditSettings(samples=30)
+    evaluation = evaluated(NET, audit=settings, labels=labels)
+    assert (seen["settings"], seen["seed"]) == (settings, 0)
+    assert [stage.name for stage in seen["plan"].stages] == ["pgd"]
     assert seen["places"].tolist() == list(range(4, 34))
     assert torch.equal(seen["x"], X[4:34])
     assert torch.equal(seen["y"], Y[4:34])
@@ -446,3 +450,220 @@ def test_what_was_found_in_the_modules_is_told() -> None:
         ("trace", 4, 0, "failed"),
     ]
     assert {c.verdict for c in audit.trace_checks(Traces(training=0, not_float32=0, changed=0))} == {"passed"}
+
+
+# What the audit spends, and what its figures are taken of
+
+
+def auditor(
+    predict: Predict, *, norm: Norm = "linf", x: Tensor = IMAGES, seed: int = 0, settings: AuditSettings | None = None
+) -> audit._Audit:
+    labels = torch.zeros(len(x), dtype=torch.int64)
+    return audit._Audit(predict, x, labels, torch.arange(len(x)) + 10, norm, seed, settings or AuditSettings())
+
+
+def test_the_curve_reaches_to_the_whole_box_in_either_norm() -> None:
+    whole = (3 * SIDE * SIDE) ** 0.5
+    for norm, eps, radii in (
+        ("linf", 0.1, [0.05, 0.1, 32 / 255, 0.2, 0.4, 128 / 255, 1]),
+        ("linf", 0.6, [0.3, 0.6, 1]),
+        ("linf", 0.3, [0.15, 0.3, 128 / 255, 0.6, 1]),  # four times the radius would be beyond the box
+        ("l2", 0.5, [0.25, 0.5, 1.0, whole / 8, 2.0, whole / 2, whole]),
+        ("l2", 10.0, [5.0, 10.0, whole]),
+    ):
+        checks = auditor(crosses_at(2.0), norm=norm, settings=AuditSettings(steps=1)).curve(eps)  # type: ignore[arg-type]
+        curve = ", ".join(f"{radius:.4g}: 1.000" for radius in sorted(radii))
+        assert checks[0].text == f"accuracy at the radius of the whole box; the curve is {curve}"
+        assert [check.figure for check in checks] == [1.0, 0, 1.0]
+        assert checks[2].text == f"accuracy at eps = {sorted(radii)[-2]:.4g}, half of the box"
+        assert checks[1].limit == max(1, round(0.02 * N * len(radii)))
+
+
+def test_limits_grow_with_the_images_and_only_some_are_named() -> None:
+    n = 1500
+    x = torch.full((n, 3, 1, 1), START)
+    settings = AuditSettings(steps=2, queries=3)
+    some = auditor(decides(over_a_wall), x=x, settings=settings)
+    checks = [
+        *some.curve(0.1),
+        *some.strength(0.1),
+        *some.black_box(0.1, torch.zeros(n, dtype=torch.bool), blinded=False),
+    ]
+    assert {check.name: check.limit for check in checks} == {
+        "eps-one": 0,
+        "eps-monotone": 210,
+        "eps-flat": 0.1,
+        "fgsm-over-pgd": 3,
+        "more-steps": 0,
+        "more-restarts": 0,
+        "black-box": 3,
+        "adaptive-loss": 150,
+    }
+    rows = torch.arange(n)
+    assert some.named(rows < 20) == f": number {', '.join(str(10 + i) for i in range(20))} of the order"
+    assert some.named(rows < 21) == f": number {', '.join(str(10 + i) for i in range(20))}, ... of the order"
+    assert some.named(rows < 0) == ""
+
+
+def test_what_falls_to_a_black_box_or_another_loss_alone_is_counted() -> None:
+    known = torch.tensor([True, False, False, True, False, False])
+    blind = auditor(decides(lambda t: 0.35 - t.detach()), settings=AuditSettings(queries=150))
+    found = {check.name: check for check in blind.black_box(0.1, known, blinded=False)}
+    assert (found["black-box"].figure, found["adaptive-loss"].figure) == (4, 0)
+    assert found["black-box"].text == "images broken by 150 queries of Square alone: number 11, 12, 14, 15 of the order"
+    loud = auditor(decides(lambda t: 0.35 - t, scale=1e6), settings=AuditSettings(queries=150))
+    found = {check.name: check for check in loud.black_box(0.1, known, blinded=False)}
+    assert found["adaptive-loss"].figure == 4
+    assert found["adaptive-loss"].text.endswith("fell to APGD-DLR: number 11, 12, 14, 15 of the order")
+
+
+def test_the_attacks_of_an_audit_spend_what_it_says_from_its_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, dict[str, Any]]] = []
+    addresses: list[tuple[int | str, ...]] = []
+
+    def noted(name: str) -> Callable[..., Tensor]:
+        def attack(predict: Predict, region: Region, y: Tensor, **settings: Any) -> Tensor:
+            assert torch.equal(y, LABELS)
+            calls.append((name, {"eps": region.eps, "norm": region.norm, **settings}))
+            return region.x
+
+        return attack
+
+    for name in ("fgsm", "pgd", "apgd", "square"):
+        monkeypatch.setattr(audit, name, noted(name))
+
+    def addressed(*address: int | str) -> str:
+        addresses.append(address)
+        return "generator"
+
+    monkeypatch.setattr(audit, "addressed_generator", addressed)
+    one = auditor(crosses_at(0.9), norm="l2", seed=5, settings=AuditSettings(steps=4, queries=6))
+    same = {"eps": 0.5, "norm": "l2"}
+    drawn = {**same, "generator": "generator"}
+    shape = {"step_size": 2.5 * 0.5 / 4, "start": "zero"}
+
+    one.strength(0.5)
+    assert calls == [
+        ("pgd", drawn | shape | {"steps": 4, "restarts": 1}),
+        ("fgsm", same),
+        ("pgd", drawn | shape | {"steps": 8, "restarts": 1}),
+        ("pgd", drawn | shape | {"steps": 4, "restarts": 2}),
+    ]
+    calls.clear()
+    one.black_box(0.5, torch.ones(N, dtype=torch.bool), blinded=False)
+    spent = {"loss": "apgd-dlr", "steps": 4, "restarts": 1, "targets": 1, "eot": 1}
+    assert calls == [
+        ("pgd", drawn | shape | {"steps": 4, "restarts": 1}),
+        ("square", drawn | {"queries": 6}),
+        ("apgd", drawn | spent),
+    ]
+    assert addresses == [("audit", 5, label) for label in ("pgd", "pgd", "pgd", "pgd", "square", "apgd-dlr")]
+    calls.clear()
+    one.ascent(0.5)
+    auditor(crosses_at(0.9)).ascent(0.1)
+    auditor(crosses_at(0.9)).ascent(1e-4)
+    assert [call["eps"] for _, call in calls] == [0.005, 0.25 / 255, 1e-4]
+
+
+def test_an_image_breaks_where_its_example_holds() -> None:
+    asked: list[Tensor] = []
+
+    def predict(x: Tensor) -> Tensor:
+        asked.append(x)
+        return crosses_at(0.35)(x)
+
+    points = IMAGES + torch.tensor([0.0, 0.06, 0.2, 0.04, 0.09, -0.09])[:, None, None, None]
+    assert auditor(predict).breaks(0.1, points).tolist() == [False, True, False, False, True, False]
+    assert torch.equal(asked[0][2], IMAGES[2])  # what is no example is not looked at
+    assert torch.equal(asked[0][[0, 1, 3, 4, 5]], points[[0, 1, 3, 4, 5]])
+
+
+def test_every_stage_is_asked_to_stay_with_a_radius_of_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    run: list[tuple[str, str, int, Any]] = []
+
+    def noted(stage: Stage, predict: Predict, x: Tensor, y: Tensor, **rest: Any) -> Tensor:
+        assert torch.equal(y, LABELS)
+        run.append((stage.name, stage.eps, rest["eot"], rest["generator"].initial_seed()))
+        return x + 1e-6 * (torch.arange(N)[:, None, None, None] < 2)
+
+    monkeypatch.setattr(audit, "run_stage", noted)
+    check = auditor(crosses_at(0.9), seed=5).identity(Plan((embedding(0.1), pgd(0.1), square(0.1)), eot=3))
+    seed = addressed_generator("audit", 5, "identity").initial_seed()
+    assert run == [("pgd", "0", 3, seed), ("square", "0", 3, seed)]
+    assert (check.name, check.figure, check.limit) == ("eps-zero", 4, 0)
+
+
+def test_a_loss_that_stays_does_not_rise() -> None:
+    n = 8
+
+    def predict(x: Tensor) -> Tensor:  # half of them have no slope
+        slope = (torch.arange(n) < 4).float()
+        return decides(lambda t: 0.35 - slope * (t - START))(x)
+
+    check = auditor(predict, x=torch.full((n, 3, 2, 2), START)).ascent(0.1)
+    assert (check.figure, check.limit, check.verdict) == (0.5, 0.05, "failed")
+
+
+def test_a_blind_audit_is_one_of_a_plan_of_squares_alone() -> None:
+    def checked(plan: Plan) -> str:
+        flags = audit.full_checks(
+            crosses_at(0.35),
+            IMAGES,
+            LABELS,
+            plan=plan,
+            broken=torch.ones(N, dtype=torch.bool),
+            places=torch.arange(N),
+            settings=AuditSettings(steps=1, queries=2),
+            seed=0,
+        )
+        return next(flag.verdict for flag in flags if flag.name == "black-box")
+
+    assert checked(Plan((square(0.1), square(0.1)))) == "skipped"
+    assert checked(Plan((square(0.1), pgd(0.1)))) == "passed"
+
+
+def test_odd_logits_one_by_one() -> None:
+    """Eight outputs, each odd in one way or just not."""
+    z = torch.tensor(
+        [
+            [60.0, 0.0, -1.0, -2.0],  # just not too far apart
+            [0.0, 60.5, -1.0, 0.0],
+            [0.5, 0.5, 0.0, 0.0],  # probabilities
+            [1.5, -0.5, 0.0, 0.0],  # they sum to 1, and are none
+            [0.4, 0.4, 0.1, 0.0995],  # sum to 0.9995
+            [0.4, 0.4, 0.1, 0.095],
+            [torch.nan, 0.0, 0.0, 0.0],
+            [torch.inf, 0.0, 0.0, 0.0],
+        ]
+    )
+
+    def predict(x: Tensor) -> Tensor:
+        return z + 0 * x.flatten(1).sum(1, keepdim=True)
+
+    checks = cheap(predict, X[:8], Y[:8])
+    assert checks["logit-scale"].figure == 2 / 8  # the second, and the one that is infinite
+    assert checks["probabilities"].figure == 2 / 8
+    assert checks["random"].figure == 0.0  # nan counts elsewhere
+    assert checks["type"].figure == 0
+    assert "of 8 " in checks["zero-gradient"].text + checks["probabilities"].text
+
+
+def test_gradients_that_are_not_finite_are_of_no_use() -> None:
+    class Spoiled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, z: Tensor) -> Tensor:
+            return z.clone()
+
+        @staticmethod
+        def backward(ctx: object, grad: Tensor) -> Tensor:
+            grad = grad.clone()
+            grad[0, 0, 0, 0], grad[1, 0, 0, 0] = torch.nan, torch.inf
+            return grad
+
+    check = cheap(lambda x: NET(Spoiled.apply(x)))["zero-gradient"]
+    assert (check.figure, check.limit) == (0.5, 0.05)
+
+
+def test_the_cheap_checks_look_at_64_samples_of_the_evaluation() -> None:
+    check = next(c for c in evaluated(detached, audit=None).checks if c.name == "zero-gradient")
+    assert (check.figure, check.text) == (1.0, "share of 64 images without a usable gradient")
