@@ -334,8 +334,9 @@ def _explained(error: BaseException) -> CfamcError:
         return CfamcError("interrupted", exit_code=ExitCode.INTERRUPTED)
     describe = getattr(error, "format_message", None)  # how the parser of the command line words its complaints
     if describe is not None:
-        message = " ".join(str(describe()).split()) or "nothing to do"
-        return invalid(message, "cfamc --help lists what there is")
+        message = " ".join(str(describe()).split()).replace(" Value error, ", " ") or "nothing to do"
+        command = getattr(getattr(error, "ctx", None), "command_path", "cfamc")
+        return invalid(message, f"{command} --help lists what there is")
     if isinstance(error, MemoryError):
         return CfamcError("out of memory", hint="lower train.batch_size, crops.0.count or model.width")
     if isinstance(error, OSError):

@@ -113,7 +113,8 @@ INVALID: list[tuple[list[str], str]] = [
     (["pretrain", "--resume", "latest", "--seed", "1"], "--resume"),
     (["pretrain", "quickstart", "--resume", "latest", "--dry-run"], "exclude each other"),
     (["pretrain", "--resume", "latest", "--runs", "nowhere"], "no run in nowhere"),
-    (["recipes", "nothing"], "No such command"),
+    (["recipes", "nothing"], "hint: cfamc recipes --help lists what there is"),
+    (["compare", "--format", "x"], "error: Invalid value for '--format': 'x' is not one of 'rich',"),
     (["recipes", "show"], "NAME"),
     (["recipes", "show", "nothing"], "no recipe"),
 ]
