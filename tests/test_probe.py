@@ -374,7 +374,8 @@ def loss_by_hand(plain: Any, kind: str, batch: torch.Tensor, points: torch.Tenso
     if kind != "trades":
         return F.cross_entropy(plain(points), y)
     p, q = plain(batch).softmax(1), plain(points).softmax(1)
-    return -p[range(len(y)), y].log().mean() + BETA * (p * (p / q).log()).sum(1).mean()
+    loss: torch.Tensor = -p[range(len(y)), y].log().mean() + BETA * (p * (p / q).log()).sum(1).mean()
+    return loss
 
 
 @pytest.mark.parametrize("kind", ["clean", "pgd", "trades", "robust-linear"])

@@ -34,6 +34,7 @@ from cfamc_cli.engine.heads import classifier as heads
 from cfamc_cli.engine.heads.classifier import Classifier
 from cfamc_cli.engine.heads.frozen import classify
 from cfamc_cli.engine.heads.imported import read_foreign
+from cfamc_cli.engine.heads.supervised import SupervisedTrainer
 from cfamc_cli.engine.randomness import addressed_generator
 from cfamc_cli.engine.sink import NullTalk
 from cfamc_cli.errors import CfamcError
@@ -308,6 +309,17 @@ def test_a_standard_head_is_there_when_it_is_asked_for(
     with pytest.raises(CfamcError, match="no probe 'finetune'") as missing:
         head_of(probe.run, options, probe="finetune")
     assert "linear-001" in missing.value.hint
+
+
+def test_the_way_on_from_an_interruption_finds_the_run(probe: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a store that was named by --runs, an id alone would mean nothing."""
+
+    def cut(*_: object, **__: object) -> int:
+        return signal.SIGINT
+
+    monkeypatch.setattr(SupervisedTrainer, "train", cut)
+    said = probe.refused("--head", "finetune", code=130)
+    assert said == f"interrupted / go on with: cfamc probe {probe.run.path} --resume"
 
 
 @pytest.mark.slow
