@@ -674,6 +674,27 @@ def test_a_walk_asks_of_the_points_within_the_ball_alone_unless_that_would_wait_
     assert asked == [3, 1, 4]
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_sample_alone_is_attacked_as_among_others(norm: Norm) -> None:
+    eps = float(LINEAR.radius(norm).median())
+    for stage in stages(eps, norm):
+        among = run_stage(stage, LINEAR, LINEAR.x, LINEAR.y, embed=None, generator=generator())
+        if stage.name in ("fgsm", "fab"):  # which draw nothing: others have other draws
+            alone = [
+                run_stage(stage, LINEAR, LINEAR.x[i : i + 1], LINEAR.y[i : i + 1], embed=None, generator=generator())
+                for i in range(6)
+            ]
+            torch.testing.assert_close(torch.cat(alone), among[:6], atol=1e-6, rtol=0)
+    weakest = LINEAR.radius(norm).argmin()
+    x, y = LINEAR.x[weakest][None], LINEAR.y[weakest][None]
+    for stage in stages(1.5 * float(LINEAR.radius(norm).min()), norm)[1:]:
+        points = run_stage(stage, LINEAR, x, y, embed=None, generator=generator())
+        assert isinstance(stage, SquareAttack) or fooled(LINEAR(points), y).all(), stage
+        assert not torch.equal(points, x), stage
+    for stage in (embedding(eps, norm), embedding(eps, norm, steps=1)):
+        assert not torch.equal(run_stage(stage, LINEAR, x, y, embed=LINEAR, generator=generator()), x)
+
+
 def test_nobody_is_attacked() -> None:
     for stage in [*stages(0.1, "linf"), embedding(0.1)]:
         points = run_stage(stage, LINEAR, LINEAR.x[:0], LINEAR.y[:0], embed=LINEAR, generator=generator())

@@ -583,6 +583,7 @@ def test_every_stage_is_asked_to_stay_with_a_radius_of_nothing(monkeypatch: pyte
 
     def noted(stage: Stage, predict: Predict, x: Tensor, y: Tensor, **rest: Any) -> Tensor:
         assert torch.equal(y, LABELS)
+        assert predict(x).shape == (N, 3)
         run.append((stage.name, stage.eps, rest["eot"], rest["generator"].initial_seed()))
         return x + 1e-6 * (torch.arange(N)[:, None, None, None] < 2)
 
@@ -626,7 +627,7 @@ def test_odd_logits_one_by_one() -> None:
     """Eight outputs, each odd in one way or just not."""
     z = torch.tensor(
         [
-            [60.0, 0.0, -1.0, -2.0],  # just not too far apart
+            [61.0, 1.0, -1.0, -2.0],  # just not too far apart
             [0.0, 60.5, -1.0, 0.0],
             [0.5, 0.5, 0.0, 0.0],  # probabilities
             [1.5, -0.5, 0.0, 0.0],  # they sum to 1, and are none
