@@ -12,8 +12,17 @@ from hypothesis import strategies as st
 
 from cfamc_cli.comparison.published import published
 from cfamc_cli.comparison.selection import Filter, filtered, row_filter, sort_key
-from cfamc_cli.comparison.statistics import mcnemar, paired, pareto_front
-from cfamc_cli.comparison.tables import Condition, Entry, Run, difference, find_superseded, tabulate
+from cfamc_cli.comparison.statistics import Difference, Figure, mcnemar, paired, pareto_front, probability
+from cfamc_cli.comparison.tables import (
+    Condition,
+    Entry,
+    Row,
+    Run,
+    difference,
+    exact_number,
+    find_superseded,
+    tabulate,
+)
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.report.sheets import sheets
 from cfamc_cli.store.records import Accuracy, Outcomes, StageOutcome, pack_bits
@@ -99,6 +108,7 @@ def test_pairs_are_counted_on_the_shared_samples_only(pairs: list[tuple[bool, bo
     assert found.gained == sum(a and not b for a, b in pairs[:n])
     assert found.lost == sum(b and not a for a, b in pairs[:n])
     assert found.value == pytest.approx(sum(a - b for a, b in pairs[:n]) / n)
+    assert found.p == mcnemar(found.gained, found.lost)
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=30))
@@ -107,6 +117,173 @@ def test_the_front_is_what_nothing_dominates(points: list[tuple[int, int]]) -> N
         return any(u >= x and v >= y and (u, v) != (x, y) for u, v in points)
 
     assert pareto_front(points) == [not dominated(x, y) for x, y in points]
+
+
+def test_figures_are_of_one_run_or_of_several() -> None:
+    low, high = Accuracy.of(30, 100).low, Accuracy.of(30, 100).high
+    assert Figure.of([Accuracy.of(30, 100)]) == Figure(0.3, 100, 1, None, low, high)
+    several = Figure.of([Accuracy.of(k, 100) for k in (30, 36, 48)])
+    assert (several.value, several.std) == (pytest.approx(0.38), pytest.approx(0.0084**0.5))
+    assert (several.n, several.runs, several.low, several.high) == (100, 3, None, None)
+    two = Figure.of([Accuracy.of(k, 100) for k in (30, 36)])
+    assert (two.runs, two.std) == (2, pytest.approx(0.0018**0.5))
+
+
+def test_p_values_in_words() -> None:
+    told = ["= 1", "= 0.031", "= 0.0001", "< 0.0001", "< 0.0001"]
+    assert [probability(p) for p in (1.0, 0.0312, 1e-4, 9.9e-5, 0.0)] == told
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("8/255", 8 / 255), (" 0.03 ", 0.03), ("1e-3", 0.001), ("-2", -2.0)]
+    + [(text, None) for text in ("", "x", "1/0", "1e999", "inf", "nan")],
+)
+def test_exact_numbers(text: str, number: float | None) -> None:
+    assert exact_number(text) == number
+
+
+def test_conditions_say_what_they_are_and_what_keeps_them_apart() -> None:
+    data = "cifar10 test (abababab), linear head on pre_feature"
+    assert CLEAN.title() == f"{data}, clean images"
+    assert PGD.title() == f"{data}, pgd (steps 20), linf 8/255 in image space"
+    plain = replace(PGD, settings="", eps="0")
+    assert plain.title() == f"{data}, pgd, linf 0 in image space"
+    assert PGD.rank() == (False, False, 8 / 255, PGD.title())
+    assert plain.rank() == (False, True, 0.0, plain.title())
+    assert CLEAN.rank() == (True, True, 0.0, CLEAN.title())
+    assert PGD.differences(PGD) == []
+    assert PGD.differences(CLEAN) == ["attacked, not clean"]
+    assert CLEAN.differences(PGD) == ["clean images, not attacked"]
+    long = "ab" * 32
+    assert replace(PGD, settings=long, eps="").differences(replace(PGD, settings="", norm="l2")) == [
+        "norm linf, not l2",
+        "eps none, not 8/255",
+        f"settings {long[:60]}, not none",
+    ]
+    assert replace(PGD, settings="").differences(replace(PGD, settings=long)) == [f"settings none, not {long[:60]}"]
+
+
+def test_tables_come_in_the_order_of_what_people_ask_for_first() -> None:
+    """Whole groups first, then those with more rows, the usual eps, by its size, and clean images last."""
+    sizes = [replace(PGD, eps=eps) for eps in ("16/255", "2/255", "8/255")]
+    entries = [entry(f"x{k}", 0.5, 0.4, condition=condition) for k, condition in enumerate([CLEAN, *sizes])]
+    more = replace(PGD, norm="l2")
+    entries += [entry(name, 0.5, 0.4, condition=more, n=500, order="0f") for name in "abc"]
+    entries += [entry(name, 0.5, 0.4, condition=more, n=1000, order="aa") for name in "de"]
+    entries += [entry(name, 0.5, 0.4, condition=more, n=200, order="0f") for name in "fg"]
+    tables = tabulate(entries, fold=True, baseline=None, outcomes_of=no_outcomes)
+    assert [([row.label for row in table.rows], table.apart) for table in tables] == [
+        (["f", "g"], ""),
+        (["x3"], "norm linf, not l2"),
+        (["x2"], "norm linf, not l2; eps 2/255, not 8/255"),
+        (["x1"], "norm linf, not l2; eps 16/255, not 8/255"),
+        (["x0"], "clean images, not attacked"),
+        (["a", "b", "c"], "n 500, and no outcomes on the 200 samples that others share"),
+        (["d", "e"], "n 1,000, and no outcomes on the 200 samples that others share"),
+    ]
+    assert all(table.notes == () for table in tables)
+
+
+def kept(n: int, clean: int, *robust: int) -> Outcomes:
+    """Outcomes whose sample i is right where the bit i is set, clean and after each stage."""
+    masks = [pack_bits([bool(mask >> i & 1) for i in range(n)]) for mask in (clean, *robust)]
+    stages = tuple(StageOutcome(name="pgd", done=n, robust=mask) for mask in masks[1:])
+    return Outcomes(n=n, block=1, order_digest="0f", data_fingerprint="", done=n, clean=masks[0], stages=stages)
+
+
+def test_what_is_cut_is_counted_anew_clean_and_after_the_last_stage() -> None:
+    first, second = entry("a", 1.0, 0.5, n=8, order="0f"), entry("b", 0.75, 0.25, n=4, order="0f")
+    third = entry("c", 0.75, 0.75, n=3, order="aa")  # few, but of another order: not what the others are cut to
+    known = {"a": kept(8, 0b10110111, 0b10110111, 0b00110110, 0b00110010), "b": kept(4, 0b0111, 0b0101, 0b0001)}
+    shared, apart = tabulate(
+        [first, second, third], fold=True, baseline="b", outcomes_of=lambda entry: known.get(entry.run.id)
+    )
+    assert [row.label for row in shared.rows] == ["a", "b"]  # as right under attack, by name
+    row = shared.rows[0]
+    assert (row.entries[0].clean, row.entries[0].robust) == (Accuracy.of(3, 4), Accuracy.of(1, 4))
+    assert row.entries[0].whole == first
+    assert row.against == {"clean": Difference(0.0, 4, 0, 0, 1.0), "robust": Difference(0.0, 4, 1, 1, 1.0)}
+    assert (shared.rows[1].baseline, shared.rows[1].against) == (True, None)
+    assert shared.verdict == (
+        "a and b have equal robust accuracy on 4 shared samples: chance alone explains that (McNemar p = 1)"
+    )
+    assert apart.apart == "n 3, and no outcomes on the 4 samples that others share"
+
+
+def test_what_has_no_order_is_never_cut() -> None:
+    def unasked(_: Entry) -> Outcomes | None:
+        raise AssertionError
+
+    tables = tabulate(
+        [entry("a", 0.5, 0.5, n=8), entry("b", 0.5, 0.5, n=4)], fold=True, baseline=None, outcomes_of=unasked
+    )
+    assert [[row.label for row in table.rows] for table in tables] == [["b"], ["a"]]
+
+
+def row_of(*entries: Entry) -> Row:
+    robust = [entry.robust for entry in entries if entry.robust]
+    return Row(entries, "", Figure.of([entry.clean for entry in entries]), Figure.of(robust))
+
+
+def test_only_single_runs_in_one_known_order_are_paired() -> None:
+    one, other = entry("a", 1.0, 0.5, n=8, order="0f"), entry("b", 1.0, 0.25, n=4, order="0f")
+    known = {"a": kept(8, 0xFF, 0xFF, 0b11110000), "b": kept(4, 0xF, 0b0001)}
+
+    def found(first: Row, second: Row, **without: None) -> Difference:
+        return difference(first, second, which="robust", outcomes_of=lambda entry: (known | without).get(entry.run.id))
+
+    assert found(row_of(one), row_of(other)) == Difference(-0.25, 4, 0, 1, 1.0)  # on the first 4
+    assert found(row_of(other), row_of(one)) == Difference(0.25, 4, 1, 0, 1.0)
+    assert found(row_of(one, one), row_of(other)) == Difference(0.25)
+    assert found(row_of(one), row_of(other, other)) == Difference(0.25)
+    assert found(row_of(one), row_of(replace(other, order="aa"))) == Difference(0.25)
+    assert found(row_of(replace(one, order="")), row_of(replace(other, order=""))) == Difference(0.25)
+    assert found(row_of(one), row_of(other), a=None) == Difference(0.25)
+    assert found(row_of(one), row_of(other), b=None) == Difference(0.25)
+
+
+def test_rows_of_one_run_are_told_apart_by_their_results() -> None:
+    entries = [entry("a", 0.5, 0.3), replace(entry("a", 0.5, 0.4), result="attacks/pgd-002", head=(("epochs", 3),))]
+    entries += [entry("b", 0.6, 0.3), entry("c", 0.6, 0.3)]
+    (table,) = tabulate(entries, fold=False, baseline=None, outcomes_of=no_outcomes)
+    assert [row.label for row in table.rows] == ["a attacks/pgd-002", "b", "c", "a attacks/pgd-001"]
+    assert table.keys == ("epochs",)
+    assert [row.front for row in table.rows] == [True, True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("entries", "verdict"),
+    [
+        (
+            [entry("a", 0.5, 0.31), entry("b", 0.5, 0.3)],
+            "a leads b by 1.0 points of robust accuracy: their intervals overlap; samples could not be paired",
+        ),
+        (
+            [entry("a", 0.9, condition=CLEAN), entry("b", 0.5, condition=CLEAN), entry("c", 0.1, condition=CLEAN)],
+            "a leads b by 40.0 points of clean accuracy: their intervals are apart; samples could not be paired",
+        ),
+        (
+            [entry("a", 0.9, 0.5), entry("b", 0.5, 0.5)],
+            "a and b have equal robust accuracy: their intervals overlap; samples could not be paired",
+        ),
+        (
+            [entry(f"a{k}", 0.5, 0.3 + k / 100, family="a", seed=k) for k in range(2)] + [entry("b", 0.5, 0.2)],
+            "a (2 seeds) leads b by 10.5 points of robust accuracy (means over seeds; std 0.7 and one run)",
+        ),
+        (
+            [entry(f"a{k}", 0.5, 0.3 + k / 100, family="a", seed=k) for k in range(2)] + [entry("b", 0.5, 0.4)],
+            "b leads a (2 seeds) by 9.5 points of robust accuracy (means over seeds; std one run and 0.7)",
+        ),
+        ([entry("a", 0.9, 0.5), entry("b", 0.8, 0.3, failed=("masking",))], ""),
+        ([entry(name, 0.9, 0.5, failed=("masking",)) for name in "ab"], ""),
+    ],
+)
+def test_verdicts_word_for_word(entries: list[Entry], verdict: str) -> None:
+    (table,) = tabulate(entries, fold=True, baseline=None, outcomes_of=no_outcomes)
+    assert table.verdict == verdict
+    if not verdict:
+        assert not any(row.front for row in table.rows)  # one row alone leads nothing
 
 
 def test_results_under_different_conditions_never_share_a_table() -> None:
@@ -170,6 +347,10 @@ def test_one_run_counts_once() -> None:
     assert find_superseded([large, again], fold=True) == {0: "c attacks/pgd-001"}
     assert find_superseded([large, again], fold=False) == {}
     assert find_superseded([large, entry("b", 0.7, condition=CLEAN)], fold=True) == {}
+    assert find_superseded([large, replace(large, result="attacks/pgd-002")], fold=True) == {0: "a attacks/pgd-002"}
+    assert find_superseded([large, replace(large, head=(("epochs", 3),))], fold=True) == {}
+    assert find_superseded([large, entry("a", 0.7, 0.3, seed=1)], fold=True) == {}
+    assert find_superseded([large, entry("a", 0.7, 0.3, condition=CLEAN)], fold=True) == {}
 
 
 def outcomes_of_seed(seed: int, n: int, right: float) -> tuple[Outcomes, Accuracy]:

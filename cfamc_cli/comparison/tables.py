@@ -6,7 +6,6 @@ attacked on the same samples are compared sample by sample, by McNemar's exact t
 
 from __future__ import annotations
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -360,7 +359,6 @@ def _verdict(ranked: Sequence[Row], outcomes_of: OutcomesOf) -> str:
 def exact_number(text: str) -> float | None:
     """Read "8/255", "0.03" or "1e-3"; None where it is no finite number."""
     try:
-        value = float(Fraction(text.strip()))
+        return float(Fraction(text))
     except (ValueError, ZeroDivisionError, OverflowError):
         return None
-    return value if math.isfinite(value) else None
