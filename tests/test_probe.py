@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,17 @@ from cfamc_cli.engine.heads.supervised import SupervisedTrainer, shift_and_flip
 from cfamc_cli.engine.randomness import addressed_generator, epoch_order
 from cfamc_cli.engine.sink import NullTalk
 from cfamc_cli.errors import CfamcError, ExitCode
-from cfamc_cli.recipe.schema import AggregatedCrops, Augment, Crops, Finetune, Linear, Model, Recipe, RobustLinear
+from cfamc_cli.recipe.schema import (
+    AggregatedCrops,
+    Augment,
+    Crops,
+    Finetune,
+    Knn,
+    Linear,
+    Model,
+    Recipe,
+    RobustLinear,
+)
 
 CPU = torch.device("cpu")
 TINY: dict[str, Any] = {
@@ -60,6 +70,30 @@ def blobs(count: int, dim: int, classes: int, *, spread: float) -> tuple[Tensor,
 def linear_head(features: Tensor, classes: int, *, standardize: bool = False) -> heads.LinearHead:
     statistics = features if standardize else None
     return frozen.new_head(features.shape[1], classes, seed=0, device=CPU, statistics=statistics)
+
+
+class Heard(NullTalk):
+    """What was said."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+        self.told: list[tuple[str, int, int, dict[str, float]]] = []
+
+    def warning(self, text: str) -> None:
+        self.warnings.append(text)
+
+    def progress(self, task: str, done: int, total: int, values: Mapping[str, float]) -> None:
+        self.told.append((task, done, total, dict(values)))
+
+
+def task(talk: NullTalk, *, seed: int = 5) -> frozen.Task:
+    """20 images to fit to and 8 others to judge on."""
+    all_of = images(28)
+    train = ImageSet(all_of[:20], torch.arange(20) % 4, tuple("abcd"), "", "folder", "train", "")
+    test = ImageSet(all_of[20:], torch.arange(8) % 4, tuple("abcd"), "", "folder", "test", "")
+    loaded = LoadedEncoder(encoder(), CPU, digest="", path=Path(), backbone_only=False)
+    crops = [{"count": 2, "size": 8, "scale": [0.3, 0.6]}]
+    return frozen.Task(loaded, tiny_recipe(crops=crops, seed=seed), train, test, talk)
 
 
 @pytest.mark.parametrize("fit", ["adam", "sgd", "converged"])
@@ -142,6 +176,143 @@ def test_correlated_features_of_unlike_scales_converge_too() -> None:
     best = solver.fit(centred, labels.numpy())
     loss = F.cross_entropy(torch.from_numpy(best.decision_function(centred)), labels)
     assert reached <= float(loss) + 1e-4 * float((best.coef_**2).sum()) + 1e-5
+
+
+@pytest.mark.parametrize("standardize", [False, True])
+def test_the_first_look_at_the_data_has_the_gradient_that_is_written_down(standardize: bool) -> None:
+    """At W = 0, through W = V L^-1 with L L^T = cov / C + 2 l2 and its jitter, in float64."""
+    features, labels = blobs(60, 6, 3, spread=1.0)
+    features[:, 1] *= 5.0  # unlike scales
+    head = linear_head(features, 3, standardize=standardize)
+    told: list[tuple[int, int]] = []
+    each = lambda done, total: told.append((done, total))  # noqa: E731
+    reached = frozen.fit_converged(head, features, labels, l2=0.05, iterations=0, each=each)
+    x = head.scaled(features).double()
+    hessian = torch.cov(x.T, correction=0) / 3 + 2 * 0.05 * torch.eye(6)
+    lower = torch.linalg.cholesky(hessian + 1e-6 * hessian.diagonal().max() * torch.eye(6))
+    wrong = (1 / 3 - F.one_hot(labels, 3).double()) / 60  # softmax of zeros less the truth, of a mean
+    by_white = wrong.T @ (x - x.mean(0)) @ torch.linalg.inv(lower).T
+    assert reached == pytest.approx(float(max(by_white.abs().max(), wrong.sum(0).abs().max())), rel=1e-4)
+    assert not head.weight.any()
+    assert not head.bias.any()
+    told.clear()
+    assert frozen.fit_converged(head, features, labels, l2=0.05, tolerance=1e-3, each=each) <= 1e-3
+    looks = len(told) - 1
+    assert told == [(look, 1000) for look in range(1, looks + 1)] + [(1000, 1000)]
+    loose = frozen.fit_converged(head, features, labels, l2=0.05, iterations=2)
+    assert loose > frozen.fit_converged(head, features, labels, l2=0.05)
+
+
+def test_a_head_that_diverges_says_in_which_epoch() -> None:
+    features, labels = blobs(20, 8, 2, spread=1.0)
+    told: list[tuple[int, int]] = []
+    each = lambda done, total: told.append((done, total))  # noqa: E731
+    settings = AggregatedCrops(head="crops", epochs=3, batch_size=8)
+    frozen.fit_by_batches(linear_head(features, 2), features, labels, settings=settings, seed=0, each=each)
+    assert told == [(1, 3), (2, 3), (3, 3)]
+    with pytest.raises(CfamcError) as caught:
+        frozen.fit_by_batches(linear_head(features, 2), features * torch.inf, labels, settings=settings, seed=0)
+    assert (caught.value.message, caught.value.hint) == ("the head diverged in epoch 1", "lower probe.lr")
+    assert caught.value.exit_code == ExitCode.DIVERGED
+
+
+def test_a_new_head_is_drawn_from_the_seed_within_its_bound() -> None:
+    features, _ = blobs(50, 16, 4, spread=1.0)
+    head = frozen.new_head(16, 4, seed=3, device=CPU, statistics=features)
+    generator = addressed_generator("head", 3)
+    drawn = [(torch.rand(shape, generator=generator) - 0.5) / 2 for shape in ((4, 16), (4,))]  # within 1 / sqrt(16)
+    torch.testing.assert_close([head.weight.detach(), head.bias.detach()], drawn)
+    torch.testing.assert_close(head.mean, features.mean(0))
+    assert frozen.new_head(16, 4, seed=3, device=CPU).mean is None
+    fresh = heads.LinearHead(16, 4, standardized=True)
+    assert torch.equal(fresh.scaled(features), features)
+    assert not fresh(features).any()
+
+
+ON_FEATURES: dict[str, Linear | AggregatedCrops | Knn] = {
+    "knn": Knn(head="knn", k=19, temperature=1e-4),
+    "crops": AggregatedCrops(head="crops", crops=3, epochs=2, batch_size=8),
+    "linear": Linear(head="linear", features="backbone", epochs=2, lr=0.1),
+    "standardized": Linear(head="linear", features="backbone", epochs=2, lr=0.1, standardize=True),
+    "converged": Linear(head="linear", protocol="converged", l2=0.01),
+    "cut short": Linear(head="linear", protocol="converged", l2=0.01),
+}
+
+
+@pytest.mark.parametrize("kind", ON_FEATURES)
+def test_a_head_on_features_is_fitted_and_judged_part_by_part(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, converge = ON_FEATURES[kind], frozen.fit_converged
+    if kind in ("converged", "cut short"):
+        reached = frozen.CONVERGED if kind == "converged" else 2 * frozen.CONVERGED
+
+        def fit(*given: Any, l2: float, each: frozen.Each) -> float:
+            converge(*given, l2=l2)
+            each(1, 7)
+            return reached
+
+        monkeypatch.setattr(frozen, "fit_converged", fit)
+    heard = Heard()
+    given = task(heard)
+    found = frozen.fit_on_features(given, settings)
+    source: dict[str, CropSource | None] = {"train": None, "test": None}
+    if isinstance(settings, AggregatedCrops):
+        group = given.recipe.crops[0].model_copy(update={"count": 3})
+        for split in source:
+            source[split] = CropSource(group=group, augment=given.recipe.augment, seed=5, split=split)
+    train, test = (
+        frozen.extract_features(
+            given.loaded.encoder, part.images, device=CPU, features=settings.features, crops=source[part.split]
+        )
+        for part in (given.train, given.test)
+    )
+    labels = torch.arange(20) % 4
+    read: list[tuple[str, int, int, dict[str, float]]]
+    read = [("features of train", 20, 20, {}), ("features of test", 8, 8, {})]
+    fitting = f"fitting the {settings.head} head"
+    if isinstance(settings, Knn):
+        nearest = frozen.weighted_knn(train, labels, test, classes=4, k=19, temperature=1e-4)
+        assert (found.classifier, found.train, found.converged) == (None, None, None)
+        assert torch.equal(found.test, nearest)
+        assert heard.told == [*read, (fitting, 8, 8, {})]
+        return
+    head = frozen.new_head(train.shape[1], 4, seed=5, device=CPU, statistics=train if kind == "standardized" else None)
+    if kind in ("converged", "cut short"):
+        converge(head, train, labels, l2=0.01)
+        assert heard.told == [*read, (fitting, 1, 7, {})]
+        assert found.converged == (kind == "converged")
+        late = ["the head had not converged when its time was up: gradient 0.0002"]
+        assert heard.warnings == ([] if found.converged else late)
+    else:
+        frozen.fit_by_batches(head, train, labels, settings=settings, seed=5)
+        assert heard.told == [*read, (fitting, 1, 2, {}), (fitting, 2, 2, {})]
+        assert found.converged is None
+    assert found.classifier is not None
+    assert found.train is not None
+    for name, value in head.state_dict().items():
+        assert torch.equal(found.classifier.head.state_dict()[name], value)
+    assert (found.classifier.features, found.classifier.crops) == (settings.features, source["test"])
+    assert torch.equal(found.train, frozen.predict(head, train))
+    assert torch.equal(found.test, frozen.predict(head, test))
+
+
+def test_work_in_chunks_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, told = encoder(), []
+    each = lambda done, total: told.append((done, total))  # noqa: E731
+    classifier = Classifier(net, frozen.new_head(16, 4, seed=0, device=CPU), features="pre_feature").eval()
+
+    def everything() -> list[Tensor]:
+        told.clear()
+        read = [frozen.extract_features(net, images(), device=CPU, crops=crops, each=each) for crops in (None, SOURCE)]
+        nearest = frozen.weighted_knn(read[0], torch.arange(24) % 4, read[0][:11], classes=4, k=2, each=each)
+        return [*read, nearest, frozen.classify(classifier, images(), device=CPU, each=each)]
+
+    whole = everything()
+    assert told == [(24, 24), (24, 24), (11, 11), (24, 24)]
+    monkeypatch.setattr(frozen, "_CHUNK", 10)
+    torch.testing.assert_close(everything(), whole, rtol=1e-4, atol=1e-5)
+    tens = [(10, 24), (20, 24), (24, 24)]
+    threes = [(done, 24) for done in range(3, 25, 3)]  # of 3 crops each
+    assert told == [*tens, *threes, (10, 11), (11, 11), *tens]
 
 
 def test_a_feature_that_never_changes_keeps_its_scale() -> None:
@@ -409,6 +580,77 @@ def test_training_is_written_down_step_by_step(kind: str, tmp_path: Path) -> Non
         for name, value in plain.state_dict().items():
             moved, expected = trained.classifier.state_dict()[name] - before[name], value - before[name]
             assert (moved - expected).abs().max() <= 0.01 * expected.abs().max(), (update, name)
+
+
+def test_training_says_how_far_it_is_and_keeps_its_newest_states(tmp_path: Path) -> None:
+    heard = Heard()
+    given = task(heard)
+    settings = RobustLinear(head="robust-linear", epochs=3, batch_size=8, steps=1)  # 3 updates an epoch
+    whole = SupervisedTrainer(given, settings)
+    torch.testing.assert_close(whole.classifier.head.weight, frozen.new_head(16, 4, seed=5, device=CPU).weight)
+    asked: list[int] = []
+
+    def stop() -> int:
+        asked.append(whole.step)
+        return 0
+
+    assert whole.take_up(tmp_path) == 0.0
+    assert whole.train(tmp_path, stop=stop, seconds=lambda: 10.0 + whole.step) == 0
+    assert asked == list(range(1, 9))  # the last update ends it anyway
+    assert heard.told == [("training the robust-linear head", k, 9, {"epoch": k / 3}) for k in range(1, 10)]
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step-00000009", "step-00000006"]
+    heard.told.clear()
+    judged = whole.judged()
+    assert judged.classifier is whole.classifier
+    assert judged.train is not None
+    assert judged.converged is None
+    for answers, part in ((judged.train, given.train), (judged.test, given.test)):
+        with torch.no_grad():
+            expected = whole.classifier(part.images.float() / 255).argmax(1)
+        assert torch.equal(answers, expected)
+    assert heard.told == [("judging on train", 20, 20, {}), ("judging on test", 8, 8, {})]
+
+    again = SupervisedTrainer(given, settings)
+    assert again.take_up(tmp_path) == 19.0
+    assert (again.step, heard.warnings) == (9, [])
+    assert torch.equal(again.classifier.head.weight, whole.classifier.head.weight)
+    (tmp_path / "step-00000009" / checkpoint.MODEL).write_bytes(b"")
+    assert again.take_up(tmp_path) == 16.0
+    assert again.step == 6
+    assert [text.rpartition("; ")[2] for text in heard.warnings] == ["going back to step-00000006"]
+    assert "step-00000009" in heard.warnings[0]
+
+
+def test_a_head_that_diverges_in_training_is_never_kept(tmp_path: Path) -> None:
+    settings = RobustLinear(head="robust-linear", epochs=1, batch_size=8, steps=1)
+    whole = SupervisedTrainer(task(NullTalk()), settings)
+    with torch.no_grad():
+        whole.classifier.head.weight[0, 0] = torch.nan
+    with pytest.raises(CfamcError) as caught:
+        train(whole, tmp_path)
+    assert caught.value.message == "the robust-linear head diverged before update 3"
+    assert (caught.value.hint, caught.value.exit_code) == ("lower probe.lr", ExitCode.DIVERGED)
+    assert checkpoint.list_checkpoints(tmp_path) == []
+
+
+def test_an_encoder_is_read_from_the_newest_state_that_is_whole(tmp_path: Path) -> None:
+    heard, net = Heard(), encoder()
+    for step in (3, 6, 9):
+        progress: dict[str, object] = {"backbone_only": True} if step == 6 else {}
+        checkpoint.save(tmp_path, step, checkpoint.Checkpoint(net.state_dict(), {}, progress))
+    before = torch.get_rng_state()
+    loaded = heads.load_encoder(tmp_path, MODEL, device=CPU, talk=heard)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert (loaded.path, loaded.backbone_only, loaded.device) == (tmp_path / "step-00000009", False, CPU)
+    assert loaded.digest == checkpoint.digest_of(net) == checkpoint.digest_of(loaded.encoder)
+    assert not loaded.encoder.training
+    assert not any(parameter.requires_grad for parameter in loaded.encoder.parameters())
+    assert heard.warnings == []
+    (tmp_path / "step-00000009" / checkpoint.MODEL).write_bytes(b"")
+    loaded = heads.load_encoder(tmp_path, MODEL, device=CPU, talk=heard)
+    assert (loaded.path, loaded.backbone_only) == (tmp_path / "step-00000006", True)
+    (text,) = heard.warnings
+    assert text.endswith("; reading step-00000006")
 
 
 def test_a_single_last_sample_joins_the_batch_before(tmp_path: Path) -> None:
