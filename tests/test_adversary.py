@@ -184,3 +184,28 @@ def test_ascending_no_steps_returns_the_start() -> None:
     start = [torch.full_like(group, 0.01) for group in clean]
     found = ascend_loss(linear_loss, clean, start, eps=EPS, step_size=0.01, steps=0)
     assert all(torch.equal(x, y) for x, y in zip(found, start, strict=True))
+
+
+def test_a_random_start_is_drawn_from_the_ball_by_each_groups_own_generator() -> None:
+    adversary = build_adversary(PgdAdversary(name="pgd", start="random", step_size="0", steps=1))
+    clean = two_groups(0)
+    adversary.begin(clean, generators())
+    moved = adversary.perturb(linear_loss)
+    for x, y, generator in zip(clean, moved, generators(), strict=True):
+        drawn = (2 * torch.rand(4, 3, 6, 6, generator=generator) - 1) * EPS
+        torch.testing.assert_close(y, (x + drawn).clamp(0, 1), rtol=0, atol=2 * ULP)
+
+
+def test_as_many_perturbations_as_groups() -> None:
+    clean, one = two_groups(0), [torch.zeros_like(two_groups(0)[0])]
+    for start in (one, [*one, *one, *one]):
+        with pytest.raises(ValueError, match="zip"):
+            ascend_loss(lambda moved: moved[0].sum(), clean, start, eps=EPS, step_size=0.01, steps=1)
+        free = build_adversary(FreeAdversary(name="free"))
+        free.delta = start
+        with pytest.raises(ValueError, match="zip"):
+            free.begin(clean, generators())
+    pgd = build_adversary(PgdAdversary(name="pgd", start="random"))
+    pgd.begin(clean, generators()[:1])
+    with pytest.raises(ValueError, match="zip"):
+        pgd.perturb(linear_loss)

@@ -46,6 +46,9 @@ def test_ascent_takes_a_step_of_the_length_asked_for() -> None:
     torch.testing.assert_close(ball.ascend(x, zero, grad, eps=1, step_size=0.1), 0.1 * grad.sign())
     step = ball.ascend(x, zero, grad, eps=1, step_size=0.1, norm="l2")
     torch.testing.assert_close(step, 0.1 * grad / grad.norm(dim=1, keepdim=True))
+    torch.testing.assert_close(ball.ascend(x, zero, 1e-6 * grad, eps=1, step_size=0.1, norm="l2"), step)
+    cut = ball.ascend(x, zero, grad, eps=0.05, step_size=0.1, norm="l2")
+    torch.testing.assert_close(cut, step / 2)
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
 from cfamc_cli.engine import crops as kernels
+from cfamc_cli.engine import randomness
 from cfamc_cli.engine.crops import CropParameters, crop_batch, interpolation, resized_crops, sample_parameters
 from cfamc_cli.engine.randomness import addressed_generator
 from cfamc_cli.recipe.schema import Augment, Crops
@@ -190,6 +192,58 @@ def test_boxes_are_distributed_as_torchvisions(
     assert float(areas[0]) == pytest.approx(float(areas[1]), rel=0.03)
 
 
+def slow_box(tries: list[list[float]], corner: list[float], height: int, width: int, group: Crops) -> list[float]:
+    """Torchvision's RandomResizedCrop with loops, from uniform numbers."""
+    low, high = math.log(group.ratio[0]), math.log(group.ratio[1])
+    for area, ratio in tries:
+        pixels = height * width * (group.scale[0] + (group.scale[1] - group.scale[0]) * area)
+        aspect = math.exp(low + (high - low) * ratio)
+        tall, wide = round(math.sqrt(pixels / aspect)), round(math.sqrt(pixels * aspect))
+        if 0 < tall <= height and 0 < wide <= width:
+            return [int(corner[0] * (height - tall + 1)), int(corner[1] * (width - wide + 1)), tall, wide]
+    tall, wide = height, width
+    if width / height < group.ratio[0]:
+        tall = round(width / group.ratio[0])
+    elif width / height > group.ratio[1]:
+        wide = round(height * group.ratio[1])
+    return [(height - tall) // 2, (width - wide) // 2, tall, wide]
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "scale", "ratio"),
+    [
+        (12, 20, (0.001, 1.0), (0.3, 2.5)),  # sizes of 0 pixels, of 1, of the whole side, and larger
+        (20, 12, (0.3, 0.9), (0.75, 1.25)),
+        (15, 15, (1.0, 1.0), (0.5, 2.0)),  # often nothing fits, though the image's own ratio is allowed
+        (9, 40, (0.9, 1.0), (0.4, 1.3)),  # nothing fits and the image is too wide
+        (40, 9, (0.9, 1.0), (0.7, 1.3)),
+    ],
+)
+def test_every_parameter_is_of_a_draw_of_its_own(
+    height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
+) -> None:
+    augment = Augment(flip=0.3, jitter=(0.4, 0.3, 0.2, 0.1), jitter_p=0.8, grayscale_p=0.2, blur_p=0.6, solarize_p=0.15)
+    group = Crops(count=5, size=8, scale=scale, ratio=ratio)
+    p = sample_parameters(40, height, width, group=group, augment=augment, generator=generator(3))
+    again = generator(3)
+    sigma, tries, corner, flip, jittered, order, factors, gray, blurred, solarized = (
+        torch.rand(5, 40, *shape, generator=again).tolist()
+        for shape in ((), (10, 2), (2,), (), (), (4,), (4,), (), (), ())
+    )
+    for v in range(5):
+        for i in range(40):
+            assert p.box[v, i].tolist() == slow_box(tries[v][i], corner[v][i], height, width, group)
+            masks = [bool(mask[v, i]) for mask in (p.flip, p.jittered, p.grayscale, p.solarized)]
+            draws = (flip, jittered, gray, solarized)
+            assert masks == [draw[v][i] < share for draw, share in zip(draws, (0.3, 0.8, 0.2, 0.15), strict=True)]
+            assert p.order[v, i].tolist() == sorted(range(4), key=order[v][i].__getitem__)
+            signs = [2 * factor - 1 for factor in factors[v][i]]
+            wanted = [1 + 0.4 * signs[0], 1 + 0.3 * signs[1], 1 + 0.2 * signs[2], 0.1 * signs[3]]
+            assert p.factors[v, i].tolist() == pytest.approx(wanted, abs=1e-6)
+            wanted_sigma = 0.1 + 1.9 * sigma[v][i] if blurred[v][i] < 0.6 else 0.0
+            assert float(p.sigma[v, i]) == pytest.approx(wanted_sigma, abs=1e-6)
+
+
 def test_boxes_lie_within_the_image() -> None:
     for height, width in ((8, 8), (8, 40), (40, 8), (1, 1), (3, 50)):
         p = parameters(64, 32, height=height, width=width)
@@ -272,3 +326,28 @@ def test_addresses_draw_different_numbers() -> None:
     addresses = [(1, 2, 3), (1, 2, 4), (1, 3, 3), (2, 2, 3)]
     drawn = {tuple(torch.rand(4, generator=addressed_generator("crops", *address)).tolist()) for address in addresses}
     assert len(drawn) == len(addresses)
+
+
+def hashed(address: str) -> torch.Generator:
+    """A generator seeded with the head of the SHA-256 of an address written as JSON."""
+    return torch.Generator().manual_seed(int(hashlib.sha256(address.encode()).hexdigest()[:16], 16) // 2)
+
+
+def test_seeds_are_the_heads_of_hashes_and_orders_are_drawn_from_them() -> None:
+    assert randomness.addressed_seed("crops", 1, "1") == hashed('["crops", 1, "1"]').initial_seed()
+    assert addressed_generator("crops", 1).initial_seed() == hashed('["crops", 1]').initial_seed()
+    order = randomness.epoch_order(3, 7, 50)
+    assert torch.equal(order, torch.randperm(50, generator=hashed('["order", 3, 7]')))
+
+
+def test_a_balanced_order_takes_the_first_of_every_class_then_the_second_and_so_on() -> None:
+    labels = torch.randint(-1, 4, (500,), generator=generator())
+    shuffled = torch.randperm(500, generator=hashed('["held-out", 5]')).tolist()
+    ranks: dict[int, int] = {}
+    ranked = []
+    for place, index in enumerate(shuffled):
+        label = int(labels[index])
+        if label >= 0:
+            ranked.append((ranks.get(label, 0), place, index))
+            ranks[label] = ranks.get(label, 0) + 1
+    assert randomness.balanced_order(labels, "held-out", 5).tolist() == [index for _, _, index in sorted(ranked)]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 from cfamc_cli.engine import monitor
 from cfamc_cli.engine.adversary import ascend_loss
 from cfamc_cli.engine.encoder import Encoder
+from cfamc_cli.engine.heads.classifier import LinearHead
+from cfamc_cli.engine.heads.frozen import fit_converged, new_head
 from cfamc_cli.recipe.schema import Model
 from cfamc_cli.store.records import EvaluationLine
 
@@ -26,6 +28,7 @@ def test_comparisons_cost_at_most_two_percent_of_the_view_passes(updates: int, b
     for passes in (1, 6):
         plan = monitor.schedule(updates=updates, batch_size=batch_size, passes_per_update=passes)
         if plan.every == 0:
+            assert plan.images == 0
             assert 0.02 * updates * batch_size * passes < 13 * 8, "even one comparison of 8 images costs too much"
             continue
         comparisons = updates // plan.every
@@ -37,6 +40,21 @@ def test_comparisons_cost_at_most_two_percent_of_the_view_passes(updates: int, b
 
 def test_a_long_run_is_compared_every_twentieth_of_it() -> None:
     assert monitor.schedule(updates=15_000, batch_size=100, passes_per_update=1) == monitor.Schedule(750, 100)
+
+
+@pytest.mark.parametrize(
+    ("updates", "batch_size", "passes", "expected"),
+    [
+        (1000, 100, 1, (53, 8)),  # 153.8 images are allowed: 19 comparisons of 8
+        (1000, 100, 6, (50, 46)),  # 923 images: 20 comparisons of 46
+        (52, 100, 1, (52, 8)),  # 8 images exactly: one comparison
+        (51, 100, 1, (0, 0)),  # 7.8 images
+        (10, 4, 2000, (1, 4)),  # never more often than once an update, nor more images than the batch has
+    ],
+)
+def test_a_plan_computed_by_hand(updates: int, batch_size: int, passes: int, expected: tuple[int, int]) -> None:
+    plan = monitor.schedule(updates=updates, batch_size=batch_size, passes_per_update=passes)
+    assert (plan.every, plan.images) == expected
 
 
 TARGET = torch.ones(1, 4, 3, 6, 6)
@@ -90,6 +108,14 @@ def test_a_grip_is_lost_below_a_twentieth() -> None:
         assert values == pytest.approx((at_rest, at_rest + share * gain, at_rest + gain), rel=1e-5)
         assert grip.strength == pytest.approx(share, abs=1e-3)
         assert grip.lost == lost
+        faint = monitor.measure_grip(
+            lambda groups: 1e-3 * smooth(groups),
+            crops,
+            [torch.full_like(crops[0], share * EPS)],
+            eps=EPS,
+            where=HERE,
+        )
+        assert faint.strength == pytest.approx(share, abs=1e-3)
         assert (grip.kind, grip.step, grip.batch, grip.epoch) == ("grip", 3, 1, 0.5)
 
 
@@ -118,7 +144,7 @@ def test_online_evaluation_of_an_encoder_whose_answers_are_known() -> None:
     asked = [  # value, label; under an attack of 8 / 255 a value moves by 8
         (150, 1),  # right in every way
         (105, 0),
-        (137, 1),  # 129 under attack: still right
+        (136, 1),  # 128 under attack: still right
         (134, 1),  # 126 under attack
         (121, 0),
         (115, 1),  # wrong
@@ -192,6 +218,54 @@ def test_online_evaluation_without_one_right_answer() -> None:
     )
     assert found is not None
     assert (found.n, found.knn, found.clean, found.robust) == (8, 0, 0, 0)
+
+
+def test_the_online_head_is_fitted_to_standardised_features_and_asks_all_the_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[tuple[object, ...]] = []
+    asked: list[int] = []
+
+    def asks(each: Callable[[int, int], None]) -> None:
+        before = len(asked)
+        each(1, 2)
+        assert len(asked) == before + 1
+
+    def features(encoder: Any, images: Tensor, *, device: torch.device, each: Any) -> Tensor:
+        asks(each)
+        seen.append(("features", len(images), device))
+        found: Tensor = encoder.eval().features(images.float() / 255)
+        return found
+
+    def head(dim: int, classes: int, *, seed: int, device: torch.device, statistics: Tensor) -> LinearHead:
+        torch.testing.assert_close(statistics, Brightness().eval().features(bank.float() / 255))
+        seen.append(("head", dim, classes, seed, device))
+        return new_head(dim, classes, seed=seed, device=device, statistics=statistics)
+
+    def fit(head: LinearHead, features: Tensor, labels: Tensor, *, l2: float, iterations: int, each: Any) -> float:
+        asks(each)
+        seen.append(("fit", len(features), l2, iterations))
+        return fit_converged(head, features, labels, l2=l2, iterations=iterations)
+
+    monkeypatch.setattr(monitor, "extract_features", features)
+    monkeypatch.setattr(monitor, "new_head", head)
+    monkeypatch.setattr(monitor, "fit_converged", fit)
+    bank, held_out, cpu = even([50, 100, 150, 205]), even([40, 120, 210]), torch.device("cpu")
+    found = monitor.evaluate(
+        cast("Encoder", Brightness()),
+        bank,
+        torch.tensor([0, 0, 1, 1]),
+        held_out,
+        torch.tensor([0, 0, 1]),
+        classes=2,
+        eps="1/255",
+        device=cpu,
+        stop=lambda: asked.append(0) or 0,
+        where=HERE,
+    )
+    assert found is not None
+    assert (found.n, found.clean, found.robust, found.eps) == (3, 3, 3, "1/255")
+    assert seen == [("features", 4, cpu), ("features", 3, cpu), ("head", 2, 2, 0, cpu), ("fit", 4, 1e-4, 100)]
 
 
 def test_online_evaluation_ends_when_it_is_asked_to() -> None:

@@ -278,6 +278,7 @@ def test_supcon_needs_labels() -> None:
 
 def test_effective_rank_counts_directions() -> None:
     assert float(effective_rank(torch.eye(5, 9))) == pytest.approx(5, rel=1e-4)
+    assert float(effective_rank(0.01 * torch.eye(5, 9))) == pytest.approx(5, rel=1e-4)
     assert float(effective_rank(torch.eye(3).repeat(4, 1))) == pytest.approx(3, rel=1e-4)
     assert float(effective_rank(torch.ones(6, 4))) == pytest.approx(1, abs=0.05)
     assert torch.isfinite(effective_rank(torch.zeros(6, 4)))

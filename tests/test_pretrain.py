@@ -19,9 +19,9 @@ from torch import Tensor
 from cfamc_cli.engine import checkpoint, journal, monitor, randomness
 from cfamc_cli.engine.adversary import build_adversary
 from cfamc_cli.engine.crops import crop_batch, sample_parameters
-from cfamc_cli.engine.data.sets import ImageSet
+from cfamc_cli.engine.data.sets import ImageSet, class_balanced_split
 from cfamc_cli.engine.distributed import World
-from cfamc_cli.engine.encoder import Encoder, frozen_statistics
+from cfamc_cli.engine.encoder import Encoder, build_encoder, frozen_statistics
 from cfamc_cli.engine.journal import Diverged
 from cfamc_cli.engine.objectives import Terms, objective_loss
 from cfamc_cli.engine.optim import LarsOptimizer, learning_rate
@@ -41,7 +41,7 @@ from cfamc_cli.recipe.schema import (
     SimClr,
     SupCon,
 )
-from cfamc_cli.store.records import EvaluationLine, MetricLine, TimingLine
+from cfamc_cli.store.records import EvaluationLine, GripLine, MetricLine, TimingLine
 
 DATA = Path(__file__).parent / "data"
 GOLDEN: dict[str, Any] = json.loads((DATA / "golden.json").read_text())
@@ -60,6 +60,7 @@ class Listener(NullTalk, NullLedger):
     warnings: list[str] = field(default_factory=list)
     messages: list[str] = field(default_factory=list)
     costs: list[TimingLine] = field(default_factory=list)
+    shown: list[tuple[str, int, int, dict[str, float]]] = field(default_factory=list)
 
     def metrics(self, line: MetricLine) -> None:
         self.records.append(json.loads(json.dumps(line.written(), allow_nan=False)))
@@ -73,13 +74,18 @@ class Listener(NullTalk, NullLedger):
     def message(self, text: str) -> None:
         self.messages.append(text)
 
+    def progress(self, task: str, done: int, total: int, values: Mapping[str, float]) -> None:
+        self.shown.append((task, done, total, dict(values)))
+
     def positions(self) -> dict[str, int]:
         return {"metrics.jsonl": len(self.records)}
 
 
-def trainer_of(recipe: Recipe, images: ImageSet, listener: Listener | None = None) -> Trainer:
+def trainer_of(
+    recipe: Recipe, images: ImageSet, listener: Listener | None = None, *, world: World | None = None
+) -> Trainer:
     listener = listener or Listener()
-    return Trainer(recipe, images, device=torch.device("cpu"), world=World(), talk=listener, ledger=listener)
+    return Trainer(recipe, images, device=torch.device("cpu"), world=world or World(), talk=listener, ledger=listener)
 
 
 def never() -> int:
@@ -322,6 +328,7 @@ UNUSUAL: dict[str, Any] = {
 
 
 def test_crops_are_those_of_the_recipe_and_of_their_epoch_and_batch(tiny_images: ImageSet) -> None:
+    tiny_images = ImageSet(**{**vars(tiny_images), "images": tiny_images.images[..., :9]})
     raw = tiny_recipe("emp-ssl", "none", **UNUSUAL).resolved()
     group: dict[str, Any] = {"count": 2, "size": 8, "scale": [0.3, 0.5], "ratio": [0.5, 0.6]}
     recipe = Recipe.model_validate({**raw, "crops": [group, {"count": 1, "size": 12}]})
@@ -331,8 +338,47 @@ def test_crops_are_those_of_the_recipe_and_of_their_epoch_and_batch(tiny_images:
         found, _ = trainer.crops_of(batch)
         for place, wanted in enumerate((Crops(**group), Crops(count=1, size=12))):
             generator = randomness.addressed_generator("crops", 5, epoch, index, place, 0)
-            drawn = sample_parameters(8, 12, 12, group=wanted, augment=augment, generator=generator)
+            drawn = sample_parameters(8, 12, 9, group=wanted, augment=augment, generator=generator)
             torch.testing.assert_close(found[place], crop_batch(tiny_images.images[order], drawn, size=wanted.size))
+
+
+def test_a_process_has_its_share_of_the_crops_and_starts_of_its_own(tiny_images: ImageSet) -> None:
+    recipe = tiny_recipe("supcon", "free", seed=5)
+    whole, labels = trainer_of(recipe, tiny_images).crops_of(11)
+    order = randomness.epoch_order(5, 1, 64)[24:32]
+    for rank, part in ((0, slice(0, 4)), (1, slice(4, 8))):
+        trainer = trainer_of(recipe, tiny_images, world=World(rank, 2))
+        (own,), all_labels = trainer.crops_of(11)
+        torch.testing.assert_close(own, whole[0][:, part])
+        for found in (labels, all_labels):
+            assert found is not None
+            assert torch.equal(found, tiny_images.require_labels()[order])
+        for purpose, of in (("crops", 0), ("delta", rank)):
+            (generator,) = trainer._generators(purpose, 11)
+            assert generator.initial_seed() == randomness.addressed_seed(purpose, 5, 1, 3, 0, of)
+        initial = build_encoder(recipe.model, generator=randomness.addressed_generator("init", 5)).state_dict()
+        for name, value in trainer.encoder.state_dict().items():
+            assert torch.equal(value, initial[name]), name
+
+
+@pytest.mark.parametrize("adversary", ["pgd", "free"])
+def test_an_adversary_draws_its_start_by_seed_epoch_batch_and_group(
+    adversary: str, tiny_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_recipe("simclr", adversary, train={"epochs": 0.25}, adversary={"start": "random"}, seed=5)
+    trainer = trainer_of(recipe, tiny_images)
+    begin, seeds = trainer.adversary.begin, []
+
+    def noted(groups: Any, generators: Any) -> None:
+        seeds.append([generator.initial_seed() for generator in generators])
+        begin(groups, generators)
+
+    monkeypatch.setattr(trainer.adversary, "begin", noted)
+    trainer.train(tmp_path, stop=never)
+    assert seeds == [[randomness.addressed_seed("delta", 5, 0, batch, g, 0) for g in (0, 1)] for batch in (0, 1)]
+    _, saved, _ = checkpoint.newest_valid(tmp_path)
+    kept = sorted(name for name in saved.state if name.startswith("delta."))
+    assert kept == (["delta.0000"] if adversary == "free" else [])
 
 
 def test_a_weight_update_is_that_of_the_recipes_objective_and_optimizer(tiny_images: ImageSet, tmp_path: Path) -> None:
@@ -437,6 +483,9 @@ def test_every_number_of_the_journal_is_that_of_the_tensors(
         assert (cost.views_per_second, cost.data_share) == pytest.approx((views / seconds, 4 / seconds))
         assert cost.seconds == pytest.approx(seconds)
         assert cost.peak_memory > 2**20
+    for line, cost, shown in zip(sink.records, sink.costs, sink.shown, strict=True):
+        values = {key: line[key] for key in ("epoch", "lr", "loss", "gradient_norm", "invariance", "coding_rate")}
+        assert shown == ("train", line["step"], updates, values | {"views_per_second": cost.views_per_second})
 
 
 def test_an_evaluation_is_no_part_of_the_rate_of_training(
@@ -466,6 +515,8 @@ def test_an_evaluation_is_no_part_of_the_rate_of_training(
     monkeypatch.setattr(trainer, "crops_of", slow_crops)
     trainer.train(tmp_path, stop=never)
     assert [cost.seconds for cost in sink.costs] == [1.0] * 10
+    for _, _, _, values in sink.shown:
+        assert (values["knn"], values["clean"], values["robust"]) == (0.25, 0.5, 0.05)
     assert [step for step, *_ in asked] == [0, 24, 30]  # before the first, after two epochs, and at the end
     for _, eps, bank, bank_labels, held_out, held_out_labels in asked:
         assert eps == "4/255"
@@ -502,8 +553,127 @@ def test_a_grip_line_is_of_the_losses_of_its_batch(
     monkeypatch.setattr(monitor, "measure_grip", noted)
     trainer.train(tmp_path, stop=never)
     lines = [record for record in sink.records if record["kind"] == "grip"]
-    assert lines
+    assert [line["step"] for line in lines] == [3, 6, 9]
     assert [(line["clean"], line["trained"]) for line in lines] == [pytest.approx(pair, rel=1e-4) for pair in expected]
+
+
+def test_lines_come_with_the_interval_and_comparisons_with_the_plan(
+    tiny_images: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of(tiny_recipe("emp-ssl", "free", train={"epochs": 1.625, "log_every": 4}), tiny_images)
+    written: list[int] = []
+    compared: list[int] = []
+    checked: list[int] = []
+    notes = trainer.journal
+    monkeypatch.setattr(notes, "check_finite", lambda encoder, *, step: checked.append(step))
+    monkeypatch.setattr(notes, "_write", lambda rows, z, delta, *, step: written.append(step))
+    monkeypatch.setattr(notes, "_watch_grip", lambda crops, delta, loss_of, *, step: compared.append(step))
+    z, one = torch.zeros(1), [torch.zeros(1)]
+    for every, wanted in ((4, [6, 9, 12, 18, 21, 24, 30, 33, 36]), (1, list(range(3, 40, 3))), (0, [])):
+        monkeypatch.setattr(notes, "_grip_plan", monitor.Schedule(every=every, images=2))
+        for steps in (written, compared, checked):
+            steps.clear()
+        for step in range(3, 40, 3):  # 13 batches of three replays
+            notes.after_batch(trainer.encoder, z, one, one, lambda _: z, step=step)
+        assert written == [12, 24, 36, 39]
+        assert compared == wanted
+        assert checked == sorted({*written, *compared})
+
+
+def test_a_lost_grip_is_warned_of_with_its_numbers(tiny_images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    sink = Listener()
+    trainer = trainer_of(tiny_recipe("emp-ssl", "free"), tiny_images, sink)
+    monkeypatch.setattr(trainer.journal, "_grip_plan", monitor.Schedule(every=1, images=2))
+    for lost in (False, True):
+        found = GripLine(step=6, batch=2, epoch=0.25, clean=-3, trained=-2.75, strongest=5, strength=0.03, lost=lost)
+        monkeypatch.setattr(monitor, "measure_grip", lambda *_, found=found, **__: found)
+        trainer.journal._watch_grip([], [], lambda _: torch.zeros(()), step=6)
+    assert sink.warnings == [
+        "update 6: PGD-10 raises the loss by 8, the training adversary only by 0.25: catastrophic overfitting is "
+        "likely; use a smaller adversary.step_size or more steps"
+    ]
+    assert [record["lost"] for record in sink.records] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("rows", "weight", "step", "lr", "loss", "norm"),
+    [
+        ([], float("nan"), 5, 0.0, "nan", "nan"),  # a weight, and no update since the last record
+        ([[0.1, 2.5, 3.5], [0.2, 4.5, 5.5]], float("inf"), 5, 0.2, "4.5", "5.5"),  # as the last update left it
+        ([[0.1, float("nan"), 3.5], [0.2, 4.5, 5.5]], 0.0, 4, 0.1, "nan", "3.5"),
+        ([[0.1, 2.5, 3.5], [0.2, 4.5, float("inf")], [0.3, 1, 1]], 0.0, 4, 0.2, "4.5", "inf"),
+    ],
+)
+def test_divergence_is_told_with_the_first_bad_update_or_the_last(
+    rows: list[list[float]], weight: float, step: int, lr: float, loss: str, norm: str, tiny_images: ImageSet
+) -> None:
+    trainer = trainer_of(tiny_recipe("simclr", "free"), tiny_images)
+    trainer.journal.load(torch.tensor(rows).view(-1, 3))
+    assert trainer.journal.rows().shape == (len(rows), 3)
+    with torch.no_grad():
+        next(trainer.encoder.parameters())[0, 0, 0, 0] = weight
+    with pytest.raises(Diverged) as caught:
+        trainer.journal.check_finite(trainer.encoder, step=6)
+    error = caught.value
+    told = {"step": step, "batch": step // 3, "lr": pytest.approx(lr), "loss": loss, "gradient_norm": norm}
+    assert error.details == told
+    assert error.message == (
+        f"training became non-finite at update {step}: loss {loss}, gradient norm {norm}, lr {lr:g}"
+    )
+    assert error.hint == "nothing of it was saved; lower optimizer.lr, or set train.precision to float32"
+    assert error.exit_code == ExitCode.DIVERGED
+
+
+@pytest.mark.parametrize(
+    ("labelled", "classes", "expected"),
+    [(40, 4, True), (39, 4, False), (64, 2, True), (64, 1, False), (None, 4, False)],
+)
+def test_an_evaluation_needs_labels_and_two_classes_and_draws_its_bank(
+    labelled: int | None, classes: int, expected: bool, tiny_images: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def evaluate(*sets: Any, classes: int, eps: str, where: monitor.Where, **_: object) -> EvaluationLine:
+        asked.append((sets[1:], classes, eps))
+        return EvaluationLine(**where, n=20, knn=5, clean=10, robust=1, eps=eps, attack="pgd-10")
+
+    monkeypatch.setattr(journal, "HELD_OUT", 20)
+    monkeypatch.setattr(monitor, "BANK", 7)
+    monkeypatch.setattr(monitor, "evaluate", evaluate)
+    labels = None if labelled is None else torch.where(torch.arange(64) < labelled, torch.arange(64) % classes, -1)
+    changed = {"labels": labels, "classes": tiny_images.classes[:classes]}
+    images, sink = ImageSet(**{**vars(tiny_images), **changed}), Listener()
+    trainer = trainer_of(tiny_recipe("emp-ssl", "none", seed=9), images, sink)
+    for step in (0, 8):
+        assert trainer.journal.evaluate(trainer.encoder, images.images, step=step, stop=never)
+    refusal = ["no online evaluation: it needs 40 labelled images of two classes"]
+    assert sink.messages == ([] if expected else refusal)
+    assert [record["step"] for record in sink.records] == ([0, 8] if expected else [])
+    for (bank, bank_labels, held_out, held_out_labels), number, eps in asked:
+        assert labels is not None
+        wanted, others = class_balanced_split(labels, 20, seed=9)
+        drawn = others[torch.randperm(len(others), generator=randomness.addressed_generator("bank", 9))][:7]
+        assert (number, eps) == (classes, "8/255")
+        assert torch.equal(bank, images.images[drawn])
+        assert torch.equal(bank_labels, labels[drawn])
+        assert torch.equal(held_out, images.images[wanted])
+        assert torch.equal(held_out_labels, labels[wanted])
+
+
+def test_the_process_that_leads_evaluates_and_others_are_not_left_waiting(
+    tiny_images: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rank, size, expected in ((0, 1, [15]), (0, 2, [0]), (1, 2, [])):
+        trainer = trainer_of(tiny_recipe(), tiny_images, world=World(rank, size))
+        asked: list[int] = []
+
+        def evaluate(*_: object, stop: Callable[[], int], asked: list[int] = asked, **__: object) -> bool:
+            asked.append(stop())
+            return True
+
+        monkeypatch.setattr(trainer.journal, "evaluate", evaluate)
+        assert trainer._evaluate(lambda: 15)
+        assert asked == expected
 
 
 def test_few_labels_are_not_evaluated_on(
