@@ -226,6 +226,10 @@ def test_the_online_head_is_fitted_to_standardised_features_and_asks_all_the_whi
     seen: list[tuple[object, ...]] = []
     asked: list[int] = []
 
+    def stop() -> int:
+        asked.append(0)
+        return 0
+
     def asks(each: Callable[[int, int], None]) -> None:
         before = len(asked)
         each(1, 2)
@@ -260,7 +264,7 @@ def test_the_online_head_is_fitted_to_standardised_features_and_asks_all_the_whi
         classes=2,
         eps="1/255",
         device=cpu,
-        stop=lambda: asked.append(0) or 0,
+        stop=stop,
         where=HERE,
     )
     assert found is not None

@@ -353,9 +353,9 @@ def test_a_process_has_its_share_of_the_crops_and_starts_of_its_own(tiny_images:
         for found in (labels, all_labels):
             assert found is not None
             assert torch.equal(found, tiny_images.require_labels()[order])
-        for purpose, of in (("crops", 0), ("delta", rank)):
-            (generator,) = trainer._generators(purpose, 11)
-            assert generator.initial_seed() == randomness.addressed_seed(purpose, 5, 1, 3, 0, of)
+        (of_crops,), (of_delta,) = trainer._generators("crops", 11), trainer._generators("delta", 11)
+        assert of_crops.initial_seed() == randomness.addressed_seed("crops", 5, 1, 3, 0, 0)
+        assert of_delta.initial_seed() == randomness.addressed_seed("delta", 5, 1, 3, 0, rank)
         initial = build_encoder(recipe.model, generator=randomness.addressed_generator("init", 5)).state_dict()
         for name, value in trainer.encoder.state_dict().items():
             assert torch.equal(value, initial[name]), name
@@ -479,11 +479,11 @@ def test_every_number_of_the_journal_is_that_of_the_tensors(
     seconds = 2 * (2 + replays * passes)
     views = 2 * replays * passes * 4 * 8  # of four crops of eight images
     assert len(sink.records) == len(sink.costs) == 2
-    for cost in sink.costs:
-        assert (cost.views_per_second, cost.data_share) == pytest.approx((views / seconds, 4 / seconds))
-        assert cost.seconds == pytest.approx(seconds)
-        assert cost.peak_memory > 2**20
     for line, cost, shown in zip(sink.records, sink.costs, sink.shown, strict=True):
+        assert (cost.views_per_second, cost.data_share, cost.seconds) == pytest.approx(
+            (views / seconds, 4 / seconds, seconds)
+        )
+        assert cost.peak_memory > 2**20
         values = {key: line[key] for key in ("epoch", "lr", "loss", "gradient_norm", "invariance", "coding_rate")}
         assert shown == ("train", line["step"], updates, values | {"views_per_second": cost.views_per_second})
 

@@ -59,7 +59,7 @@ class Moving(Adversary):
         if self.start == "zero":
             return [torch.zeros_like(x) for x in self.clean]
         return [
-            ball.random_start(x.flatten(0, 1), eps=self.eps, generator=generator).view_as(x)
+            ball.random_start(x, eps=self.eps, generator=generator)
             for x, generator in zip(self.clean, self.generators, strict=True)
         ]
 
