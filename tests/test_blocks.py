@@ -667,6 +667,7 @@ def test_the_evaluator_looks_alone_and_in_batches_of_other_sizes() -> None:
         z[(numbers == 6) & (size == 7), 2] += 0.0002  # moves within rounding
         z[(numbers == 7) & (size == 7), 1] = torch.nan
         z[(numbers == 8) & (size == n), 2] = -torch.inf
+        z[(numbers == 10) & (size == 7), 2] = -torch.inf
         z[(numbers == 9) & (size == 1), 0] += 0.02
         z[(numbers == 9) & (size == 7), 0] += 0.01
         return z
@@ -679,7 +680,7 @@ def test_the_evaluator_looks_alone_and_in_batches_of_other_sizes() -> None:
     assert torch.equal(seen.label, expected["label"])
     assert torch.equal(seen.other, other)
     assert torch.equal(seen.steady, other == 0)
-    assert (~seen.finite).nonzero().flatten().tolist() == [7, 8]
+    assert (~seen.finite).nonzero().flatten().tolist() == [7, 8, 10]
     torch.testing.assert_close(seen.moved, expected["moved"], atol=1e-6, rtol=0)
     assert float(seen.moved[6]) == 0.0
     zero = look(lambda rows: torch.zeros(len(rows), 2) + 1e-7 * (len(rows) == 1), torch.zeros(3, 1))
@@ -893,17 +894,17 @@ def test_the_first_examples_are_kept_and_read_again(tmp_path: Path) -> None:
     assert Gallery(path, outcomes, block_size=4, wanted=0).shown() == []
 
 
-@pytest.mark.parametrize("content", [b"", b"no tensors at all", None])
-def test_examples_that_cannot_be_read_are_made_again(tmp_path: Path, content: bytes | None) -> None:
+@pytest.mark.parametrize("content", [b"", b"no tensors at all", {}, {"images": 1, "labels": 2}])
+def test_examples_that_cannot_be_read_are_made_again(tmp_path: Path, content: bytes | dict[str, int]) -> None:
     path = tmp_path / "examples.safetensors"
-    if content is None:
-        write_tensors(path, {"positions": torch.tensor([2])})
+    if isinstance(content, dict):  # some are missing, or fewer than the others
+        write_tensors(path, {"positions": torch.tensor([2, 3])} | {k: torch.ones(n) for k, n in content.items()})
     else:
         path.write_bytes(content)
     gallery = Gallery(path, {(0, 1): fallen(0, 1, "0010")}, block_size=4, wanted=4)
     assert gallery.missing() == {(0, 1)}
     gallery.add(fallen(1, 1, "0000"), Examples((), torch.empty(0, 3, 2, 2), ()))
-    assert content is None or path.read_bytes() == content  # nothing new is nothing to write
+    assert isinstance(content, dict) or path.read_bytes() == content  # nothing new is nothing to write
 
 
 def drawn(size: tuple[int, int], texts: Sequence[tuple[tuple[int, int], str, tuple[int, int, int]]]) -> Image.Image:
