@@ -132,7 +132,7 @@ def test_sgd_follows_a_cosine_that_falls_each_epoch() -> None:
     head = linear_head(features, 2)
     plain = torch.nn.Linear(8, 2)
     plain.load_state_dict(head.state_dict())
-    optimizer = torch.optim.SGD(plain.parameters(), lr=0.03, momentum=0.9, weight_decay=5e-5)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.03, momentum=0.9, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=5)
     for epoch in range(5):
         for chosen in torch.split(epoch_order(0, epoch, 20), 8):
@@ -140,7 +140,7 @@ def test_sgd_follows_a_cosine_that_falls_each_epoch() -> None:
             F.cross_entropy(plain(features[chosen]), labels[chosen]).backward()
             optimizer.step()
         schedule.step()
-    settings = AggregatedCrops(head="crops", epochs=5, batch_size=8)
+    settings = AggregatedCrops(head="crops", epochs=5, batch_size=8, weight_decay=0.1)
     frozen.fit_by_batches(head, features, labels, settings=settings, seed=0)
     torch.testing.assert_close(head.weight, plain.weight, rtol=1e-4, atol=1e-6)
 
