@@ -620,11 +620,13 @@ def test_a_climb_is_the_mean_of_its_passes() -> None:
         calls += 1
         return points.flatten(1) @ w.T * calls
 
-    logits, values, grad = climb(predict, x, lambda z: z.square().sum(1), passes=3)
     z = x.flatten(1) @ w.T
-    torch.testing.assert_close(logits, 2 * z)  # (1 + 2 + 3) / 3
-    torch.testing.assert_close(values, (1 + 4 + 9) / 3 * z.square().sum(1))
-    torch.testing.assert_close(grad.flatten(1), (1 + 4 + 9) / 3 * 2 * z @ w)
+    for passes, first, second in ((2, (1 + 2) / 2, (1 + 4) / 2), (3, (1 + 2 + 3) / 3, (1 + 4 + 9) / 3)):
+        calls = 0
+        logits, values, grad = climb(predict, x, lambda z: z.square().sum(1), passes=passes)
+        torch.testing.assert_close(logits, first * z)
+        torch.testing.assert_close(values, second * z.square().sum(1))
+        torch.testing.assert_close(grad.flatten(1), second * 2 * z @ w)
     calls = 1
     logits, values, grad = climb(predict, x, lambda z: z.square().sum(1))
     torch.testing.assert_close((logits, values), (2 * z, 4 * z.square().sum(1)))

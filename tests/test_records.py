@@ -150,7 +150,7 @@ def test_the_environment_holds_no_secret(tmp_path: Path, monkeypatch: pytest.Mon
     identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
     for arguments in (["init", "-q"], ["remote", "add", "origin", remote], ["add", "."], ["commit", "-qm", "x"]):
         subprocess.run(["git", *identity, *arguments], cwd=checkout, check=True)
-    monkeypatch.setattr(environment, "__file__", str(checkout / "environment.py"))
+    monkeypatch.setattr(environment, "__file__", str(checkout / "store" / "environment.py"))
     captured = environment.capture_environment("cpu")
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=checkout, check=True, capture_output=True, text=True)
     assert captured.git_revision == head.stdout.strip()
@@ -184,7 +184,7 @@ def test_the_environment_is_that_of_this_machine(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_package_outside_any_checkout_has_no_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "__file__", str(tmp_path / "environment.py"))
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "store" / "environment.py"))
     assert environment.capture_environment("cpu").git_revision is None
     monkeypatch.setenv("PATH", str(tmp_path))
     assert environment.capture_environment("cpu").git_revision is None

@@ -18,7 +18,7 @@ def capture_environment(device: str) -> Environment:
     Args:
         device: Name of the device that computes, as the engine tells it.
     """
-    revision, changed = _git_state(Path(__file__).parent)
+    revision, changed = _git_state(Path(__file__).parents[1])
     return Environment(
         cfamc=__version__,
         python=platform.python_version(),
