@@ -621,9 +621,9 @@ def test_a_climb_is_the_mean_of_its_passes() -> None:
         return points.flatten(1) @ w.T * calls
 
     z = x.flatten(1) @ w.T
-    for passes, first, second in ((2, (1 + 2) / 2, (1 + 4) / 2), (3, (1 + 2 + 3) / 3, (1 + 4 + 9) / 3)):
+    for times, first, second in ((2, (1 + 2) / 2, (1 + 4) / 2), (3, (1 + 2 + 3) / 3, (1 + 4 + 9) / 3)):
         calls = 0
-        logits, values, grad = climb(predict, x, lambda z: z.square().sum(1), passes=passes)
+        logits, values, grad = climb(predict, x, lambda z: z.square().sum(1), passes=times)
         torch.testing.assert_close(logits, first * z)
         torch.testing.assert_close(values, second * z.square().sum(1))
         torch.testing.assert_close(grad.flatten(1), second * 2 * z @ w)
