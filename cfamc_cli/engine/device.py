@@ -39,7 +39,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda", "mps"):
             raise NotImplementedError
-        if device.type == "cuda":
+        if device.type == "cuda" and torch.cuda.device_count():  # without a card, the next line says so
             device = _own_card(device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -56,7 +56,7 @@ def _own_card(device: torch.device) -> torch.device:
     if device.index is not None and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
         raise invalid(f"every process of torchrun would compute on {device}", "leave the index out: --device cuda")
     index = rank if device.index is None else device.index
-    if 0 < cards <= index:
+    if cards <= index:
         hint = f"start at most {cards} processes here" if device.index is None else f"the last is cuda:{cards - 1}"
         raise invalid(f"there is no card cuda:{index}: this machine shows {cards}", hint)
     found = torch.device("cuda", index)
