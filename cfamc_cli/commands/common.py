@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from cfamc_cli.engine.data.sets import ImageSet
+    from cfamc_cli.engine.distributed import World
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,13 @@ class Session:
 
         return pick_device(self.options.device)
 
+    @cached_property
+    def world(self) -> World:
+        """The processes of torchrun, entered when first asked for; left with the session."""
+        from cfamc_cli.engine.distributed import join
+
+        return join(self.device)
+
 
 @contextmanager
 def session(options: Options) -> Iterator[Session]:
@@ -105,7 +113,14 @@ def session(options: Options) -> Iterator[Session]:
     before = {number: signal.signal(number, signals.arrive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with render.Terminal(quiet=options.quiet) as terminal:
-            yield Session(options, signals, terminal if leads() else NullTalk())
+            working = Session(options, signals, terminal if leads() else NullTalk())
+            try:
+                yield working
+            finally:
+                if "world" in vars(working):
+                    from cfamc_cli.engine.distributed import leave
+
+                    leave(working.world)
     except Interrupted as end:
         code = ExitCode(128 + end.signal)
         raise CfamcError(end.message, hint=end.hint, exit_code=code, details=end.details) from end

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cfamc_cli.engine.data.sets import ImageSet
-    from cfamc_cli.engine.distributed import World
     from cfamc_cli.engine.pretrain import Trainer
 
 
@@ -110,7 +109,7 @@ def _start(recipes: Sequence[Recipe], options: Options) -> list[RunRecord]:
     """Train one run per recipe; what ends one of them ends the rest, and names those that were finished."""
     recipes = [_pinned(recipe, options.store) for recipe in recipes]
     results: list[RunRecord] = []
-    with session(options) as working, _world(working) as world:
+    with session(options) as working:
         try:
             for recipe in recipes:
                 if results and (signal := working.signals.pending()):  # it came too late to cut the run before
@@ -119,8 +118,8 @@ def _start(recipes: Sequence[Recipe], options: Options) -> list[RunRecord]:
                 data = load_images(recipe, "train", talk=working.talk)
                 plan(recipe, images=len(data.images))
                 _starting_weights(recipe, options.store)
-                run = create_run(options.store, recipe.name, now=now()) if world.leads else None
-                results += _train(recipe, data, run, working, world=world)
+                run = create_run(options.store, recipe.name, now=now()) if working.world.leads else None
+                results += _train(recipe, data, run, working)
         except (CfamcError, Interrupted) as end:
             finished = [record.id for record in results]
             end.details |= {"finished": finished} if finished else {}
@@ -174,30 +173,19 @@ def _resume(reference: str, wanted: Recipe | None, options: Options) -> list[Run
             f"run {run.id} is finished; there is nothing to go on with",
             "start a new run, or lengthen it with train.init and a new recipe",
         )
-    with session(options) as working, _world(working) as world:
+    with session(options) as working:
         # What may differ, where the data lie and how checkpoints are kept, is taken from the recipe that was given.
         recipe = wanted or recipe
-        return _train(recipe, load_images(recipe, "train", talk=working.talk), run, working, world=world)
+        return _train(recipe, load_images(recipe, "train", talk=working.talk), run, working)
 
 
-@contextmanager
-def _world(session: Session) -> Iterator[World]:
-    """The process group of torchrun, entered."""
-    from cfamc_cli.engine import distributed
-
-    world = distributed.join(session.device)
-    try:
-        yield world
-    finally:
-        distributed.leave(world)
-
-
-def _train(recipe: Recipe, data: ImageSet, run: RunFolder | None, session: Session, *, world: World) -> list[RunRecord]:
+def _train(recipe: Recipe, data: ImageSet, run: RunFolder | None, session: Session) -> list[RunRecord]:
     """Train a run to its end; those that do not lead read checkpoints, write and say nothing, and return no record."""
     from cfamc_cli.engine import checkpoint, distributed
     from cfamc_cli.engine.device import out_of_memory
     from cfamc_cli.engine.pretrain import Trainer
 
+    world = session.world
     keeping: AbstractContextManager[RunLedger | None] = nullcontext()
     if run is not None and world.leads:
         keeping = _keeping(run, recipe, session)

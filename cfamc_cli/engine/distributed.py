@@ -56,7 +56,8 @@ def join(device: torch.device) -> World:
                 f"cannot join the processes that WORLD_SIZE announces: {' '.join(str(error).split())[:200]}",
                 hint="start cfamc with torchrun, or unset RANK and WORLD_SIZE",
             ) from error
-    control = dist.new_group(backend="gloo")
+    # a rank waits here for as long as another works alone; the end of a process is noticed at once, whatever the limit
+    control = dist.new_group(backend="gloo", timeout=timedelta(days=7))
     assert isinstance(control, dist.ProcessGroup), "every process is a member"
     return World(dist.get_rank(), dist.get_world_size(), control)
 
@@ -68,8 +69,12 @@ def leave(world: World) -> None:
 
 
 @contextmanager
-def peers(world: World) -> Iterator[None]:
+def peers(world: World, *, hint: str = "see its own messages; then go on with --resume") -> Iterator[None]:
     """Within, another process's end is one line.
+
+    Args:
+        world: Without others, nothing is caught.
+        hint: The way on.
 
     Raises:
         CfamcError: In place of the communication library's error.
@@ -84,7 +89,7 @@ def peers(world: World) -> Iterator[None]:
             raise
         raise CfamcError(
             "another process of this run ended, or cannot be reached",
-            hint="see its own messages; then go on with --resume",
+            hint=hint,
             details={"cause": text[:200]},
         ) from error
 
@@ -129,6 +134,42 @@ def largest(flag: int, world: World) -> int:
     value = torch.tensor(flag)
     dist.all_reduce(value, dist.ReduceOp.MAX, group=world.control)
     return int(value)
+
+
+def told(text: str, world: World) -> str:
+    """The leading process's text, in every process; the others wait for it, and their own counts for nothing."""
+    if world.size == 1:
+        return text
+    letters = _letters(text)
+    length = torch.tensor(len(letters))
+    dist.broadcast(length, 0, group=world.control)
+    if not world.leads:
+        letters = torch.empty(int(length), dtype=torch.uint8)
+    dist.broadcast(letters, 0, group=world.control)
+    return bytes(letters.tolist()).decode()
+
+
+def pooled_texts(own: str, world: World) -> list[str]:
+    """The text of every process, by rank."""
+    return [own] if world.size == 1 else [bytes(part.tolist()).decode() for part in pooled(_letters(own), world)]
+
+
+def pooled(own: Tensor, world: World) -> list[Tensor]:
+    """Every process's rows (n, ...), by rank, on the CPU; n may differ, all else is alike."""
+    if world.size == 1:
+        return [own.cpu()]
+    counts = [torch.empty((), dtype=torch.int64) for _ in range(world.size)]
+    dist.all_gather(counts, torch.tensor(len(own)), group=world.control)
+    longest = int(max(counts))
+    padded = torch.zeros(longest, *own.shape[1:], dtype=own.dtype)
+    padded[: len(own)] = own
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded, group=world.control)
+    return [part[: int(count)] for part, count in zip(parts, counts, strict=True)]
+
+
+def _letters(text: str) -> Tensor:
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
 
 
 def gather_images(own: Sequence[Tensor], world: World) -> list[Tensor]:
