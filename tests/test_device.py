@@ -66,10 +66,12 @@ def test_without_cuda_its_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize(("kind", "waits"), [("cpu", True), ("mps", True), ("cuda", False)])
 def test_only_on_cuda_a_copy_goes_on_by_itself(kind: str, waits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[bool] = []
-    monkeypatch.setattr(torch.Tensor, "to", lambda _tensor, _device, non_blocking: asked.append(non_blocking))
+    asked: list[tuple[float, bool]] = []
+    pinned = torch.ones(1)  # stands for a copy in pinned memory
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda _tensor: pinned)
+    monkeypatch.setattr(torch.Tensor, "to", lambda source, _, non_blocking: asked.append((float(source), non_blocking)))
     move(torch.zeros(1), torch.device(kind))
-    assert asked == [not waits]
+    assert asked == [(0.0, False) if waits else (1.0, True)]
 
 
 @pytest.mark.parametrize(

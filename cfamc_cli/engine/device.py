@@ -65,11 +65,13 @@ def _own_card(device: torch.device) -> torch.device:
 
 
 def move(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on `device`; on CUDA the host goes on at once.
+    """The tensor on `device`; the host goes on at once, for the copy leaves from pinned memory.
 
-    Elsewhere the copy is finished first: MPS reads a temporary of the host after it was freed.
+    MPS is waited for: it reads a temporary of the host after it was freed.
     """
-    return tensor.to(device, non_blocking=device.type == "cuda")
+    ahead = device.type not in (tensor.device.type, "mps")
+    source = tensor.pin_memory() if ahead else tensor
+    return source.to(device, non_blocking=ahead)
 
 
 def pick_precision(wanted: Literal["auto", "float32", "bfloat16"], device: torch.device) -> Precision:
