@@ -155,11 +155,14 @@ def test_totals_are_those_of_the_blocks() -> None:
 
 
 def test_passes_of_a_stage_that_breaks_nothing() -> None:
-    totals = run(Ledger(), attack=pgd(0.0001, step_size=0.0001, steps=6, start="zero")).totals()
+    evaluation = run(Ledger(), attack=pgd(0.0001, step_size=0.0001, steps=6, start="zero"))
+    totals = evaluation.totals()
     right = totals[1].attacked
     assert totals[1].broken == 0 < right < 50
-    assert (totals[0].forward, totals[0].backward) == (4 * 50, 0)  # at once, and in batches of 1, 7 and 64
-    assert (totals[1].forward, totals[1].backward) == ((6 + 1 + 4) * right, 6 * right)
+    blocks = [sum(o.standing) for o in evaluation.outcomes if o.stage == 1]
+    alone = [sum(min(12, size) for size in sizes) for sizes in ((20, 20, 10), blocks)]  # and all in batches of 7 and 64
+    assert (totals[0].forward, totals[0].backward) == (3 * 50 + alone[0], 0)
+    assert (totals[1].forward, totals[1].backward) == ((6 + 1 + 3) * right + alone[1], 6 * right)
 
 
 def test_progress_goes_up_and_ends() -> None:
@@ -343,7 +346,7 @@ def test_passes_are_counted_by_sample() -> None:
     predict = meter.watch(lambda x: HEAD(ENCODER(x)))
     x = X[:5].clone().requires_grad_()
     torch.autograd.grad(predict(x).sum(), x)
-    look(predict, X[:10])
+    look(predict, X[:10], Y[:10], generator=torch.Generator())
     assert meter.read() == (5 + 4 * 10, 5)
     assert meter.read() == (0, 0)
 
@@ -672,7 +675,7 @@ def test_the_evaluator_looks_alone_and_in_batches_of_other_sizes() -> None:
         z[(numbers == 9) & (size == 7), 0] += 0.01
         return z
 
-    seen = look(predict, x)
+    seen = look(predict, x, torch.zeros(n), generator=torch.Generator())
     expected = {"label": torch.zeros(n, dtype=torch.int64), "moved": torch.zeros(n)}
     other = torch.zeros(n, dtype=torch.int64)
     other[3], other[4], other[7] = 1, 2, 1  # argmax takes what is not a number for the largest
@@ -683,8 +686,52 @@ def test_the_evaluator_looks_alone_and_in_batches_of_other_sizes() -> None:
     assert (~seen.finite).nonzero().flatten().tolist() == [7, 8, 10]
     torch.testing.assert_close(seen.moved, expected["moved"], atol=1e-6, rtol=0)
     assert float(seen.moved[6]) == 0.0
-    zero = look(lambda rows: torch.zeros(len(rows), 2) + 1e-7 * (len(rows) == 1), torch.zeros(3, 1))
+    zero = look(
+        lambda rows: torch.zeros(len(rows), 2) + 1e-7 * (len(rows) == 1),
+        torch.zeros(3, 1),
+        torch.zeros(3),
+        generator=torch.Generator(),
+    )
     assert zero.moved.tolist() == pytest.approx([0.1] * 3)  # relative to 1e-6 at the least
+
+
+def test_small_batches_are_for_a_few_of_the_right_and_of_the_wrong_until_one_is_odd() -> None:
+    n = 250
+    x = torch.arange(n).float()[:, None]
+    y = (torch.arange(n) % 5 == 0).long()  # a fifth of them is wrong
+    asked: list[Tensor] = []
+
+    def predict(rows: Tensor) -> Tensor:
+        asked.append(rows[:, 0].long())
+        return two_classes(1 + 0 * rows[:, 0])
+
+    def seen_by(seed: int, predict: Predict) -> list[tuple[int, int]]:
+        asked.clear()
+        seen = look(predict, x, y, generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(seen.steady, seen.moved == 0)
+        assert torch.equal((~seen.steady).nonzero().flatten(), odd.nonzero().flatten())
+        return [(len(rows), int(y[rows].sum())) for rows in asked]
+
+    odd = torch.zeros(n, dtype=torch.bool)
+    batches = seen_by(0, predict)
+    assert [size for size, _ in batches] == [n, *[1] * 12, *[7] * 4, 64, 64, 64, 58]
+    alone, sevens = torch.cat(asked[1:13]), torch.cat(asked[13:17])
+    assert (int(y[alone].sum()), int(y[sevens].sum())) == (6, 14)
+    assert set(alone.tolist()) < set(sevens.tolist())
+    assert torch.equal(sevens, sevens.unique())  # in their order, none of them twice
+    seen_by(0, predict)
+    assert torch.equal(torch.cat(asked[13:17]), sevens)
+    seen_by(1, predict)
+    assert not torch.equal(torch.cat(asked[13:17]), sevens)
+
+    odd[sevens[20]] = True  # one that is drawn; whoever else is odd is found too
+    odd[next(row for row in range(n) if row not in sevens)] = True
+
+    def in_sevens(rows: Tensor) -> Tensor:
+        return predict(rows) * torch.where(odd[rows[:, 0].long()] & (len(rows) in (5, 7)), -1, 1)[:, None]
+
+    whole = [n, *[1] * n, *[7] * 35, 5, 64, 64, 64, 58]
+    assert [size for size, _ in seen_by(0, in_sevens)] == [n, *[1] * 12, *[7] * 4, 64, 64, 64, 58, *whole[1:]]
 
 
 def test_what_is_found_and_left_in_the_modules_is_counted() -> None:

@@ -81,7 +81,7 @@ class _Pace:
     def __init__(self, talk: Talk, label: str, plan: Plan, *, n: int, block_size: int) -> None:
         self.meter = Meter(self._beat)
         self._talk, self._label, self._n, self._block_size = talk, label, n, block_size
-        seen = 1 + len(BATCHES)  # passes with which an evaluator looks at a point
+        seen = 1 + len(BATCHES)  # passes with which an evaluator looks at a point, at most
         self._costs = [seen, *(seen + passes(stage, eot=plan.eot) for stage in plan.stages)]  # of one sample
         self._first = self._stage = 0
         self._standing = 1.0
@@ -209,7 +209,7 @@ def _all_blocks(
                 began = time.perf_counter()
                 torch.manual_seed(addressed_seed("predictor", work.seed, block, number))
                 if number == 0:
-                    fates, examples = _predicted(work, images, labels), _no_examples(images)
+                    fates, examples = _predicted(work, images, labels, block), _no_examples(images)
                 else:
                     before = torch.tensor(standing, device=work.device)
                     fates, examples = _attacked(work, images, labels, before, block, number, first)
@@ -238,9 +238,9 @@ def _no_examples(x: Tensor) -> Examples:
     return Examples((), torch.empty(0, *x.shape[1:]), ())
 
 
-def _predicted(work: _Work, x: Tensor, y: Tensor) -> Tensor:
+def _predicted(work: _Work, x: Tensor, y: Tensor, block: int) -> Tensor:
     """Stage 0, which samples are classified right at all: the five masks of its outcome, (5, N)."""
-    seen = look(work.predictor.logits, x)
+    seen = look(work.predictor.logits, x, y, generator=addressed_generator("look", work.seed, block, 0))
     right = seen.label == y
     unsteady = ~seen.steady | (seen.moved > 0)
     return torch.stack((right & seen.finite & seen.steady, ~right, ~seen.finite, unsteady, torch.zeros_like(right)))
@@ -259,7 +259,7 @@ def _attacked(
     points = run_stage(stage, target.search, given, labels, embed=target.embed, eot=plan.eot, generator=generator)
     valid = in_region(given, points, eps=plan.eps, norm=plan.norm)
     points = torch.where(valid[:, None, None, None], points, given) if points.shape == given.shape else given
-    seen = look(target.logits, points)
+    seen = look(target.logits, points, labels, generator=addressed_generator("look", work.seed, block, number))
     shown = torch.where(seen.label != labels, seen.label, seen.other)  # as wrong as it is at any batch size
     broken = valid & seen.finite & (shown != labels)
     fates[:, alive] = torch.stack((~broken & seen.finite, broken, ~seen.finite, seen.moved > 0, ~valid))

@@ -1,13 +1,13 @@
 """The evaluator's side of an attack: what is attacked, what it costs, and whether an example counts.
 
-Nothing here trusts an attack or a predictor: points are measured in float64, predictions are made again, alone and in
-batches of other sizes, and the predictor is given back as it was found.
+Nothing here trusts an attack or a predictor: points are measured in float64, predictions are made again in batches of
+other sizes, and the predictor is given back as it was found.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from cfamc_cli.engine.attacks.search import Predict, logits_at
 from cfamc_cli.engine.ball import norms
-from cfamc_cli.engine.device import full_precision
+from cfamc_cli.engine.device import full_precision, move
 from cfamc_cli.recipe.schema import Norm
 
 BATCHES = (1, 7, 64)  # sizes at which predictions are made again
+_DRAWN = {1: 12, 7: 28}  # samples that are looked at in the small ones, as long as nothing odd is seen; else all are
 _ROUNDING = 1e-6  # of eps and in image units: what float32 adds to a point on the surface of the ball
 _SAME_LOGITS = 1e-4  # of the largest logit: differences up to this are float32 sums in another order
 
@@ -160,19 +161,40 @@ class Seen:
     moved: Tensor  # largest change of a sample's logits relative to the largest, (N,); 0 within rounding
 
 
-def look(predict: Predict, images: Tensor) -> Seen:
-    """Predict once with all images together and again in batches of 1, 7 and 64.
+def look(predict: Predict, images: Tensor, y: Tensor, *, generator: torch.Generator) -> Seen:
+    """Predict once with all images together, again in batches of 64, and samples of them in sevens and alone.
+
+    The small batches, hundreds for a block, are for 28 and 12 samples drawn from those that are right and those that
+    are not by turns. One that is odd in any batch, and all samples are looked at in all. So whatever shows in large
+    batches or in every small one is found for each sample. A predictor that is odd in small batches for a share p of
+    the samples alone gets by with (1 - p)^28; and one that was made for the seed and knows who is drawn gets by.
 
     Args:
         predict: Logits from images.
         images: (N, C, H, W) in [0, 1], N at least 1.
+        y: Labels, (N,).
+        generator: CPU generator of who is looked at in small batches.
     """
     whole = logits_at(predict, images)  # (N, classes)
+    order = move(torch.randperm(len(images), generator=generator), images.device)
+    right = (whole.argmax(1) == y)[order]
+    order = order[torch.where(right, right.cumsum(0), (~right).cumsum(0)).argsort(stable=True)]
+    everyone = torch.arange(len(images), device=images.device)
+    seen = _compared(predict, images, whole, [order[: _DRAWN.get(size, len(images))].sort().values for size in BATCHES])
+    odd = ~seen.finite | ~seen.steady | (seen.moved > 0)
+    if len(images) > min(_DRAWN.values()) and bool(odd.any()):
+        return _compared(predict, images, whole, [everyone] * len(BATCHES))
+    return seen
+
+
+def _compared(predict: Predict, images: Tensor, whole: Tensor, rows: Sequence[Tensor]) -> Seen:
+    """Logits at full batch, (N, classes), held against those of some rows for each size of a batch."""
     label, finite = whole.argmax(1), whole.isfinite().all(1)
     other, moved = label, torch.zeros(len(images), device=images.device)
     scale = whole.abs().amax(1).clamp_min(1e-6)
-    for size in BATCHES:
-        again = torch.cat([logits_at(predict, part) for part in torch.split(images, size)])
+    for size, looked_at in zip(BATCHES, rows, strict=True):
+        made = torch.cat([logits_at(predict, images[part]) for part in looked_at.split(size)])
+        again = whole.index_copy(0, looked_at, made.to(whole.dtype))
         finite = finite & again.isfinite().all(1)
         other = torch.where(other == label, again.argmax(1), other)
         moved = torch.maximum(moved, torch.nan_to_num((again - whole).abs().amax(1) / scale, nan=0.0, posinf=0.0))
