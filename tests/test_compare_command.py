@@ -147,6 +147,16 @@ def store(tmp_path: Path) -> Path:
     return runs
 
 
+def test_settings_that_came_after_a_run_tell_it_from_no_other_while_they_stand_at_their_default(
+    store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for run_id, train in ((A, {"compile": False}), (B, {"compile": "auto", "memory": "recompute"})):
+        path = store / run_id / "resolved.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"train": train}))
+    best, _ = result(capsys, [], store)["tables"][0]["rows"]
+    assert best["recipe"] == {"adversary.name": "pgd", "adversary.steps": 5}
+
+
 def test_the_better_run_leads(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = result(capsys, [], store, baseline=A)
     (table,) = found["tables"]

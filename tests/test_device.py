@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny import tiny_recipe
 
-from cfamc_cli.engine.device import move, out_of_memory, pick_device
+from cfamc_cli.engine.device import move, out_of_memory, pick_compile, pick_device
 from cfamc_cli.engine.distributed import World, peers
 from cfamc_cli.errors import CfamcError, ExitCode
+from cfamc_cli.recipe import file
 
 
 @pytest.fixture
@@ -113,3 +115,15 @@ def test_a_process_that_is_gone_is_called_so(text: str) -> None:
 def test_other_errors_of_the_communication_library_keep_their_own_words(text: str) -> None:
     with pytest.raises(RuntimeError, match=text[:20].replace("[", r"\[")), peers(World(0, 2)):
         raise RuntimeError(text)
+
+
+def test_long_runs_on_cuda_are_compiled() -> None:
+    cpu, mps, cuda = (torch.device(name) for name in ("cpu", "mps", "cuda"))
+    long = file.load("cifar10")
+    short = file.load("cifar10", overrides=["train.epochs=5"])
+    asked = [pick_compile(recipe, 50_000, device) for recipe in (long, short) for device in (cpu, mps, cuda)]
+    assert asked == [False, False, True, False, False, False]
+    assert not pick_compile(long, 25_000, cuda), "the images that were found count"
+    for wanted in (True, False):
+        assert pick_compile(tiny_recipe(train={"compile": wanted}), 64, cpu) is wanted
+        assert pick_compile(file.load("cifar10", overrides=[f"train.compile={wanted}".lower()]), 50_000, cuda) is wanted

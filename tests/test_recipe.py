@@ -5,13 +5,27 @@ from __future__ import annotations
 import subprocess
 import sys
 from fractions import Fraction
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from cfamc_cli.errors import CfamcError, ExitCode
-from cfamc_cli.recipe.schema import Finetune, FreeAdversary, Linear, Outside, Recipe, exact, fraction, number, outside
+from cfamc_cli.recipe.schema import (
+    Finetune,
+    FreeAdversary,
+    Later,
+    Linear,
+    Outside,
+    Recipe,
+    Train,
+    as_before,
+    exact,
+    fraction,
+    number,
+    outside,
+)
 
 RAW: dict[str, Any] = {
     "schema": 1,
@@ -122,7 +136,8 @@ def test_digest_is_stable_and_leaves_out_seed_name_paths_checkpoints_and_logs() 
         recipe(seed=7),
         recipe(name="other"),
         recipe(data={"dataset": "cifar10", "root": "/elsewhere"}),
-        recipe(train={"checkpoint_every": 5, "keep": 9, "evaluate_every": 1, "log_every": 3}),
+        recipe(train={"checkpoint_every": 5, "keep": 9, "evaluate_every": 1, "log_every": 3, "memory": "recompute"}),
+        recipe(train={"compile": False}),  # what "auto" was in the first runs
         recipe(probe={"head": "knn"}),
         recipe(attack=[{"name": "autoattack"}]),
         recipe(adversary={"name": "free", "eps": "8/255", "replays": 3}),
@@ -132,15 +147,32 @@ def test_digest_is_stable_and_leaves_out_seed_name_paths_checkpoints_and_logs() 
         recipe(adversary={"name": "free", "replays": 4}),
         recipe(crops=[{"count": 5}]),
         recipe(train={"epochs": 11.0}),
+        recipe(train={"compile": True}),
         recipe(data={"dataset": "cifar100"}),
     ):
         assert changed.digest() != GOLDEN
 
 
 def test_what_is_no_part_of_the_encoder_or_of_the_run_is_marked_on_the_fields() -> None:
-    bookkeeping = {"name", "data.root", "train.checkpoint_every", "train.keep", "train.log_every"}
+    bookkeeping = {"name", "data.root", "train.checkpoint_every", "train.keep", "train.log_every", "train.memory"}
     assert set(outside(Outside.RUN)) == bookkeeping
     assert set(outside(Outside.ENCODER)) == bookkeeping | {"seed", "train.evaluate_every", "probe", "attack"}
+
+
+def test_what_came_later_is_as_before_while_it_stands_at_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Longer(Train):
+        added: Annotated[int, Later()] = 3
+        nothing: Annotated[int | None, Later()] = None
+
+    first = recipe().resolved()
+    assert first["train"]["compile"] == "auto"
+    assert as_before(first) == first | {"train": first["train"] | {"compile": False}}
+    monkeypatch.setitem(Recipe.model_fields, "train", FieldInfo.from_annotated_attribute(Longer, Longer()))
+    longer = first | {"train": first["train"] | {"added": 3, "nothing": None}}
+    assert as_before(longer) == as_before(first)
+    longer["train"] |= {"added": 4, "nothing": 1, "compile": True}
+    assert as_before(longer) == longer
+    assert as_before({"train": "broken", "other": 1}) == {"train": "broken", "other": 1}
 
 
 WARM_UP: dict[str, Any] = {"schedule": {"name": "cosine", "warmup": 90}}

@@ -307,8 +307,11 @@ def test_another_choice_leaves_stale_keys_and_the_hint_says_how_to_replace_the_t
         ("train.batch_size=1.0", "train.batch_size: must be a whole number, not 1.0"),
         ("train.batch_size=1", "train.batch_size: must be at least 2, not 1"),
         ("train.keep=10001", "train.keep: must be at most 10_000, not 10001"),
-        ("train.compile=1", "train.compile: must be true or false, not 1"),
-        ("train.compile=True", 'train.compile: must be true or false, not the text "True"'),
+        ("train.compile=1", 'train.compile: must be "auto", true or false, not 1'),
+        (
+            "train.compile=True",
+            'train.compile: must be "auto", true or false, not the text "True" (did you mean true?)',
+        ),
         ("train.precision=half", 'train.precision: must be "auto", "float32" or "bfloat16", not the text "half"'),
         ("train=3", "train: must be a table, not 3"),
         ("train=[]", "train: must be a table, not a list"),
@@ -675,7 +678,8 @@ def test_differing_keys() -> None:
 
     assert differ() == []
     assert differ("name=other", "data.root=/elsewhere", "train.keep=5", "train.checkpoint_every=7") == []
-    assert differ(seed=1) == ["seed"]
+    assert differ("train.compile=false", "train.memory=recompute") == []
+    assert differ("train.compile=true", seed=1) == ["seed", "train.compile"]
     assert differ("train.log_every=3", "train.evaluate_every=1") == ["train.evaluate_every"]
     assert differ("crops.0.count=8", "crops.0.scale=[0.1, 1]") == ["crops.0.count", "crops.0.scale"]
     assert differ("crops=[{count=16},{count=2}]") == [f"crops.1.{key}" for key in ("count", "ratio", "scale", "size")]

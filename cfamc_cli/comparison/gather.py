@@ -18,7 +18,7 @@ from typing import TypeAlias, TypeVar
 
 from cfamc_cli.comparison.tables import Condition, Entry, Run, Scalar, Settings
 from cfamc_cli.errors import CfamcError, bad_data, invalid
-from cfamc_cli.recipe.schema import Outside, outside
+from cfamc_cli.recipe.schema import Outside, as_before, outside
 from cfamc_cli.store.files import explained, read_bytes
 from cfamc_cli.store.records import (
     AttackResult,
@@ -155,8 +155,8 @@ class _Reader:
         imported = record.imported is not None  # its recipe says how to read it, not how it was trained
         recipe = {} if imported else self._recipes.get(record.recipe_digest)
         if recipe is None:
-            whole = self._recipe(folder.resolved_json).items()
-            recipe = {key: value for key, value in whole if not _NOT_THE_ENCODER & {key, key.partition(".")[0]}}
+            whole = self._flat(as_before(self._resolved(folder)))
+            recipe = {key: value for key, value in whole.items() if not _NOT_THE_ENCODER & {key, key.partition(".")[0]}}
             self._recipes[record.recipe_digest] = recipe
         # with data.limit each seed draws images of its own from the same set
         images = record.data.fingerprint if record.data is not None and recipe.get("data.limit") is None else ""
@@ -179,7 +179,7 @@ class _Reader:
         """The last loss and the largest memory of training, and the recipe's other settings, where asked for."""
         asked: dict[str, Scalar] = dict.fromkeys(self._metrics)  # None where it cannot be read
         if self._settings_asked:
-            recipe = self._recipe(folder.resolved_json)
+            recipe = self._flat(self._resolved(folder))
             asked |= {key: recipe[key] for key in self._settings_asked if key in recipe}
         if "loss" in self._metrics:
             with suppress(CfamcError):
@@ -191,13 +191,17 @@ class _Reader:
                 asked["memory"] = max(sizes, default=None)
         return asked
 
-    def _recipe(self, path: Path) -> dict[str, Scalar]:
+    def _resolved(self, folder: RunFolder) -> dict[str, object]:
+        path = folder.resolved_json
         try:
             resolved = json.loads(read_bytes(path))
         except (ValueError, RecursionError) as error:
             raise bad_data(f"{path}: not JSON") from error
         if not isinstance(resolved, dict):
             raise bad_data(f"{path}: not a recipe")
+        return resolved
+
+    def _flat(self, resolved: Mapping[str, object]) -> dict[str, Scalar]:
         return dict(pair for name, table in resolved.items() for pair in self._settings(table, name))
 
     def _probes(self, folder: RunFolder, run: Run, trained: RunRecord) -> dict[str, Settings]:

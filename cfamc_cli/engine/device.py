@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from cfamc_cli.errors import CfamcError, invalid
+from cfamc_cli.recipe.plan import compiling_pays, plan
+from cfamc_cli.recipe.schema import Recipe
 
 Precision = Literal["float32", "bfloat16"]
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt
@@ -89,6 +91,12 @@ def pick_precision(wanted: Literal["auto", "float32", "bfloat16"], device: torch
         case _:
             fast = False
     return "bfloat16" if fast else "float32"
+
+
+def pick_compile(recipe: Recipe, images: int, device: torch.device) -> bool:
+    """Whether a training run on that many images is compiled; "auto" is never, but on CUDA where it pays."""
+    wanted = recipe.train.compile
+    return device.type == "cuda" and compiling_pays(plan(recipe, images)) if wanted == "auto" else wanted
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:

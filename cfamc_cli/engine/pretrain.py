@@ -21,7 +21,7 @@ from cfamc_cli.engine.checkpoint import Checkpoint
 from cfamc_cli.engine.crops import crop_batch, sample_parameters
 from cfamc_cli.engine.data.sets import ImageSet, to_device
 from cfamc_cli.engine.data.sets import batch as gather
-from cfamc_cli.engine.device import autocast, pick_precision, prepare
+from cfamc_cli.engine.device import autocast, pick_compile, pick_precision, prepare
 from cfamc_cli.engine.distributed import World, gather_embeddings, gather_images, largest, sum_gradients
 from cfamc_cli.engine.encoder import build_encoder, frozen_statistics
 from cfamc_cli.engine.journal import Journal
@@ -65,7 +65,7 @@ class Trainer:
         self.updates = self.batches * recipe.replays
         self.step = 0
         self.encoder = build_encoder(recipe.model, generator=addressed_generator("init", recipe.seed)).to(device)
-        if recipe.train.compile:
+        if pick_compile(recipe, len(data.images), device):
             self.encoder.compile()
         self.optimizer = LarsOptimizer(list(self.encoder.parameters()), recipe.optimizer)
         self.adversary = build_adversary(recipe.adversary)

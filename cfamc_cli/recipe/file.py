@@ -29,6 +29,7 @@ from cfamc_cli.recipe.schema import (
     SimClr,
     SupCon,
     Table,
+    as_before,
     number,
     outside,
 )
@@ -277,7 +278,7 @@ def _across(recipe: Recipe) -> Iterator[tuple[set[str], Problem]]:
 
 def differing_keys(a: Recipe, b: Recipe) -> list[str]:
     """The dotted keys in which two recipes describe different runs, sorted: those not marked `Outside.RUN`."""
-    left, right = ({(key, _toml(value)) for key, value in _leaves(one.resolved(), "")} for one in (a, b))
+    left, right = ({(key, _toml(value)) for key, value in _leaves(as_before(one.resolved()), "")} for one in (a, b))
     return sorted({key for key, _ in left ^ right}.difference(outside(Outside.RUN)))
 
 

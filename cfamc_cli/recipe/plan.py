@@ -16,6 +16,7 @@ from cfamc_cli.recipe.schema import DEPTHS, FreeAdversary, Model, NoAdversary, P
 
 PER_IMAGES = 1_000  # what counts refer to where the number of images is unknown
 _FLOAT = 4  # bytes of a float32
+_PAYS = 6e16  # floating-point operations of a run from which on it is compiled
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,16 @@ def plan(recipe: Recipe, images: int | None = None) -> Plan:
         data_bytes=data_bytes,
         crop_bytes=crop_bytes,
     )
+
+
+def compiling_pays(costs: Plan) -> bool:
+    """Whether `train.compile = "auto"` compiles a run on CUDA.
+
+    Compiling costs one to two minutes of the host, and fuses what stands between the convolutions: about a quarter of a
+    step. So it pays from some six minutes on, which the fastest cards of today (2e14 operations a second of such nets)
+    fill with 6e16 operations; on a slower card the same work takes longer, and more is saved.
+    """
+    return costs.flops >= _PAYS
 
 
 class _Conv(NamedTuple):

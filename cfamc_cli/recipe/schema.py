@@ -11,7 +11,8 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from enum import Enum
 from fractions import Fraction
 from types import NoneType, UnionType
@@ -120,6 +121,12 @@ def _without_nul(text: str) -> str:
     return text
 
 
+def _no_number(value: object) -> object:
+    if isinstance(value, int | float) and not isinstance(value, bool):  # Pydantic would take 1 for true
+        raise ValueError(f'must be "auto", true or false, not {value}')
+    return value
+
+
 Norm = Literal["linf", "l2"]
 Features = Literal["pre_feature", "backbone"]  # what a head reads
 Exact = Annotated[str, BeforeValidator(exact)]
@@ -143,6 +150,17 @@ class Outside(Enum):
 
     ENCODER = "another value makes another run of the same recipe"
     RUN = "a run may even be resumed with another value"
+
+
+@dataclass(frozen=True)
+class Later:
+    """The mark of a field that came, or whose default moved, after runs of the recipe were digested.
+
+    At its default it counts as what those runs had: as `before`, or where that is None as not there. `as_before` does
+    this, and the digest, the columns of a comparison and the check of a resumed run all see recipes through it.
+    """
+
+    before: object = None
 
 
 class Table(BaseModel):
@@ -333,7 +351,10 @@ class Train(Table):
     init: PathText | None = None  # a run whose encoder is the start
     deterministic: bool = False
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    compile: bool = False
+    # "auto": on CUDA, where the run is long enough for it (`plan.compiling_pays`).
+    compile: Annotated[Literal["auto", True, False], BeforeValidator(_no_number), Later(before=False)] = "auto"
+    # "recompute" makes each stage of the backbone twice instead of keeping what is in it: slower, and the same bits.
+    memory: Annotated[Literal["full", "recompute"], Outside.RUN] = "full"
     checkpoint_every: Annotated[int, Field(ge=0, le=10**9), Outside.RUN] = 0  # batches; 0: the end of each epoch
     keep: Annotated[int, Field(ge=1, le=10_000), Outside.RUN] = 2  # newest checkpoints
     evaluate_every: Annotated[int, Field(ge=0, le=100_000), Outside.ENCODER] = 0  # epochs; 0: never
@@ -575,8 +596,8 @@ class Recipe(Table):
         return self.model_dump(mode="json", by_alias=True)
 
     def digest(self) -> str:
-        """SHA-256 of what makes the encoder, in hex: of every field that is not marked `Outside`."""
-        kept = self.resolved()
+        """SHA-256 of what makes the encoder, in hex: of every field that is not marked `Outside`, `as_before`."""
+        kept = as_before(self.resolved())
         for path in outside(Outside.ENCODER):
             table, _, key = path.rpartition(".")
             del (kept[table] if table else kept)[key]
@@ -605,3 +626,18 @@ def outside(what: Outside) -> list[str]:
                     yield from marked(inner, f"{prefix}{name}.")
 
     return list(marked(Recipe))
+
+
+def as_before(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """What `Recipe.resolved` gives, as it was before the fields came that are marked `Later`."""
+    kept = {key: dict(value) if isinstance(value, dict) else value for key, value in resolved.items()}
+    for name, info in Recipe.model_fields.items():
+        settings, forms = kept.get(name), tables(info.annotation)
+        if not isinstance(settings, dict) or len(forms) > 1:  # no table of several forms has such a field
+            continue
+        for key, field in forms[0].model_fields.items():
+            for mark in field.metadata:
+                if isinstance(mark, Later) and key in settings and settings[key] == field.default:
+                    del settings[key]
+                    settings |= {} if mark.before is None else {key: mark.before}
+    return kept

@@ -88,7 +88,8 @@ def _message(kind: str, value: Any, context: Mapping[str, Any], loc: Sequence[st
         case "literal_error" | "int_parsing_size" if key == "schema":
             return f"must be 1, the version that this cfamc reads, not {show_value(value)}"
         case "literal_error":
-            return _not_among(value, re.findall("'([^']+)'", context["expected"]))
+            choices = re.findall(r"'([^']+)'|(True|False)", context["expected"])
+            return _not_among(value, [text or truth.lower() for text, truth in choices])
         case _:
             spelled = {name: _limit(found) for name, found in context.items()}
             length = len(value) if isinstance(value, str) else 0
@@ -155,11 +156,15 @@ def _without_tag(loc: Sequence[str | int]) -> Sequence[str | int]:
 
 def _not_among(value: Any, allowed: Sequence[str]) -> str:
     close = difflib.get_close_matches(value, allowed, n=1) if isinstance(value, str) and len(value) <= 60 else []
-    return f"{_one_of(allowed)}, not {show_value(value)}" + (f' (did you mean "{close[0]}"?)' if close else "")
+    return f"{_one_of(allowed)}, not {show_value(value)}" + (f" (did you mean {_quoted(close[0])}?)" if close else "")
+
+
+def _quoted(choice: str) -> str:
+    return choice if choice in ("true", "false") else f'"{choice}"'  # no setting has such a text
 
 
 def _one_of(allowed: Sequence[str]) -> str:
-    quoted = [f'"{choice}"' for choice in allowed]
+    quoted = [_quoted(choice) for choice in allowed]
     return "must be " + " or ".join(filter(None, (", ".join(quoted[:-1]), quoted[-1])))
 
 
