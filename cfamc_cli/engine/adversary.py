@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cfamc_cli.engine import ball
+from cfamc_cli.engine.sections import section
 from cfamc_cli.recipe.schema import FreeAdversary, NoAdversary, PgdAdversary, number
 
 Groups = list[Tensor]  # one (V_g, B, C, S_g, S_g) a group of crops
@@ -50,6 +51,7 @@ class Moving(Adversary):
         self.start = settings.start
         self.eps, self.step_size = number(settings.eps), number(settings.step_size)
 
+    @section("adversary")
     def begin(self, crops: Groups, generators: Sequence[torch.Generator]) -> None:
         self.spared, self.clean = crops[: self.first], crops[self.first :]
         self.generators = generators[self.first :]
@@ -75,6 +77,7 @@ class Pgd(Moving):
         super().__init__(settings)
         self.steps = settings.steps
 
+    @section("adversary")
     def perturb(self, loss_of: LossOf) -> Groups:
         self.delta = ascend_loss(
             lambda moved: loss_of([*self.spared, *moved]),
@@ -90,15 +93,18 @@ class Pgd(Moving):
 class Free(Moving):
     """One backward pass pays for the weight step and the ascent; delta is carried from batch to batch by position."""
 
+    @section("adversary")
     def begin(self, crops: Groups, generators: Sequence[torch.Generator]) -> None:
         super().begin(crops, generators)
         carried = self.delta or self.fresh()
         self.delta = [ball.project(x, delta, eps=self.eps) for x, delta in zip(self.clean, carried, strict=True)]
 
+    @section("adversary")
     def perturb(self, loss_of: LossOf) -> Groups:  # noqa: ARG002
         self.delta = [delta.detach().requires_grad_() for delta in self.delta]
         return self.moved()
 
+    @section("adversary")
     @torch.no_grad()
     def ascend(self) -> None:
         moved = []
@@ -141,7 +147,8 @@ def ascend_loss(
     for _ in range(steps):
         delta = [part.requires_grad_() for part in delta]
         loss = loss_of([x + part for x, part in zip(clean, delta, strict=True)])
-        gradients = torch.autograd.grad(loss, delta)
+        with section("backward"):
+            gradients = torch.autograd.grad(loss, delta)
         with torch.no_grad():
             delta = [
                 ball.ascend(x, part.detach(), gradient, eps=eps, step_size=step_size)

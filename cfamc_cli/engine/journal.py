@@ -17,6 +17,7 @@ from cfamc_cli.engine.encoder import Encoder
 from cfamc_cli.engine.monitor import Where
 from cfamc_cli.engine.objectives import Terms, effective_rank, feature_std
 from cfamc_cli.engine.randomness import addressed_generator
+from cfamc_cli.engine.sections import section
 from cfamc_cli.engine.sink import Ledger, Talk
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.recipe.schema import EmpSsl, NoAdversary, PgdAdversary, Recipe, number
@@ -67,6 +68,7 @@ class Journal:
         yield
         self._waited += time.perf_counter() - started
 
+    @section("records")
     def add(self, terms: Terms, gradient_norm: Tensor, *, lr: float) -> None:
         """Note one weight update, without waiting for the device."""
         loss = terms.loss.detach()
@@ -102,6 +104,7 @@ class Journal:
             )
         return rows
 
+    @section("records")
     def after_batch(
         self, encoder: Encoder, z: Tensor, crops: Groups, delta: Groups, loss_of: LossOf, *, step: int
     ) -> None:
@@ -154,6 +157,7 @@ class Journal:
         batch = step // self.recipe.replays
         return {"step": step, "batch": batch, "epoch": batch / self.per_epoch}
 
+    @section("monitor")
     def _watch_grip(self, crops: Groups, delta: Groups, loss_of: LossOf, *, step: int) -> None:
         few = slice(0, self._grip_plan.images)
         cut_crops, cut_delta = ([group[:, few] for group in groups] for groups in (crops, delta))

@@ -13,6 +13,7 @@ from typing import assert_never
 import torch
 from torch import Tensor, nn
 
+from cfamc_cli.engine.sections import section
 from cfamc_cli.recipe.schema import Cosine, Lars, OfficialCosine
 
 
@@ -33,16 +34,19 @@ class LarsOptimizer:
         self.momentum = [torch.zeros_like(p, memory_format=torch.preserve_format) for p in self.parameters]
         self._scaled = [index for index, p in enumerate(self.parameters) if p.dim() > 1]
 
+    @section("optimizer")
     def zero_grad(self) -> None:
         """Drop all gradients."""
         for parameter in self.parameters:
             parameter.grad = None
 
+    @section("optimizer")
     def gradient_norm(self) -> Tensor:
         """The L2 norm of the whole gradient, a scalar on the device."""
         result: Tensor = torch.stack(torch._foreach_norm(self._gradients())).norm()
         return result
 
+    @section("optimizer")
     @torch.no_grad()
     def step(self, *, lr: float) -> None:
         """Update the weights with the gradients they carry."""

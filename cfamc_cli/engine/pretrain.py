@@ -28,6 +28,7 @@ from cfamc_cli.engine.journal import Journal
 from cfamc_cli.engine.objectives import Terms, objective_loss
 from cfamc_cli.engine.optim import LarsOptimizer, learning_rate
 from cfamc_cli.engine.randomness import addressed_generator, epoch_order
+from cfamc_cli.engine.sections import section
 from cfamc_cli.engine.sink import Ledger, Talk
 from cfamc_cli.errors import bad_data
 from cfamc_cli.recipe.schema import FreeAdversary, Recipe
@@ -111,8 +112,9 @@ class Trainer:
             self.adversary.begin(crops, self._generators("delta", batch))
             for _ in range(self.recipe.replays):
                 z, terms = self.loss_of(self.adversary.perturb(attacked_loss), labels)  # (V, B, D), unit norm
-                terms.loss.backward()  # for free training, this one pass pays for weights and delta
-                sum_gradients(self.optimizer.parameters, self.world)
+                with section("backward"):
+                    terms.loss.backward()  # for free training, this one pass pays for weights and delta
+                    sum_gradients(self.optimizer.parameters, self.world)
                 self.adversary.ascend()
                 lr = self.learning_rate()
                 self.journal.add(terms, self.optimizer.gradient_norm(), lr=lr)
@@ -130,10 +132,11 @@ class Trainer:
 
     def loss_of(self, groups: Sequence[Tensor], labels: Tensor | None) -> tuple[Tensor, Terms]:
         """Embed this process's crops, and compute the objective over the whole batch: z (V, B, D) and its terms."""
-        with autocast(self.device, self.precision):
+        with section("forward"), autocast(self.device, self.precision):
             z = self.encoder.embed(groups)
-        z = gather_embeddings(z, self.world)
-        return z, objective_loss(z, labels, objective=self.recipe.objective)
+        with section("objective"):
+            z = gather_embeddings(z, self.world)
+            return z, objective_loss(z, labels, objective=self.recipe.objective)
 
     def attacked_loss(self, groups: Sequence[Tensor], labels: Tensor | None) -> Tensor:
         """The training loss as an adversary sees it: running batch-norm statistics stay as they are.
@@ -155,6 +158,7 @@ class Trainer:
             replays=self.recipe.replays,
         )
 
+    @section("crops")
     def crops_of(self, batch: int) -> tuple[Groups, Tensor | None]:
         """The crops of this process's share of a batch, and for supcon the labels of the whole batch."""
         epoch, index = divmod(batch, self.per_epoch)
@@ -185,6 +189,7 @@ class Trainer:
         """Whether a checkpoint is due when so many batches are done."""
         return batches == self.batches or batches % (self.recipe.train.checkpoint_every or self.per_epoch) == 0
 
+    @section("evaluation")
     def _evaluate(self, stop: Callable[[], int]) -> bool:
         """Evaluate in the process that leads; False where a signal cut it."""
         if not self.world.leads:
@@ -192,6 +197,7 @@ class Trainer:
         cut_by = stop if self.world.size == 1 else lambda: 0  # the other processes are waiting
         return self.journal.evaluate(self.encoder, self.images, step=self.step, stop=cut_by)
 
+    @section("checkpoint")
     def save(self, folder: Path) -> None:
         """Write a checkpoint of this moment, and drop those beyond `train.keep`.
 
