@@ -28,6 +28,7 @@ from cfamc_cli.engine.attacks import plan as autoattack
 from cfamc_cli.engine.attacks.plan import plan, run_stage, stage_name
 from cfamc_cli.engine.checkpoint import read_tensors
 from cfamc_cli.engine.data.sets import ImageSet
+from cfamc_cli.engine.device import computation
 from cfamc_cli.engine.evaluation import audit, blocks
 from cfamc_cli.engine.evaluation.pictures import loss_by_step
 from cfamc_cli.engine.heads import classifier as heads
@@ -235,6 +236,7 @@ def test_an_evaluation(attack: Attack, store: Path) -> None:
     assert (record.threat.space, record.threat.norm, record.threat.eps) == ("image", "linf", "1/255")
     assert (record.encoder_digest, record.head_digest) == (probe.encoder_digest, probe.head_digest)
     assert record.data == probe.test.model_copy(update={"n": 20})
+    assert record.environment.computation == computation(torch.device("cpu"), precision="float32")
     assert [stage.name for stage in record.stages] == ["clean", "pgd-3"]
     assert record.forward == sum(stage.forward for stage in record.stages)
     assert record.stages[1].backward > 0 < record.wall_seconds

@@ -389,6 +389,24 @@ def test_runs_with_different_n_are_compared_on_the_samples_they_share() -> None:
     )
 
 
+def test_what_was_computed_differently_is_said_in_one_line() -> None:
+    def computed(run: str, seed: int, **facts: str | bool | None) -> Entry:
+        known = tuple((f"training.{key}", value) for key, value in facts.items())
+        return replace(entry(run, 0.5 + seed / 10, family="a", seed=seed), computed=known)
+
+    def notes(*entries: Entry) -> tuple[str, ...]:
+        (table,) = tabulate(entries, fold=True, baseline=None, outcomes_of=no_outcomes)
+        return table.notes
+
+    first = computed("a", 0, precision="float32", compiled=False, cuda=None, torch="2.14.1")
+    other = computed("b", 1, precision="bfloat16", compiled=True, cuda="13.0", torch="2.14.1")
+    assert notes(first, other) == (
+        "Computed differently: training precision float32 / bfloat16; training compiled False / True.",
+    )
+    assert notes(first, replace(first, run=other.run)) == ()
+    assert notes(first, computed("b", 1)) == (), "an older record says nothing, which is no difference"
+
+
 def test_rank_fold_and_front_are_of_the_shared_samples() -> None:
     """a is the best on its 400 samples, and the worst on the first 100 of them; both of its seeds are cut."""
     late = pack_bits([i >= 100 for i in range(400)])

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import NOON, attack_record, data_used, probe_record, run_record, write_record
+from tiny import COMPUTATION, ENVIRONMENT, NOON, attack_record, data_used, probe_record, run_record, write_record
 
 from cfamc_cli.commands.compare import compare
 from cfamc_cli.comparison.gather import gather
@@ -311,6 +311,23 @@ def test_seeds_fold(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
         store, D, name="a", seed=2, data=data_used("train", 50_000, "other")
     )  # not the same images: not the same recipe
     assert names(result(capsys, [], store)) == [[B, "a (2 seeds)", D]]
+
+
+def test_what_training_and_evaluation_were_computed_by_is_held_against_each_other(
+    store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card = ENVIRONMENT.model_copy(update={"device": "NVIDIA H100", "computation": COMPUTATION})
+    single = card.model_copy(update={"computation": COMPUTATION.model_copy(update={"processes": 1})})
+    make_run(store, A, name="a", environment=card)
+    make_run(store, B, name="b", digest="bb", environment=single)
+
+    def notes() -> list[str]:
+        (table,) = result(capsys, [], store)["tables"]
+        return list(table["notes"])
+
+    assert notes() == ["Computed differently: training processes 1 / 2."]
+    add_attack(store / A, environment=single)
+    assert notes() == ["Computed differently: training processes 1 / 2; evaluation device cpu / NVIDIA H100."]
 
 
 def test_seeds_that_draw_their_own_part_of_the_data_fold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from tiny import tiny_recipe
 
-from cfamc_cli.engine.device import move, out_of_memory, pick_compile, pick_device
+from cfamc_cli.engine.device import Precision, computation, move, out_of_memory, pick_compile, pick_device, prepare
 from cfamc_cli.engine.distributed import World, peers
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.recipe import file
+
+PRECISIONS: tuple[Precision, ...] = ("bfloat16", "float32")
 
 
 @pytest.fixture
@@ -74,6 +78,55 @@ def test_only_on_cuda_a_copy_goes_on_by_itself(kind: str, waits: bool, monkeypat
     monkeypatch.setattr(torch.Tensor, "to", lambda source, _, non_blocking: asked.append((float(source), non_blocking)))
     move(torch.zeros(1), torch.device(kind))
     assert asked == [(0.0, False) if waits else (1.0, True)]
+
+
+def test_what_a_processor_computes_has_no_versions_of_cuda() -> None:
+    found = computation(torch.device("cpu"), precision="bfloat16", compiled=True)
+    none = dict.fromkeys(("tf32_products", "tf32_convolutions", "cuda", "cudnn", "driver"))
+    assert found.model_dump() == {"precision": "bfloat16", "processes": 1, "compiled": True, **none}
+
+
+@pytest.mark.parametrize(
+    ("line", "driver"),
+    [
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.129.03  Thu Oct 19 18:56:32 UTC 2023", "535.129.03"),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build  (x@y)", "580.65.06"),
+        ("something else 1.2", None),
+        (None, None),
+    ],
+)
+def test_what_a_card_computes_is_told_with_versions_and_switches(
+    line: str | None, driver: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(path: Path, **_: str) -> str:
+        if line is None:
+            raise FileNotFoundError(path)
+        assert str(path) == "/proc/driver/nvidia/version"
+        return f"{line}\nGCC version:  gcc version 12.2.0\n"
+
+    card, short = torch.device("cuda", 0), torch.backends.cudnn.allow_tf32
+    monkeypatch.setattr(Path, "read_text", read)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 92400)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 8)
+    same: dict[str, object] = {
+        "processes": 8,
+        "compiled": False,
+        "tf32_products": False,
+        "cuda": "13.0",
+        "cudnn": "92400",
+    }
+    same |= {"driver": driver}
+    try:
+        prepare(torch.device("cpu"), deterministic=False, precision="bfloat16")
+        found = [computation(card, precision=precision) for precision in PRECISIONS]
+    finally:
+        torch.backends.cudnn.allow_tf32 = short
+    assert [part.model_dump() for part in found] == [
+        {"precision": "bfloat16", "tf32_convolutions": True, **same},
+        {"precision": "float32", "tf32_convolutions": False, **same},
+    ]
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,14 @@ import math
 from pathlib import Path
 
 import pytest
-from tiny import recipe_text, tiny_recipe
+import torch
+from tiny import COMPUTATION, recipe_text, tiny_recipe
 
 from cfamc_cli.commands.common import Options
 from cfamc_cli.commands.pretrain import pretrain
 from cfamc_cli.engine.checkpoint import read_tensors
 from cfamc_cli.engine.data.sets import load as load_images
+from cfamc_cli.engine.device import computation
 from cfamc_cli.engine.sink import NullLedger, NullTalk
 from cfamc_cli.errors import CfamcError, ExitCode, Interrupted
 from cfamc_cli.recipe.file import load
@@ -52,7 +54,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def begun(folder: Path) -> RunLedger:
     kept = RunLedger(RunFolder(folder), found(RunFolder(folder), tiny_recipe(), device="cpu"))
-    kept.begin(USED, TOTALS, Progress(total=12))
+    kept.begin(USED, TOTALS, Progress(total=12), COMPUTATION)
     return kept
 
 
@@ -99,13 +101,15 @@ def test_wall_time_is_that_of_all_sittings(tmp_path: Path, clock: Clock) -> None
     clock.now += 1000  # nobody works
     again = RunLedger(kept.run, found_again(kept.run, device="cpu"))
     clock.now += 2
-    again.begin(USED, TOTALS, Progress(total=12))
+    again.begin(USED, TOTALS, Progress(total=12), COMPUTATION)
     record = on_disk(again)
     assert (record.wall_seconds, record.status) == (9.0, "running")
     assert (record.data, record.totals) == (USED, TOTALS)
+    assert record.environment.computation == COMPUTATION
+    assert found_again(kept.run, device="cpu").environment.computation is None, "until it computes here and now"
     assert (record.recipe_digest, record.seed) == (tiny_recipe().digest(), tiny_recipe().seed)
     with pytest.raises(CfamcError, match="the data changed since run"):
-        again.begin(USED.model_copy(update={"fingerprint": "cd" * 32}), TOTALS, Progress(total=12))
+        again.begin(USED.model_copy(update={"fingerprint": "cd" * 32}), TOTALS, Progress(total=12), COMPUTATION)
 
 
 def test_progress_is_that_of_the_last_line_and_written_now_and_then(tmp_path: Path, clock: Clock) -> None:
@@ -174,9 +178,10 @@ def test_a_cut_ledger_forgets_the_evaluations_beyond_the_checkpoint(tmp_path: Pa
 def test_the_record_of_a_training_is_that_of_what_was_trained(tmp_path: Path) -> None:
     path, options = tmp_path / "tiny.toml", Options(device="cpu", runs=tmp_path / "runs", quiet=True)
     path.write_text(recipe_text("emp-ssl", "free"))
-    pretrain(str(path), overrides=["data.limit=70"], seeds=[3], resume=None, dry_run=False, options=options)
+    short = ["data.limit=70", "train.precision='float32'"]
+    pretrain(str(path), overrides=short, seeds=[3], resume=None, dry_run=False, options=options)
     (run,) = list_runs(tmp_path / "runs")
-    record, recipe = run.record(), load(str(path), overrides=["data.limit=70"], seed=3)
+    record, recipe = run.record(), load(str(path), overrides=short, seed=3)
     updates = 8 * 3  # 70 images make 8 whole batches, each replayed three times
     tensors = read_tensors(run.checkpoints / f"step-{updates:08d}" / "model.safetensors")
     buffers = ("running_mean", "running_var", "tracked")
@@ -189,3 +194,4 @@ def test_the_record_of_a_training_is_that_of_what_was_trained(tmp_path: Path) ->
     images = load_images(recipe.data, "train", seed=3, cache=tmp_path, talk=NullTalk())
     assert record.data == images.used()
     assert record.data.n == 70
+    assert record.environment.computation == computation(torch.device("cpu"), precision="float32")

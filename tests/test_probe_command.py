@@ -29,6 +29,7 @@ from cfamc_cli.commands.probe import ensure_head, load_test_images
 from cfamc_cli.engine import checkpoint
 from cfamc_cli.engine.checkpoint import Checkpoint
 from cfamc_cli.engine.data.sets import load
+from cfamc_cli.engine.device import Precision, computation
 from cfamc_cli.engine.encoder import build_encoder
 from cfamc_cli.engine.heads import classifier as heads
 from cfamc_cli.engine.heads.classifier import Classifier
@@ -169,6 +170,17 @@ def test_a_head_is_a_record_that_can_be_measured_again(probe: Command, kind: str
     hits = classify(fitted, train.images, device=CPU) == train.require_labels()
     assert record.train_accuracy is not None
     assert (record.train_accuracy.correct, record.train_accuracy.n) == (int(hits.sum()), 24)
+
+
+@pytest.mark.parametrize(("kind", "precision"), [("linear", "float32"), ("robust-linear", "bfloat16")])
+def test_a_head_trained_through_the_encoder_is_computed_as_that_was(
+    probe: Command, kind: str, precision: Precision
+) -> None:
+    recipe = probe.run.recipe_toml
+    recipe.write_text(recipe.read_text().replace('precision = "float32"', 'precision = "bfloat16"'))
+    probe("--head", kind, *QUICK[kind])
+    record = load_record(probe.run.probes / f"{kind}-001" / "record.json", ProbeRecord)
+    assert record.environment.computation == computation(CPU, precision=precision)
 
 
 def test_the_same_probe_twice_is_the_same(probe: Command) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import attack_record, probe_record, run_record
+from tiny import COMPUTATION, attack_record, probe_record, run_record
 
 from cfamc_cli import __version__
 from cfamc_cli.errors import CfamcError, ExitCode
@@ -151,12 +151,12 @@ def test_the_environment_holds_no_secret(tmp_path: Path, monkeypatch: pytest.Mon
     for arguments in (["init", "-q"], ["remote", "add", "origin", remote], ["add", "."], ["commit", "-qm", "x"]):
         subprocess.run(["git", *identity, *arguments], cwd=checkout, check=True)
     monkeypatch.setattr(environment, "__file__", str(checkout / "store" / "environment.py"))
-    captured = environment.capture_environment("cpu")
+    captured = environment.capture_environment("cpu", None)
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=checkout, check=True, capture_output=True, text=True)
     assert captured.git_revision == head.stdout.strip()
     assert not captured.git_changed
     (checkout / "__init__.py").write_text("x = 1")
-    assert environment.capture_environment("cpu").git_changed
+    assert environment.capture_environment("cpu", None).git_changed
     text = captured.model_dump_json()
     assert secret not in text
     assert not [name for name in os.environ if len(os.environ[name]) > 15 and os.environ[name] in text]
@@ -169,7 +169,7 @@ def test_the_environment_is_that_of_this_machine(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(importlib.metadata, "version", versions.__getitem__)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 3, 5}, raising=False)
     monkeypatch.setattr(environment, "_git_state", lambda _: ("ab12", True))
-    assert environment.capture_environment("a GPU") == Environment(
+    assert environment.capture_environment("a GPU", COMPUTATION) == Environment(
         cfamc=__version__,
         python=".".join(map(str, sys.version_info[:3])),
         torch="2.99.1",
@@ -180,14 +180,22 @@ def test_the_environment_is_that_of_this_machine(monkeypatch: pytest.MonkeyPatch
         device="a GPU",
         git_revision="ab12",
         git_changed=True,
+        computation=COMPUTATION,
     )
+
+
+def test_a_record_of_an_older_version_does_not_say_how_it_was_computed(tmp_path: Path) -> None:
+    written = json.loads(run_record().model_dump_json())
+    del written["environment"]["computation"]
+    (tmp_path / "run.json").write_text(json.dumps(written))
+    assert records.load_record(tmp_path / "run.json", RunRecord).environment.computation is None
 
 
 def test_a_package_outside_any_checkout_has_no_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "__file__", str(tmp_path / "store" / "environment.py"))
-    assert environment.capture_environment("cpu").git_revision is None
+    assert environment.capture_environment("cpu", None).git_revision is None
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert environment.capture_environment("cpu").git_revision is None
+    assert environment.capture_environment("cpu", None).git_revision is None
 
 
 WHERE: dict[str, Any] = {"step": 6, "batch": 2, "epoch": 0.5}

@@ -20,6 +20,7 @@ from cfamc_cli.store.records import (
     AttackRecord,
     ClassAccuracy,
     ClassRobustness,
+    Computation,
     DataUsed,
     Environment,
     Flag,
@@ -111,7 +112,17 @@ def image_folder(
 # Records
 
 NOON = datetime(2026, 11, 22, 12, 0, 0, tzinfo=UTC)
-ENVIRONMENT = Environment(
+COMPUTATION = Computation(
+    precision="bfloat16",
+    processes=2,
+    compiled=True,
+    tf32_products=False,
+    tf32_convolutions=True,
+    cuda="13.0",
+    cudnn="92400",
+    driver="580.65.06",
+)
+ENVIRONMENT = Environment(  # of an older version
     cfamc="0.1.0",
     python="3.11.7",
     torch="2.9.0",

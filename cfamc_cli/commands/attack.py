@@ -210,7 +210,7 @@ class _Work:
         )
 
     def _record(self, table: Attack, item: str, evaluation: Evaluation, notes: tuple[str, ...]) -> AttackRecord:
-        from cfamc_cli.engine.device import describe
+        from cfamc_cli.engine.device import computation, describe
 
         whole, probe, totals = len(self.data), self.probe, evaluation.totals()
         subset = f"the first {self.n} of {whole} test images in an order balanced by class, fixed by the data"
@@ -255,7 +255,7 @@ class _Work:
             forward=sum(total.forward for total in totals),
             backward=sum(total.backward for total in totals),
             wall_seconds=sum(total.wall_seconds for total in totals),
-            environment=capture_environment(describe(self.device)),
+            environment=capture_environment(describe(self.device), computation(self.device, precision="float32")),
         )
 
     def _draw_examples(self, ledger: Ledger, gallery: Gallery, record: AttackRecord) -> None:

@@ -198,7 +198,7 @@ def _train(recipe: Recipe, data: ImageSet, run: RunFolder | None, session: Sessi
             passes = plan(recipe, images=len(data.images)).view_passes
             parameters = checkpoint.count_parameters(trainer.encoder)
             totals = Totals(steps=trainer.updates, view_passes=passes, parameters=parameters)
-            kept.begin(data.used(), totals, _progress(trainer))
+            kept.begin(data.used(), totals, _progress(trainer), trainer.computation)
         with session.signals.deferred():
             signal = trainer.train(Path() if run is None else run.checkpoints, stop=session.signals.pending)
         if kept is not None:

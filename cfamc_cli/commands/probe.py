@@ -318,7 +318,7 @@ def _begin(run: RunFolder, task: Task, *, transfer: bool, limit: int | None) -> 
 def _keep(folder: Path, run: RunFolder, task: Task, fitted: Fitted, *, seconds: float) -> None:
     """Write the weights of a head, then its record, which makes it one."""
     from cfamc_cli.engine.checkpoint import digest_of
-    from cfamc_cli.engine.device import describe
+    from cfamc_cli.engine.device import computation, describe
     from cfamc_cli.engine.heads.classifier import write_head
     from cfamc_cli.engine.heads.frozen import accuracy_by_class, confusion_of
 
@@ -353,7 +353,9 @@ def _keep(folder: Path, run: RunFolder, task: Task, fitted: Fitted, *, seconds: 
         classes=accuracy_by_class(confusion, train.classes),
         confusion=confusion,
         wall_seconds=seconds,
-        environment=capture_environment(describe(loaded.device)),
+        environment=capture_environment(
+            describe(loaded.device), computation(loaded.device, precision=fitted.precision)
+        ),
     )
     save_record(folder / RECORD, record)
 

@@ -23,6 +23,7 @@ from cfamc_cli.store.files import explained, read_bytes
 from cfamc_cli.store.records import (
     AttackResult,
     DataUsed,
+    Environment,
     Outcomes,
     ProbeResult,
     RunRecord,
@@ -211,8 +212,9 @@ class _Reader:
             settings = {**record.settings, "images": record.train.n}
             heads[name] = self._settings(settings, "head", without=("head", "features"))
             where = self._condition(record.test, record.head, record.features)
-            clean = record.test_accuracy
-            self.found.entries.append(Entry(run, f"probes/{name}", where, heads[name], record.created, clean))
+            clean, computed = record.test_accuracy, self._computed(trained, record.environment)
+            entry = Entry(*(run, f"probes/{name}", where, heads[name], record.created, clean), computed=computed)
+            self.found.entries.append(entry)
         return heads
 
     def _attacks(self, folder: RunFolder, run: Run, trained: RunRecord, heads: Mapping[str, Settings]) -> None:
@@ -227,6 +229,7 @@ class _Reader:
                     order=sys.intern(record.order_digest),
                     failed=tuple(flag.name for flag in record.flags if flag.verdict == "failed"),
                     attack=settings,
+                    computed=self._computed(trained, record.environment),
                 )
             )
 
@@ -241,8 +244,20 @@ class _Reader:
         attack = (evaluation.attack if attacked else "", "")
         data = record.data.model_copy(update={"split": "held-out part of train"})
         where = self._condition(data, ONLINE, "pre_feature", threat, attack)
-        entry = Entry(run, "run.json", where, (), record.updated, evaluation.clean, evaluation.robust)
+        computed = self._computed(record)
+        entry = Entry(
+            *(run, "run.json", where, (), record.updated, evaluation.clean, evaluation.robust), computed=computed
+        )
         self.found.entries.append(entry)
+
+    def _computed(self, trained: RunRecord, measured: Environment | None = None) -> Settings:
+        """How the encoder was trained, and how the result was measured, where that came later."""
+        found: Settings = ()
+        for what, where in (("training", trained.environment), ("evaluation", measured)):
+            if where is not None:
+                how = where.computation.model_dump() if where.computation else {}
+                found += self._settings({"device": where.device, "torch": where.torch, **how}, what)
+        return found
 
     def _condition(
         self,

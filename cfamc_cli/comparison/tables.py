@@ -93,6 +93,7 @@ class Entry:
     order: str = ""  # digest of the order of the samples; empty where outcomes were not kept
     failed: tuple[str, ...] = ()  # checks that say the number cannot be trusted
     attack: Settings = ()  # settings, as ("steps", 20)
+    computed: Settings = ()  # where and how, as ("training.precision", "bfloat16")
     whole: Entry | None = None  # the result as it was measured, where this is a part of its samples
 
     @property
@@ -199,6 +200,7 @@ def tabulate(
             notes = [shared] if cut else []
             if baseline is not None and not any(row.baseline for row in rows):
                 notes.append(f"No differences: there is no result of the baseline {baseline} among these.")
+            notes += _computed_differently([entry for row in rows for entry in row.entries])
             if rows:
                 tables.append(_table(rows, apart, notes, outcomes_of, order))
     tables.sort(key=lambda table: (bool(table.apart), -len(table.rows), *table.condition.rank()))
@@ -208,6 +210,17 @@ def tabulate(
 def _apart(table: ComparedTable, first: ComparedTable) -> str:
     reasons = [*table.condition.differences(first.condition), table.apart]
     return "" if table is first else "; ".join(filter(None, reasons))
+
+
+def _computed_differently(entries: Sequence[Entry]) -> list[str]:
+    """What is known to differ in how results were computed, in one sentence; nothing where nothing does."""
+    values: dict[str, dict[str, None]] = defaultdict(dict)
+    for entry in entries:
+        for key, value in entry.computed:
+            if value is not None:
+                values[key][str(value)] = None
+    parts = [f"{key.replace('.', ' ')} {' / '.join(found)}" for key, found in values.items() if len(found) > 1]
+    return [f"Computed differently: {'; '.join(parts)}."] if parts else []
 
 
 def find_superseded(entries: Sequence[Entry], *, fold: bool) -> dict[int, str]:

@@ -6,17 +6,21 @@ import ctypes
 import functools
 import os
 import platform
+import re
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from cfamc_cli.errors import CfamcError, invalid
 from cfamc_cli.recipe.plan import compiling_pays, plan
 from cfamc_cli.recipe.schema import Recipe
+from cfamc_cli.store.records import Computation
 
 Precision = Literal["float32", "bfloat16"]
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt
@@ -148,6 +152,32 @@ def describe(device: torch.device) -> str:
             return f"cpu, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
         case _:
             return f"{device.type}, {platform.machine()}"
+
+
+def computation(device: torch.device, *, precision: Precision, compiled: bool = False) -> Computation:
+    """What moves the last bits of numbers computed on `device` in `precision`, for records."""
+    cuda = device.type == "cuda"
+    with full_precision(device) if precision == "float32" else nullcontext():
+        products, convolutions = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    return Computation(
+        precision=precision,
+        processes=dist.get_world_size() if dist.is_initialized() else 1,
+        compiled=compiled,
+        tf32_products=products if cuda else None,
+        tf32_convolutions=convolutions if cuda else None,
+        cuda=torch.version.cuda if cuda else None,
+        cudnn=str(torch.backends.cudnn.version()) if cuda else None,
+        driver=_driver() if cuda else None,
+    )
+
+
+def _driver() -> str | None:
+    """The version of NVIDIA's kernel driver; None where it does not show as a file."""
+    with suppress(OSError):
+        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
+        if found := re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", text):
+            return found[1]
+    return None
 
 
 def peak_memory(device: torch.device) -> int:

@@ -21,7 +21,7 @@ from cfamc_cli.engine.checkpoint import Checkpoint
 from cfamc_cli.engine.crops import crop_batch, sample_parameters
 from cfamc_cli.engine.data.sets import ImageSet, to_device
 from cfamc_cli.engine.data.sets import batch as gather
-from cfamc_cli.engine.device import autocast, pick_compile, pick_precision, prepare
+from cfamc_cli.engine.device import autocast, computation, pick_compile, pick_precision, prepare
 from cfamc_cli.engine.distributed import World, gather_embeddings, gather_images, largest, sum_gradients
 from cfamc_cli.engine.encoder import build_encoder, frozen_statistics
 from cfamc_cli.engine.journal import Journal
@@ -59,6 +59,8 @@ class Trainer:
         self.labels = data.require_labels().to(device) if recipe.objective.name == "supcon" else None
         self.precision = pick_precision(recipe.train.precision, device)
         prepare(device, deterministic=recipe.train.deterministic, precision=self.precision)
+        compiled = pick_compile(recipe, len(data.images), device)
+        self.computation = computation(device, precision=self.precision, compiled=compiled)
         self.recipe, self.device, self.world, self.ledger = recipe, device, world, ledger
         self.share = world.share(batch_size)
         self.images = to_device(data.images, device=device)
@@ -66,7 +68,7 @@ class Trainer:
         self.updates = self.batches * recipe.replays
         self.step = 0
         self.encoder = build_encoder(recipe.model, generator=addressed_generator("init", recipe.seed)).to(device)
-        if pick_compile(recipe, len(data.images), device):
+        if compiled:
             self.encoder.compile()
         self.optimizer = LarsOptimizer(list(self.encoder.parameters()), recipe.optimizer)
         self.adversary = build_adversary(recipe.adversary)

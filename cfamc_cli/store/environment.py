@@ -9,14 +9,15 @@ import subprocess
 from pathlib import Path
 
 from cfamc_cli import __version__
-from cfamc_cli.store.records import Environment
+from cfamc_cli.store.records import Computation, Environment
 
 
-def capture_environment(device: str) -> Environment:
+def capture_environment(device: str, computation: Computation | None) -> Environment:
     """Collect what a result depends on besides its recipe.
 
     Args:
         device: Name of the device that computes, as the engine tells it.
+        computation: How it computes, likewise; None where nothing was computed yet.
     """
     revision, changed = _git_state(Path(__file__).parents[1])
     return Environment(
@@ -30,6 +31,7 @@ def capture_environment(device: str) -> Environment:
         device=device,
         git_revision=revision,
         git_changed=changed,
+        computation=computation,
     )
 
 

@@ -12,6 +12,7 @@ from cfamc_cli.recipe.schema import Recipe
 from cfamc_cli.store.environment import capture_environment
 from cfamc_cli.store.files import JsonLines, cut, write_json, write_text
 from cfamc_cli.store.records import (
+    Computation,
     DataUsed,
     EvaluationLine,
     Failure,
@@ -43,7 +44,7 @@ def found(run: RunFolder, recipe: Recipe, *, device: str) -> RunRecord:
         recipe_digest=recipe.digest(),
         seed=recipe.seed,
         progress=Progress(),
-        environment=capture_environment(device),
+        environment=capture_environment(device, None),
         wall_seconds=0.0,
         totals=Totals(steps=0, view_passes=0, parameters=0),
         data=None,
@@ -53,7 +54,7 @@ def found(run: RunFolder, recipe: Recipe, *, device: str) -> RunRecord:
 
 def found_again(run: RunFolder, *, device: str) -> RunRecord:
     """The record of a run that goes on, here and now."""
-    changes = {"environment": capture_environment(device), "failure": None}
+    changes = {"environment": capture_environment(device, None), "failure": None}
     return run.record().model_copy(update=changes)
 
 
@@ -96,7 +97,7 @@ class RunLedger:
         for line in read_metrics(self.run.metrics):
             self._note(line)
 
-    def begin(self, data: DataUsed, totals: Totals, progress: Progress) -> None:
+    def begin(self, data: DataUsed, totals: Totals, progress: Progress, computation: Computation) -> None:
         """The run is under way.
 
         Raises:
@@ -109,7 +110,8 @@ class RunLedger:
                 f"not {before.fingerprint[:12]}",
                 "bring the data back, or start a new run",
             )
-        self._change(status="running", data=data, totals=totals, progress=progress)
+        environment = self.record.environment.model_copy(update={"computation": computation})
+        self._change(status="running", data=data, totals=totals, progress=progress, environment=environment)
 
     def end(self, status: str, progress: Progress) -> None:
         """The sitting is over."""

@@ -103,6 +103,19 @@ class Accuracy(Part):
         return cls(correct=correct, n=n, value=correct / n, low=low, high=high)
 
 
+class Computation(Part):
+    """How numbers were computed, beside the device: what moves their last bits. None where there is no CUDA."""
+
+    precision: Literal["float32", "bfloat16"]  # of forward and backward passes: what "auto" became
+    processes: Annotated[int, Field(ge=1)]  # that shared the work
+    compiled: bool
+    tf32_products: bool | None  # whether matrix products of float32 are shortened to TF32
+    tf32_convolutions: bool | None
+    cuda: str | None  # versions of what torch was built with, and of the driver it met
+    cudnn: str | None
+    driver: str | None
+
+
 class Environment(Part):
     """Where a run was made: a fixed list of facts, never the environment variables."""
 
@@ -116,6 +129,7 @@ class Environment(Part):
     device: str
     git_revision: Hex | None
     git_changed: bool  # whether the checkout differs from that revision
+    computation: Computation | None = None  # None in older records, and until a run begins to train
 
 
 class Progress(Part):
@@ -212,6 +226,7 @@ class ProbeResult(Record):
     test: DataUsed
     test_accuracy: Accuracy
     wall_seconds: Seconds
+    environment: Environment
 
 
 class ProbeRecord(ProbeResult):
@@ -227,7 +242,6 @@ class ProbeRecord(ProbeResult):
     converged: bool | None = None  # whether the protocol "converged" came to the optimum; None for the others
     classes: tuple[ClassAccuracy, ...]  # of the test split, in label order
     confusion: tuple[tuple[Count, ...], ...]  # of the test split, a row per true class
-    environment: Environment
 
 
 class PendingProbe(Record):
@@ -299,6 +313,7 @@ class AttackResult(Record):
     robust: Accuracy
     flags: tuple[Flag, ...]
     wall_seconds: Seconds
+    environment: Environment
 
 
 class AttackRecord(AttackResult):
@@ -315,7 +330,6 @@ class AttackRecord(AttackResult):
     stages: tuple[Stage, ...]
     forward: Count  # forward passes of single samples; `backward` likewise
     backward: Count
-    environment: Environment
 
 
 Mask = tuple[bool, ...]

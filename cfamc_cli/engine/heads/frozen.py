@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cfamc_cli.engine.data.sets import ImageSet
-from cfamc_cli.engine.device import full_precision, move
+from cfamc_cli.engine.device import Precision, full_precision, move
 from cfamc_cli.engine.encoder import Encoder
 from cfamc_cli.engine.heads.classifier import (
     Classifier,
@@ -71,6 +71,7 @@ class Fitted:
     train: Tensor | None  # (N,) predicted labels of the images that it was fitted to; None for knn
     test: Tensor  # (M,) predicted labels of the images that it is judged on
     converged: bool | None = None  # whether the protocol "converged" came to the optimum; None for the others
+    precision: Precision = "float32"  # of the passes that it was fitted by
 
 
 def fit_on_features(task: Task, settings: Linear | AggregatedCrops | Knn) -> Fitted:

@@ -141,7 +141,7 @@ class SupervisedTrainer:
             classify(classifier, part.images, device=self.device, each=task.progress(f"judging on {part.split}"))
             for part in (task.train, task.test)
         )
-        return Fitted(classifier, fitted, answers)
+        return Fitted(classifier, fitted, answers, precision=self.precision)
 
     def _save(self, folder: Path, loss: Tensor, *, seconds: float) -> None:
         trained = [loss, *(parameter.detach() for parameter in self.parameters)]
