@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import by_hand
 import pytest
 import torch
+from on_meta import META, watched
 from stages import apgd, embedding, ensemble, fab, fgsm, pgd, square, targeted
 from torch import Tensor, nn
 
+from cfamc_cli.engine.attacks import apgd as apgd_module
+from cfamc_cli.engine.attacks import fab as fab_module
+from cfamc_cli.engine.attacks import pgd as pgd_module
 from cfamc_cli.engine.attacks.apgd import checkpoints
 from cfamc_cli.engine.attacks.fab import _crossed, to_hyperplane
 from cfamc_cli.engine.attacks.objectives import Loss, dlr, label_margin, ranked_targets, targeted_dlr
@@ -759,3 +763,65 @@ def test_points_where_the_hyperplane_is_met_nowhere_or_at_once() -> None:
     torch.testing.assert_close(by_linf, torch.tensor([[0.225, 0.225], [0.0, 0.0], [0.2, 0.2], [0.2, -0.2]]))
     by_l2 = to_hyperplane(x, w, gap, norm="l2").flatten(1)
     torch.testing.assert_close(by_l2, torch.tensor([[0.27, 0.09], [0.0, 0.0], [0.12, 0.24], [0.2, -0.2]]))
+
+
+# What an accelerator is asked for. Each of `steps` reads who is done in one of 8; rows are chosen between runs.
+
+ASKED: dict[str, tuple[Callable[[Norm], Stage], int, int, int]] = {  # copies, reads, choices of rows
+    "fgsm": (lambda norm: fgsm(0.1, norm), 0, 0, 0),
+    "pgd": (lambda norm: pgd(0.1, norm, steps=20), 1, 3, 0),
+    "pgd, restarted": (lambda norm: pgd(0.1, norm, steps=16, restarts=3, start="zero"), 2, 3 * 2, 2),
+    "apgd": (lambda norm: apgd(0.1, norm, steps=20), 1, 3, 2),
+    "apgd-t": (lambda norm: targeted(0.1, norm, steps=9, targets=3), 3, 3 * 2, 4),
+    "fab": (lambda norm: fab(0.1, norm, steps=20, targets=2), 0, 2 * 3, 3),
+    "square": (lambda norm: square(0.1, norm, queries=131), 1 + 3, 17, 0),
+    "embedding": (lambda norm: embedding(0.1, norm, steps=20), 1, 3, 0),
+}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("name", ASKED)
+def test_a_stage_waits_for_an_accelerator_only_to_drop_who_is_done(
+    norm: Norm, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, copies, reads, choices = ASKED[name]
+    chosen = []
+
+    def everyone(mask: Tensor) -> Tensor:  # no device without values knows where a mask holds
+        chosen.append(mask)
+        return torch.arange(len(mask), device=mask.device)
+
+    for place in (apgd_module, fab_module, pgd_module):
+        monkeypatch.setattr(place, "rows_where", everyone)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+    net.eval().requires_grad_(False).to(META)
+    x, y = torch.empty((6, *SHAPE), device=META), torch.empty(6, dtype=torch.int64, device=META)
+    with watched(answer=0.0) as seen:
+        points = run_stage(make(norm), net, x, y, embed=net, generator=generator())
+    assert points.shape == x.shape
+    of_l2 = len({square_side(query) for query in range(1, 131)}) if (name, norm) == ("square", "l2") else 0
+    assert {line.split(" ")[1] for line in seen.waits} <= {"aten::_local_scalar_dense"}
+    assert {line.split(":")[0] for line in seen.waits} <= {"search.py"}
+    assert (len(seen.copies) - of_l2, len(seen.waits), len(chosen)) == (copies, reads, choices)
+
+
+def square_side(query: int) -> int:
+    """The side of the window that Square moves in L2, of images of 8 x 8 pixels."""
+    return min(max(3, round((share_of_area(query) * 64) ** 0.5) // 2 * 2 + 1), 8)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_eight_rounds_find_the_hyperplane(norm: Norm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an accelerator, where nobody asks whether the search has ended: the same bits, up to 95 % of the way."""
+    g = generator(3)
+    x = torch.rand((60, 3, 32, 32), generator=g)
+    x[30:] = torch.where(x[30:] < 0.5, x[30:] / 25, x[30:])  # many pixels at the border of the box
+    w = torch.randn(x.shape, generator=g)
+    far = torch.where(w > 0, w * (1 - x), -w * x).flatten(1).sum(1)
+    gap = -far * torch.linspace(0.001, 0.95, 30).repeat(2)
+    exact = to_hyperplane(x, w, gap, norm=norm)
+    monkeypatch.setattr(fab_module, "_NEWTON_STEPS", fab_module._NEWTON_UNSEEN)
+    assert torch.equal(to_hyperplane(x, w, gap, norm=norm), exact)
+    short = to_hyperplane(x, w, -0.999 * far, norm=norm)  # beyond, no further than it should
+    assert ((w * short).flatten(1).sum(1) <= 0.9991 * far).all()
+    assert ((w * short).flatten(1).sum(1) >= 0.99 * far).all()

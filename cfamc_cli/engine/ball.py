@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cfamc_cli.engine.device import move
 from cfamc_cli.recipe.schema import Norm
 
 
@@ -62,4 +63,4 @@ def random_start(x: Tensor, *, eps: float, generator: torch.Generator, norm: Nor
         direction = direction / per_sample(norms(direction, norm="l2"), direction).clamp_min(1e-12)
         radius = torch.rand(x.shape[0], generator=generator, device=drawn_on) ** (1 / x[0].numel())
         delta = direction * per_sample(radius, direction) * eps
-    return project(x, delta.to(x.device, x.dtype), eps=eps, norm=norm)
+    return project(x, move(delta.to(x.dtype), x.device), eps=eps, norm=norm)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from cfamc_cli.engine.attacks.objectives import Loss, loss_of, ranked_targets
-from cfamc_cli.engine.attacks.search import Predict, Region, Roster, blend, climb, fooled, logits_at
+from cfamc_cli.engine.attacks.search import Predict, Region, Roster, blend, climb, fooled, logits_at, rows_where
 from cfamc_cli.engine.ball import norms, per_sample, steepest
+from cfamc_cli.engine.device import move
 
 _MOMENTUM = 0.75  # alpha of the paper: the share of the new step
 _RHO = 0.75
@@ -92,7 +93,7 @@ def apgd(
     if region.eps == 0 or len(y) == 0:
         return result
     clean = logits_at(predict, region.x)
-    alive = (~fooled(clean, y)).nonzero().flatten()
+    alive = rows_where(~fooled(clean, y))
     aims = ranked_targets(clean, y, count=targets) if loss == "apgd-t" else y[:, None]  # (N, aims)
     for aim in aims.T:
         for _ in range(restarts):
@@ -100,7 +101,7 @@ def apgd(
                 return result
             start = _start(region, generator)[alive]
             result[alive], done = _run(predict, region.take(alive), y[alive], aim[alive], start, loss, steps, eot)
-            alive = alive[~done]
+            alive = alive[rows_where(~done)]
     return result
 
 
@@ -111,7 +112,7 @@ def _start(region: Region, generator: torch.Generator) -> Tensor:
         torch.rand(shape, generator=generator) * 2 - 1 if norm == "linf" else torch.randn(shape, generator=generator)
     )
     drawn = drawn / per_sample(norms(drawn, norm=norm), drawn).clamp_min(1e-12)
-    return region.x + region.eps * drawn.to(region.x.device)
+    return region.x + region.eps * move(drawn, region.x.device)
 
 
 def _run(

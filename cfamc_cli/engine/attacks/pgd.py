@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from cfamc_cli.engine.attacks.search import Predict, Region, Roster, blend, climb, fooled, logits_at
+from cfamc_cli.engine.attacks.search import Predict, Region, Roster, blend, climb, fooled, logits_at, rows_where
 from cfamc_cli.engine.ball import norms, per_sample, random_start, steepest
 
 Start = Literal["zero", "random"]
@@ -132,6 +132,8 @@ def pgd(
         return missed[alive[samples]]
 
     for restart in range(restarts):
+        if restart > 0:
+            alive = rows_where(~missed)
         if len(alive) == 0:
             break
         first = torch.zeros_like(region.x)
@@ -146,7 +148,6 @@ def pgd(
             step_size=step_size,
             steps=steps,
         )
-        alive = (~missed).nonzero().flatten()
     return result
 
 

@@ -52,6 +52,11 @@ class Region:
         return dataclasses.replace(self, x=self.x[rows], low=self.low[rows], high=self.high[rows])
 
 
+def rows_where(mask: Tensor) -> Tensor:
+    """The rows at which a mask (N,) holds. An accelerator is waited for, so that this is no part of a step."""
+    return mask.nonzero().flatten()
+
+
 class State(Protocol):
     """What an attack knows of the samples it still works on: a dataclass of tensors and regions, a row for each.
 
@@ -88,7 +93,7 @@ class Roster:
         count = int(done.sum())
         if count == 0 or (count < len(done) and count * _WORTH_MOVING < len(done)):
             return state
-        finished, rows = done.nonzero().flatten(), (~done).nonzero().flatten()
+        finished, rows = rows_where(done), rows_where(~done)
         self.result[self.index[finished]] = state.points[finished]
         self.index = self.index[rows]
         assert dataclasses.is_dataclass(state)

@@ -6,6 +6,7 @@ Andriushchenko et al., arXiv:1912.00049. Symbols: p the share of the image's are
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from cfamc_cli.engine.attacks.objectives import label_margin
 from cfamc_cli.engine.attacks.search import Predict, Region, Roster, blend, logits_at
 from cfamc_cli.engine.ball import norms, per_sample
+from cfamc_cli.engine.device import move
 
 _P_INIT = 0.8
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries after which p is halved
@@ -73,7 +75,7 @@ def square(predict: Predict, region: Region, y: Tensor, *, queries: int, generat
             break
         at = (query - 1) % _DRAWN_AT_ONCE
         if at == 0:
-            draws = torch.rand((_DRAWN_AT_ONCE, n, 5 + channels), generator=generator).to(x.device)
+            draws = move(torch.rand((_DRAWN_AT_ONCE, n, 5 + channels), generator=generator), x.device)
         drawn = draws[at, roster.index]  # (n, 5 + C) in [0, 1)
         side = min(max(1, round((share_of_area(query) * height * width) ** 0.5)), height, width)
         ahead = _paint(s, drawn, side) if norm == "linf" else _move_mass(s, drawn, max(3, side // 2 * 2 + 1))
@@ -88,7 +90,7 @@ def square(predict: Predict, region: Region, y: Tensor, *, queries: int, generat
 def _stripes(region: Region, generator: torch.Generator) -> Tensor:
     """Vertical stripes one pixel wide at +-eps (arXiv:1912.00049, section 3.2)."""
     n, channels, _, width = region.x.shape
-    up = torch.rand((n, channels, 1, width), generator=generator).to(region.x.device) < 0.5
+    up = move(torch.rand((n, channels, 1, width), generator=generator), region.x.device) < 0.5
     return torch.where(up, region.high, region.low)
 
 
@@ -150,7 +152,13 @@ def _tiles(region: Region, generator: torch.Generator) -> Tensor:
     delta = torch.zeros(region.x.shape)
     delta[:, :, : down * side, : across * side] = tile.transpose(3, 4).reshape(n, channels, down * side, across * side)
     delta = delta / per_sample(norms(delta, norm="l2"), delta).clamp_min(_TINY) * region.eps
-    return region.project(region.x + delta.to(region.x.device))
+    return region.project(region.x + move(delta, region.x.device))
+
+
+@lru_cache(maxsize=32)
+def _window(side: int, device: torch.device) -> Tensor:
+    """The update of a square window on the device, with an empty row and column at its ends, (side + 1, side + 1)."""
+    return move(torch.nn.functional.pad(_bump(side), (0, 1, 0, 1)), device)
 
 
 def _move_mass(s: _Hunt, drawn: Tensor, side: int) -> Tensor:
@@ -167,7 +175,7 @@ def _move_mass(s: _Hunt, drawn: Tensor, side: int) -> Tensor:
 
     window = delta * gains
     window = window / _mass(window).sqrt().clamp_min(_TINY)
-    bump = torch.nn.functional.pad(_bump(side).to(x.device), (0, 1, 0, 1))  # the last row and column are empty
+    bump = _window(side, x.device)
     turned = bump.T.contiguous()
     placed = torch.where((drawn[:, 4] < 0.5)[:, None, None], bump[down, across], turned[down, across])[:, None]
     sign = (drawn[:, 5:] < 0.5).to(x.dtype).mul(2).sub(1)[:, :, None, None]
