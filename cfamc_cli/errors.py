@@ -17,6 +17,7 @@ class ExitCode(IntEnum):
     UNTRUSTED = 5  # an evaluation that --strict refuses
     LOCKED = 6  # the run belongs to a live process
     INTERRUPTED = 130  # SIGINT; the work can be resumed
+    ASKED = 138  # SIGUSR1, by Linux's number: a scheduler wants the machine back; the work can be resumed
     TERMINATED = 143  # SIGTERM; the work can be resumed
 
 

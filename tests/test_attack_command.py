@@ -344,7 +344,7 @@ def flags_of(arguments: Sequence[str]) -> Flags:
     return Flags(eps=(given["--eps"],), steps=int(given["--steps"]), limit=int(given["--limit"]), head=given["--head"])
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_ends_the_evaluation_and_loses_nothing(
     attack: Attack,
     store: Path,

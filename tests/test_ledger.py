@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,12 @@ from tiny import COMPUTATION, recipe_text, tiny_recipe
 
 from cfamc_cli.commands.common import Options
 from cfamc_cli.commands.pretrain import pretrain
+from cfamc_cli.engine import distributed
 from cfamc_cli.engine.checkpoint import read_tensors
 from cfamc_cli.engine.data.sets import load as load_images
 from cfamc_cli.engine.device import computation
+from cfamc_cli.engine.distributed import World
+from cfamc_cli.engine.pretrain import Trainer
 from cfamc_cli.engine.sink import NullLedger, NullTalk
 from cfamc_cli.errors import CfamcError, ExitCode, Interrupted
 from cfamc_cli.recipe.file import load
@@ -173,6 +177,25 @@ def test_a_cut_ledger_forgets_the_evaluations_beyond_the_checkpoint(tmp_path: Pa
     assert read_metrics(kept.run.metrics) == [first]
     with pytest.raises(CfamcError, match="where a checkpoint counts on"):
         kept.cut_back({"metrics.jsonl": 10**6})
+
+
+def test_no_process_leaves_before_an_interruption_is_written_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launcher ends the other processes when one is gone, and the first may still be writing."""
+    path, options = tmp_path / "tiny.toml", Options(device="cpu", runs=tmp_path / "runs", quiet=True)
+    path.write_text(recipe_text())
+    waits: list[tuple[int, str]] = []
+
+    def largest(flag: int, _: World) -> int:
+        waits.append((flag, list_runs(tmp_path / "runs")[0].record().status))
+        return flag
+
+    monkeypatch.setattr(Trainer, "train", lambda *_, **__: signal.SIGTERM)
+    monkeypatch.setattr(distributed, "largest", largest)
+    with pytest.raises(CfamcError) as end:
+        pretrain(str(path), overrides=[], seeds=[], resume=None, dry_run=False, options=options)
+    assert (end.value.exit_code, waits) == (ExitCode.TERMINATED, [(signal.SIGTERM, "interrupted")])
 
 
 def test_the_record_of_a_training_is_that_of_what_was_trained(tmp_path: Path) -> None:

@@ -323,14 +323,17 @@ def test_a_standard_head_is_there_when_it_is_asked_for(
     assert "linear-001" in missing.value.hint
 
 
-def test_the_way_on_from_an_interruption_finds_the_run(probe: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGUSR1, 138)])
+def test_the_way_on_from_an_interruption_finds_the_run(
+    probe: Command, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
+) -> None:
     """In a store that was named by --runs, an id alone would mean nothing."""
 
     def cut(*_: object, **__: object) -> int:
-        return signal.SIGINT
+        return number
 
     monkeypatch.setattr(SupervisedTrainer, "train", cut)
-    said = probe.refused("--head", "finetune", code=130)
+    said = probe.refused("--head", "finetune", code=code)
     assert said == f"interrupted / go on with: cfamc probe {probe.run.path} --resume"
 
 

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: the batch under way is finished and saved, the exit code says which, and the run goes on."""
+"""SIGINT, SIGTERM, SIGUSR1: the batch under way is finished and saved, the exit code says which, the run goes on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from process import Child, Done, warm
 from tiny import recipe_text
 
-CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
+CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 138}
 
 
 def start(folder: Path, *words: str, hook: str = "", values: tuple[object, ...] = ()) -> Child:
@@ -66,6 +66,7 @@ def uncut(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
     ("number", "at"),
     [
         (signal.SIGTERM, 4),  # in the second replay of a batch
+        (signal.SIGUSR1, 7),
         pytest.param(signal.SIGINT, 0, marks=pytest.mark.slow),  # in the first batch
         pytest.param(signal.SIGTERM, 5, marks=pytest.mark.slow),  # in the last replay
         pytest.param(signal.SIGINT, 13, marks=pytest.mark.slow),

@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from cfamc_cli.engine.distributed import World
 
 
+_ENDS = {signal.SIGINT: ExitCode.INTERRUPTED, signal.SIGTERM: ExitCode.TERMINATED}
+if hasattr(signal, "SIGUSR1"):  # not on Windows; another number on macOS
+    _ENDS[signal.SIGUSR1] = ExitCode.ASKED
+
+
 @dataclass(frozen=True)
 class Options:
     """Where and how to work; nothing here changes a number."""
@@ -80,7 +85,7 @@ class Session:
 
     Attributes:
         options: Where and how.
-        signals: SIGINT and SIGTERM, for work that finishes its step and saves.
+        signals: SIGINT, SIGTERM and SIGUSR1, for work that finishes its step and saves.
         talk: The person; nobody in the processes of torchrun that do not lead.
     """
 
@@ -107,10 +112,10 @@ def session(options: Options) -> Iterator[Session]:
     """Within, a signal ends the work as an error that says what is kept and how to go on.
 
     Raises:
-        CfamcError: In place of `Interrupted`; exit code 130 or 143.
+        CfamcError: In place of `Interrupted`; exit code 130, 138 or 143.
     """
     signals = Signals()
-    before = {number: signal.signal(number, signals.arrive) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, signals.arrive) for number in _ENDS}
     try:
         with render.Terminal(quiet=options.quiet) as terminal:
             working = Session(options, signals, terminal if leads() else NullTalk())
@@ -122,7 +127,7 @@ def session(options: Options) -> Iterator[Session]:
 
                     leave(working.world)
     except Interrupted as end:
-        code = ExitCode(128 + end.signal)
+        code = _ENDS[signal.Signals(end.signal)]
         raise CfamcError(end.message, hint=end.hint, exit_code=code, details=end.details) from end
     finally:
         for number, handler in before.items():

@@ -50,7 +50,7 @@ def pretrain(
         options: Where and how.
 
     Raises:
-        CfamcError: With the exit code of its cause; 130 or 143 where a signal arrived, and the run can be resumed.
+        CfamcError: With the exit code of its cause; 130, 138 or 143 where a signal arrived, and the run can be resumed.
     """
     if resume is not None:
         recipes = [None] if reference is None else _recipes(reference, overrides, seeds)
@@ -204,6 +204,7 @@ def _train(recipe: Recipe, data: ImageSet, run: RunFolder | None, session: Sessi
         if kept is not None:
             kept.end("interrupted" if signal else "finished", _progress(trainer))
         if signal:
+            distributed.largest(signal, world)  # nobody leaves before all is written: launchers end the others then
             raise Interrupted(signal)
     if kept is None:
         return []
