@@ -1,4 +1,4 @@
-"""Two processes that share a batch compute what one process computes."""
+"""Processes that share a batch compute what one process computes."""
 
 from __future__ import annotations
 
@@ -8,60 +8,20 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-from tiny import tiny_recipe
-
-from cfamc_cli.engine.distributed import World
-from cfamc_cli.errors import CfamcError, ExitCode
-
-_RANK = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
 import torch
-torch.set_num_threads(1)
-from fixed_inputs import uniform
 from tiny import tiny_recipe
+from torch import Tensor
+
 from cfamc_cli.engine import distributed
-from cfamc_cli.engine.data.sets import ImageSet
-from cfamc_cli.engine.pretrain import Trainer
-from cfamc_cli.engine.sink import NullLedger, NullTalk
-
-images = ImageSet(
-    images=(uniform(32, 3, 12, 12, key="ranks") * 256).to(torch.uint8), labels=torch.arange(32) % 4,
-    classes=("a", "b", "c", "d"), dataset="folder", split="train", fingerprint="0" * 64, licence="",
-)
-world = distributed.join(torch.device("cpu"))
-found = {}
-for objective, adversary in (("emp-ssl", "free"), ("simclr", "free"), ("supcon", "pgd"), ("emp-ssl", "none")):
-    recipe = tiny_recipe(objective, adversary, train={"epochs": 0.5}, optimizer={"lr": 0.05})
-    trainer = Trainer(recipe, images, device=torch.device("cpu"), world=world, talk=NullTalk(), ledger=NullLedger())
-    for part in trainer.encoder.modules():  # batch norm is per rank: frozen, it is the same for all
-        if isinstance(part, torch.nn.modules.batchnorm._BatchNorm):
-            part.train = lambda mode=True: part
-            torch.nn.Module.eval(part), setattr(part, "training", False)
-    trainer.encoder.train = lambda mode=True: trainer.encoder
-    losses, add = [], trainer.journal.add
-    def note(terms, norm, *, lr):
-        losses.append([terms.loss.item(), norm.item()])
-        add(terms, norm, lr=lr)
-    trainer.journal.add = note
-    trainer.save = lambda folder: None
-    trainer.train(None, stop=lambda: 0)
-    delta = distributed.gather_images(trainer.adversary.delta, world)
-    found[f"{objective} {adversary}"] = {
-        "losses": losses,
-        "weights": [float(p.detach().double().norm()) for p in trainer.encoder.parameters()],
-        "delta": [float(part.double().abs().mean()) for part in delta],
-    }
-flags = [distributed.largest(5 * world.rank, world)]
-if world.leads:
-    print(json.dumps({"flags": flags, "size": world.size, "found": found}))
-distributed.leave(world)
-"""
+from cfamc_cli.engine.distributed import Agreement, GradientSum, World
+from cfamc_cli.engine.encoder import build_encoder
+from cfamc_cli.engine.randomness import addressed_generator
 
 
-def run(ranks: int) -> dict[str, object]:
+def run(ranks: int, own: Path, other: Path) -> dict[str, Any]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -69,11 +29,11 @@ def run(ranks: int) -> dict[str, object]:
     for rank in range(ranks):
         named = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         environment = os.environ | {key: str(value) for key, value in named.items()} | {"OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", _RANK, str(Path(__file__).parent)]
+        command = [sys.executable, str(Path(__file__).parent / "ranks.py"), str(own), str(other)]
         started.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
     outputs = [process.communicate(timeout=300)[0] for process in started]
     assert [process.returncode for process in started] == [0] * ranks
-    found: dict[str, object] = json.loads(outputs[0].splitlines()[-1])
+    found: dict[str, Any] = json.loads(outputs[0].splitlines()[-1])
     return found
 
 
@@ -86,18 +46,90 @@ def flat(value: object) -> list[float]:
     return [value]
 
 
+SYSTEMS = ("emp-ssl free", "simclr free", "supcon pgd", "emp-ssl none")
+
+
 @pytest.mark.slow
-def test_two_gloo_ranks_equal_one_process_with_frozen_batch_norm() -> None:
-    one, two = run(1), run(2)
-    assert (one["size"], two["size"]) == (1, 2)
-    assert (one["flags"], two["flags"]) == ([0], [5])
-    assert flat(two["found"]) == pytest.approx(flat(one["found"]), rel=2e-3, abs=1e-6)
+def test_two_and_three_gloo_ranks_equal_one_process_with_frozen_batch_norm(tmp_path: Path) -> None:
+    """8 images are shared evenly by 2 processes, and by 3 as 2, 3 and 3."""
+    one = run(1, tmp_path / "1", tmp_path / "none")
+    three = run(3, tmp_path / "3", tmp_path / "1")
+    two = run(2, tmp_path / "2", tmp_path / "3")
+    for world, size in ((two, 2), (three, 3)):
+        assert world["size"] == size
+        for system in SYSTEMS:
+            assert flat(world[system]) == pytest.approx(flat(one[system]), rel=2e-3, abs=1e-6), (size, system)
+        uncut = one["emp-ssl free"]
+        resumed = {**uncut, "updates": uncut["updates"][3:]}  # by another number of processes
+        assert flat(world["resumed"]) == pytest.approx(flat(resumed), rel=2e-3, abs=1e-6), size
+        assert world["resumed is uncut"], size  # bit for bit
+        assert world["first images"][str(size)] == pytest.approx(one["first images"][str(size)], rel=1e-4), size
 
 
 def test_ranks_share_a_batch_without_overlap() -> None:
-    shares = [World(rank, 4).share(12) for rank in range(4)]
-    assert [index for share in shares for index in range(12)[share]] == list(range(12))
-    with pytest.raises(CfamcError, match="12 images do not divide among 5 processes") as caught:
-        tiny_recipe(train={"batch_size": 12}).require_fit(64, processes=5)
-    assert caught.value.exit_code == ExitCode.INVALID
-    assert caught.value.hint == "set train.batch_size to a multiple of 5"
+    for batch_size, counts in ((12, [3, 3, 3, 3]), (13, [3, 3, 3, 4]), (15, [3, 4, 4, 4]), (3, [0, 1, 1, 1])):
+        shares = [World(rank, 4).share(batch_size) for rank in range(4)]
+        assert [index for share in shares for index in range(batch_size)[share]] == list(range(batch_size))
+        assert [share.stop - share.start for share in shares] == counts == World(2, 4).shares(batch_size)
+
+
+def test_gradients_are_added_in_buckets_while_the_backward_pass_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_recipe().model
+    encoder = build_encoder(model, generator=addressed_generator("init", 0))
+    x = torch.rand(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    alone = build_encoder(model, generator=addressed_generator("init", 0))
+    alone.embed([x, x])[..., 0].sum().backward()
+
+    sent: list[tuple[int, int]] = []  # bytes of a message, and gradients that were there when it left
+
+    class Work:
+        def __init__(self, tensor: Tensor) -> None:
+            self.tensor = tensor
+
+        def wait(self) -> None:
+            self.tensor.mul_(2)  # the other process has the same
+
+    def all_reduce(tensor: Tensor, *, async_op: bool) -> Work:
+        assert async_op
+        sent.append((tensor.nbytes, sum(p.grad is not None for p in encoder.parameters())))
+        return Work(tensor)
+
+    monkeypatch.setattr(distributed.dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(distributed, "_BUCKET", 100_000)
+    gradients = GradientSum(list(encoder.parameters()), World(0, 2))
+    for _ in range(2):
+        encoder.embed([x, x])[..., 0].sum().backward()
+        gradients.finish()
+        for summed, own in zip(encoder.parameters(), alone.parameters(), strict=True):
+            assert torch.equal(summed.grad, 2 * own.grad)
+            assert summed.grad.stride() == summed.stride()
+            summed.grad = None
+    sizes, there = zip(*sent[:6], strict=True)
+    assert sent[6:] == sent[:6]
+    assert sum(sizes) == sum(p.nbytes for p in encoder.parameters())
+    assert min(sizes[:-1]) >= 100_000
+    assert there == (13, 16, 25, 28, 43, 70)
+
+
+def test_a_flag_is_heard_by_all_one_asking_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    class Work:
+        def __init__(self, tensor: Tensor) -> None:
+            self.tensor = tensor
+
+        def wait(self) -> None:
+            order.append(f"waited for {int(self.tensor)}")
+
+    def all_reduce(tensor: Tensor, op: object, **_: object) -> Work:
+        assert op == torch.distributed.ReduceOp.MAX
+        order.append(f"sent {int(tensor)}")
+        return Work(tensor)
+
+    monkeypatch.setattr(distributed.dist, "all_reduce", all_reduce)
+    agreement = Agreement(World(0, 2))
+    assert [agreement.ask(flag) for flag in (0, 15, 0)] == [0, 0, 15]
+    assert order == ["sent 0", "waited for 0", "sent 15", "waited for 15"]  # nothing is under way at the end
+    assert [agreement.ask(0), agreement.heard(), agreement.heard()] == [0, 0, 0]
+    assert order[4:] == ["sent 0", "waited for 0"]
+    assert Agreement(World()).ask(15) == 15

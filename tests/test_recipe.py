@@ -175,6 +175,7 @@ def test_what_came_later_is_as_before_while_it_stands_at_its_default(monkeypatch
     assert as_before({"train": "broken", "other": 1}) == {"train": "broken", "other": 1}
 
 
+ONE_CROP: dict[str, Any] = {"crops": [{"count": 4}, {"count": 1}]}
 WARM_UP: dict[str, Any] = {"schedule": {"name": "cosine", "warmup": 90}}
 
 
@@ -184,15 +185,27 @@ WARM_UP: dict[str, Any] = {"schedule": {"name": "cosine", "warmup": 90}}
         ({}, 100, 1, []),
         ({}, 99, 1, ["train.batch_size", "100 is more than the 99 training images", "--set train.batch_size=99"]),
         ({}, 1, 1, ["train.batch_size", "100 is more than the 1 training images", "add images"]),
-        ({}, 100, 4, []),
+        ({}, 100, 8, []),
+        ({}, 100, 100, []),
         (
             {},
             100,
-            3,
+            101,
             [
                 "train.batch_size",
-                "100 images do not divide among 3 processes",
-                "set train.batch_size to a multiple of 3",
+                "101 processes cannot share 100 images: each needs 1",
+                "start at most 100 processes, or raise train.batch_size",
+            ],
+        ),
+        (ONE_CROP, 100, 50, []),
+        (
+            ONE_CROP,
+            100,
+            51,
+            [
+                "train.batch_size",
+                "51 processes cannot share 100 images: each needs 2",
+                "start at most 50 processes, or raise train.batch_size",
             ],
         ),
         (WARM_UP, 400, 1, []),  # 10 epochs of 4 batches, 3 updates each

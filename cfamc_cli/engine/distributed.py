@@ -8,16 +8,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from cfamc_cli.errors import CfamcError
 
 _LOST = re.compile(  # how gloo and NCCL tell that a peer is gone; their names alone also stand in errors of our own
     r"connection (closed|reset|refused)|broken pipe|timed out|remote process exited|socket", re.IGNORECASE
 )
+_BUCKET = 25 * 2**20  # bytes of gradients that travel as one message, as in DistributedDataParallel
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,12 @@ class World:
 
     def share(self, batch_size: int) -> slice:
         """The images of the global batch that are this process's."""
-        part = batch_size // self.size
-        return slice(self.rank * part, (self.rank + 1) * part)
+        return slice(self.rank * batch_size // self.size, (self.rank + 1) * batch_size // self.size)
+
+    def shares(self, batch_size: int) -> list[int]:
+        """How many images of the global batch each process has, by rank; two shares differ by one at most."""
+        starts = [rank * batch_size // self.size for rank in range(self.size + 1)]
+        return [after - start for start, after in pairwise(starts)]
 
 
 def join(device: torch.device) -> World:
@@ -98,42 +105,139 @@ class _Gather(torch.autograd.Function):
     """All processes' rows. Each computes the same loss of all rows, so that the gradient of its own rows is whole."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, own: Tensor, world: World) -> Tensor:
-        ctx.world = world  # type: ignore[attr-defined]
-        return torch.cat(_parts(own, world))
+    def forward(ctx: torch.autograd.function.FunctionCtx, own: Tensor, counts: Sequence[int], rank: int) -> Tensor:
+        ctx.counts, ctx.rank = counts, rank  # type: ignore[attr-defined]
+        return _whole(own, counts)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None]:
-        world: World = ctx.world  # type: ignore[attr-defined]
-        return gradients[0].chunk(world.size)[world.rank], None
+    def backward(ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        counts: list[int] = ctx.counts  # type: ignore[attr-defined]
+        return gradients[0].split(counts)[ctx.rank], None, None  # type: ignore[attr-defined]
 
 
-def gather_embeddings(z: Tensor, world: World) -> Tensor:
-    """The whole batch's embeddings (V, B, D) from this process's (V, B / size, D), with gradient."""
+def gather_embeddings(z: Tensor, counts: Sequence[int], world: World) -> Tensor:
+    """The whole batch's embeddings (V, B, D) from this process's (V, counts[rank], D), with gradient."""
     if world.size == 1:
         return z
-    gathered: Tensor = _Gather.apply(z.transpose(0, 1).contiguous(), world)
+    gathered: Tensor = _Gather.apply(z.transpose(0, 1).contiguous(), counts, world.rank)
     return gathered.transpose(0, 1)
 
 
-def sum_gradients(parameters: Sequence[Tensor], world: World) -> None:
-    """Add up the parameters' gradients over all processes, in one message."""
+def gather_images(own: Sequence[Tensor], counts: Sequence[int], world: World) -> list[Tensor]:
+    """Join (V, counts[rank], ...) tensors along the batch; every process gets the whole."""
     if world.size == 1:
-        return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(flat)
-    for gradient, summed in zip(gradients, torch.split_with_sizes(flat, [g.numel() for g in gradients]), strict=True):
-        gradient.copy_(summed.view_as(gradient))
+        return list(own)
+    return [_whole(tensor.transpose(0, 1).contiguous(), counts).transpose(0, 1) for tensor in own]
+
+
+def _whole(own: Tensor, counts: Sequence[int]) -> Tensor:
+    """The rows (sum(counts), ...) of all processes, by rank; they travel in pieces of one size, which gloo asks for."""
+    missing = max(counts) - len(own)
+    sent = torch.cat([own, own.new_zeros(missing, *own.shape[1:])]) if missing else own
+    pieces = [torch.empty_like(sent) for _ in counts]
+    dist.all_gather(pieces, sent)
+    return torch.cat([piece[:count] for piece, count in zip(pieces, counts, strict=True)])
+
+
+class GradientSum:
+    """Adds up the parameters' gradients over all processes, bucket by bucket while the backward pass still runs.
+
+    DistributedDataParallel does this too, but regroups its buckets after its first backward pass: three or more
+    processes that go on from a checkpoint would add in another order than in the uncut run, and differ in the last
+    bits. Here the buckets stay as they are. Gradients are added, not averaged: each process has those of its own rows
+    of one loss of the whole batch.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], world: World) -> None:
+        """Listen to the parameters' gradients; in a world of one there is nothing to add."""
+        self._buckets = [_Bucket(bucket) for bucket in _buckets(parameters)] if world.size > 1 else []
+        self._under_way: list[dist.Work] = []
+        for bucket in self._buckets:
+            for parameter in bucket.parameters:
+                parameter.register_post_accumulate_grad_hook(partial(self._arrived, bucket))
+
+    def _arrived(self, bucket: _Bucket, _: Tensor) -> None:
+        bucket.missing -= 1
+        while len(self._under_way) < len(self._buckets) and not self._buckets[len(self._under_way)].missing:
+            self._send()  # in one order in all processes, as messages have to be
+
+    def _send(self) -> None:
+        work = dist.all_reduce(self._buckets[len(self._under_way)].filled(), async_op=True)
+        assert work is not None, "it is under way"
+        self._under_way.append(work)
+
+    def finish(self) -> None:
+        """Make every parameter's gradient the sum over all processes; to be called after each backward pass."""
+        while len(self._under_way) < len(self._buckets):
+            self._send()  # a bucket with a parameter that had no part in the loss
+        for bucket, work in zip(self._buckets, self._under_way, strict=True):
+            work.wait()
+            for parameter, view in zip(bucket.parameters, bucket.views, strict=True):
+                parameter.grad = view
+            bucket.missing = len(bucket.parameters)
+        self._under_way = []
+
+
+class _Bucket:
+    """Gradients that travel as one message, and become views of it in their parameters' own layout."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.parameters, self.missing = parameters, len(parameters)
+        sizes = [parameter.numel() for parameter in parameters]
+        self._flat = parameters[0].new_empty(sum(sizes))
+        parts = zip(parameters, self._flat.split(sizes), strict=True)
+        self.views = [part.as_strided(parameter.shape, parameter.stride()) for parameter, part in parts]
+
+    def filled(self) -> Tensor:
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        torch._foreach_copy_(self.views, gradients)
+        return self._flat
+
+
+def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Parameters of about `_BUCKET` bytes together, last ones first: their gradients come first."""
+    bucket: list[nn.Parameter] = []
+    for parameter in reversed(parameters):
+        bucket.append(parameter)
+        if sum(part.nbytes for part in bucket) >= _BUCKET:
+            yield bucket
+            bucket = []
+    if bucket:
+        yield bucket
 
 
 def largest(flag: int, world: World) -> int:
-    """The largest of all processes' flags."""
-    if world.size == 1:
-        return flag
-    value = torch.tensor(flag)
-    dist.all_reduce(value, dist.ReduceOp.MAX, group=world.control)
-    return int(value)
+    """The largest of all processes' flags, waiting for all of them."""
+    agreement = Agreement(world)
+    return agreement.ask(flag) or agreement.heard()
+
+
+class Agreement:
+    """Flags of all processes, exchanged while they compute: what one says, all of them hear at the next asking."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._under_way: tuple[Tensor, dist.Work] | None = None
+
+    def ask(self, flag: int) -> int:
+        """Say `flag`, and hear the largest of those that were said the time before; alone, one hears oneself."""
+        if self._world.size == 1:
+            return flag
+        heard = self.heard()
+        if not heard:
+            said = torch.tensor(flag)
+            work = dist.all_reduce(said, dist.ReduceOp.MAX, group=self._world.control, async_op=True)
+            assert work is not None, "it is under way"
+            self._under_way = said, work
+        return heard
+
+    def heard(self) -> int:
+        """The largest of what was said last, of which all processes hear at once; 0 where nothing is under way."""
+        if self._under_way is None:
+            return 0
+        (said, work), self._under_way = self._under_way, None
+        work.wait()
+        return int(said)
 
 
 def told(text: str, world: World) -> str:
@@ -170,15 +274,3 @@ def pooled(own: Tensor, world: World) -> list[Tensor]:
 
 def _letters(text: str) -> Tensor:
     return torch.tensor(list(text.encode()), dtype=torch.uint8)
-
-
-def gather_images(own: Sequence[Tensor], world: World) -> list[Tensor]:
-    """Join (V, B / size, ...) tensors along the batch; every process gets the whole."""
-    return list(own) if world.size == 1 else [torch.cat(_parts(tensor, world), dim=1) for tensor in own]
-
-
-def _parts(own: Tensor, world: World) -> list[Tensor]:
-    """Every process's tensor, by rank."""
-    parts = [torch.empty_like(own) for _ in range(world.size)]
-    dist.all_gather(parts, own.contiguous())
-    return parts

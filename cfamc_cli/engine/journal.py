@@ -45,7 +45,7 @@ class Journal:
         per_epoch: int,
         share: int,
     ) -> None:
-        """Begin a run's journal; `share` is the number of images of a batch that this process has."""
+        """Begin a run's journal; `share` is the number of images of a batch that every process has at least."""
         self.recipe, self.data, self.device, self.talk, self.ledger = recipe, data, device, talk, ledger
         self.updates, self.per_epoch = updates, per_epoch
         parts = ["invariance", "coding_rate"] if isinstance(recipe.objective, EmpSsl) else []
@@ -54,6 +54,8 @@ class Journal:
         self._eps = 0.0 if isinstance(recipe.adversary, NoAdversary) else number(recipe.adversary.eps)
         self._passes_per_update = 1 + (recipe.adversary.steps if isinstance(recipe.adversary, PgdAdversary) else 0)
         self._grip_plan = monitor.schedule(updates=updates, batch_size=share, passes_per_update=self._passes_per_update)
+        few = self._grip_plan.images
+        self._few = slice(few if few < share else None)  # images of a batch; of each process's share, or all of them
         self._accuracy: dict[str, float] = {}
         self.start(0)
 
@@ -159,8 +161,7 @@ class Journal:
 
     @section("monitor")
     def _watch_grip(self, crops: Groups, delta: Groups, loss_of: LossOf, *, step: int) -> None:
-        few = slice(0, self._grip_plan.images)
-        cut_crops, cut_delta = ([group[:, few] for group in groups] for groups in (crops, delta))
+        cut_crops, cut_delta = ([group[:, self._few] for group in groups] for groups in (crops, delta))
         grip = monitor.measure_grip(loss_of, cut_crops, cut_delta, eps=self._eps, where=self._where(step))
         self.ledger.metrics(grip)
         if grip.lost:

@@ -22,7 +22,7 @@ from cfamc_cli.engine.crops import crop_batch, sample_parameters
 from cfamc_cli.engine.data.sets import ImageSet, to_device
 from cfamc_cli.engine.data.sets import batch as gather
 from cfamc_cli.engine.device import autocast, computation, pick_compile, pick_precision, prepare
-from cfamc_cli.engine.distributed import World, gather_embeddings, gather_images, largest, sum_gradients
+from cfamc_cli.engine.distributed import Agreement, GradientSum, World, gather_embeddings, gather_images
 from cfamc_cli.engine.encoder import build_encoder, frozen_statistics
 from cfamc_cli.engine.journal import Journal
 from cfamc_cli.engine.objectives import Terms, objective_loss
@@ -62,7 +62,7 @@ class Trainer:
         compiled = pick_compile(recipe, len(data.images), device)
         self.computation = computation(device, precision=self.precision, compiled=compiled)
         self.recipe, self.device, self.world, self.ledger = recipe, device, world, ledger
-        self.share = world.share(batch_size)
+        self.share, self.shares = world.share(batch_size), world.shares(batch_size)
         self.images = to_device(data.images, device=device)
         self.batches = recipe.batches(len(data.images))
         self.updates = self.batches * recipe.replays
@@ -70,6 +70,8 @@ class Trainer:
         self.encoder = build_encoder(recipe.model, generator=addressed_generator("init", recipe.seed)).to(device)
         if compiled:
             self.encoder.compile()
+        self.gradients = GradientSum(list(self.encoder.parameters()), world)
+        self.signals = Agreement(world)
         self.optimizer = LarsOptimizer(list(self.encoder.parameters()), recipe.optimizer)
         self.adversary = build_adversary(recipe.adversary)
         self.journal = Journal(
@@ -80,7 +82,7 @@ class Trainer:
             ledger=ledger,
             updates=self.updates,
             per_epoch=self.per_epoch,
-            share=batch_size // world.size,
+            share=min(self.shares),
         )
 
     def train(self, folder: Path, *, stop: Callable[[], int]) -> int:
@@ -116,7 +118,7 @@ class Trainer:
                 z, terms = self.loss_of(self.adversary.perturb(attacked_loss), labels)  # (V, B, D), unit norm
                 with section("backward"):
                     terms.loss.backward()  # for free training, this one pass pays for weights and delta
-                    sum_gradients(self.optimizer.parameters, self.world)
+                    self.gradients.finish()
                 self.adversary.ascend()
                 lr = self.learning_rate()
                 self.journal.add(terms, self.optimizer.gradient_norm(), lr=lr)
@@ -128,7 +130,9 @@ class Trainer:
             self.journal.after_batch(self.encoder, z.detach(), crops, delta, attacked_loss, step=self.step)
             if self._saves_after(batch + 1):
                 self.save(folder)
-            if self.step < self.updates and (signal := largest(stop(), self.world)):
+            if self.step == self.updates:
+                self.signals.heard()  # so that nothing stays under way
+            elif signal := self.signals.ask(stop()):
                 self.save(folder)
                 return signal
 
@@ -137,7 +141,7 @@ class Trainer:
         with section("forward"), autocast(self.device, self.precision):
             z = self.encoder.embed(groups)
         with section("objective"):
-            z = gather_embeddings(z, self.world)
+            z = gather_embeddings(z, self._counts(z.shape[1]), self.world)
             return z, objective_loss(z, labels, objective=self.recipe.objective)
 
     def attacked_loss(self, groups: Sequence[Tensor], labels: Tensor | None) -> Tensor:
@@ -146,9 +150,14 @@ class Trainer:
         Groups may hold the first images of each process's share only.
         """
         if labels is not None:
-            labels = labels.unflatten(0, (self.world.size, -1))[:, : groups[0].shape[1]].flatten()
+            shares = zip(labels.split(self.shares), self._counts(groups[0].shape[1]), strict=True)
+            labels = torch.cat([share[:count] for share, count in shares])
         with frozen_statistics(self.encoder):
             return self.loss_of(groups, labels)[1].loss
+
+    def _counts(self, own: int) -> list[int]:
+        """Images of each process where this one has so many: all of its share, or fewer than anybody's share."""
+        return self.shares if own >= min(self.shares) else [own] * self.world.size
 
     def learning_rate(self) -> float:
         """The learning rate of the coming weight update."""
@@ -209,7 +218,7 @@ class Trainer:
         """
         self.journal.check_finite(self.encoder, step=self.step)
         carried = self.adversary.delta if isinstance(self.recipe.adversary, FreeAdversary) else []
-        delta = gather_images(carried, self.world)
+        delta = gather_images(carried, self.shares, self.world)
         if not self.world.leads:
             return
         state = {f"momentum.{index:04d}": buffer for index, buffer in enumerate(self.optimizer.momentum)}

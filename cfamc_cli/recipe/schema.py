@@ -572,12 +572,13 @@ class Recipe(Table):
     def misfits(self, images: int, *, processes: int = 1) -> Iterator[tuple[str, str, str]]:
         """What does not fit that many training images and processes: a dotted key, what is wrong, and a way out."""
         batch, updates = self.train.batch_size, self.batches(images) * self.replays
+        fewest = 2 if min(group.count for group in self.crops) == 1 else 1  # batch norm needs two values of a channel
         if batch > images:
             hint = f"--set train.batch_size={images}" if images > 1 else "add images"
             yield "train.batch_size", f"{batch} is more than the {images} training images", hint
-        elif batch % processes:
-            hint = f"set train.batch_size to a multiple of {processes}"
-            yield "train.batch_size", f"{batch} images do not divide among {processes} processes", hint
+        elif batch // processes < fewest:
+            hint = f"start at most {batch // fewest} processes, or raise train.batch_size"
+            yield "train.batch_size", f"{processes} processes cannot share {batch} images: each needs {fewest}", hint
         elif isinstance(self.schedule, Cosine) and self.schedule.warmup >= updates:
             wrong = f"{self.schedule.warmup} updates of warm-up leave nothing of a run of {updates}"
             yield "schedule.warmup", wrong, "lower schedule.warmup, or raise train.epochs"
@@ -586,7 +587,7 @@ class Recipe(Table):
         """Refuse a recipe that does not fit the images and processes that were found.
 
         Raises:
-            CfamcError: A batch is larger than the data or does not divide, or warm-up takes all updates.
+            CfamcError: A batch is larger than the data or too small for the processes, or warm-up takes all updates.
         """
         for key, wrong, hint in self.misfits(images, processes=processes):
             raise invalid(f"{key}: {wrong}", hint)

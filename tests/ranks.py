@@ -1,0 +1,110 @@
+"""One process of a world: trains small systems on a shared batch, and the first one prints what came of them.
+
+Batch norm is frozen, so that it is the same for any number of processes. Arguments: the folder of this world's
+checkpoints, and that of another world's, from which runs are gone on with.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from fixed_inputs import uniform
+from tiny import tiny_recipe
+from torch import Tensor
+
+from cfamc_cli.engine import checkpoint, distributed
+from cfamc_cli.engine.data.sets import ImageSet
+from cfamc_cli.engine.objectives import Terms, objective_loss
+from cfamc_cli.engine.pretrain import Trainer
+from cfamc_cli.engine.sink import NullLedger, NullTalk
+
+BATCH = 8
+IMAGES = ImageSet(
+    images=(uniform(32, 3, 12, 12, key="ranks") * 256).to(torch.uint8),
+    labels=torch.arange(32) % 4,
+    classes=("a", "b", "c", "d"),
+    dataset="folder",
+    split="train",
+    fingerprint="0" * 64,
+    licence="",
+)
+
+
+def trained(
+    objective: str, adversary: str, folder: Path, *, world: distributed.World, start: Path | None = None
+) -> tuple[Trainer, list[list[float]]]:
+    """Two batches, or the second of them after `start`: the trainer, and loss and gradient norm of each update."""
+    recipe = tiny_recipe(
+        objective,
+        adversary,
+        train={"epochs": 0.5, "batch_size": BATCH, "checkpoint_every": 1},
+        optimizer={"lr": 0.05},
+    )
+    trainer = Trainer(recipe, IMAGES, device=torch.device("cpu"), world=world, talk=NullTalk(), ledger=NullLedger())
+    trainer.encoder.eval()
+    trainer.encoder.train = lambda mode=True: trainer.encoder  # type: ignore[method-assign]
+    updates, add = [], trainer.journal.add
+
+    def note(terms: Terms, gradient_norm: Tensor, *, lr: float) -> None:
+        updates.append([terms.loss.item(), gradient_norm.item()])
+        add(terms, gradient_norm, lr=lr)
+
+    trainer.journal.add = note  # type: ignore[method-assign]
+    if start is not None:
+        trainer.load(checkpoint.load(start), path=start)
+    trainer.train(folder, stop=lambda: 0)
+    return trainer, updates
+
+
+def outcome(trainer: Trainer, updates: list[list[float]]) -> dict[str, object]:
+    """Numbers that several worlds have in common."""
+    delta = distributed.gather_images(trainer.adversary.delta, trainer.shares, trainer.world)
+    return {
+        "updates": updates,
+        "weights": [float(p.detach().double().norm()) for p in trainer.encoder.parameters()],
+        "delta": [part.double().abs().mean((0, 2, 3, 4)).tolist() for part in delta],  # of each image
+    }
+
+
+def first_images(trainer: Trainer, ranks: int) -> float:
+    """The loss of the first image of each of `ranks` shares, as an adversary of so many processes sees it."""
+    groups, labels = trainer.crops_of(0)
+    if trainer.world.size == ranks:
+        return trainer.attacked_loss([group[:, :1] for group in groups], labels).item()
+    assert labels is not None
+    first = [rank * BATCH // ranks for rank in range(ranks)]
+    z = trainer.encoder.embed([group[:, first] for group in groups])
+    return objective_loss(z, labels[first], objective=trainer.recipe.objective).loss.item()
+
+
+def main(own: Path, other: Path) -> None:
+    """Train, go on from checkpoints, and print."""
+    distributed._BUCKET = 2000  # so that there are several
+    world = distributed.join(torch.device("cpu"))
+    found: dict[str, object] = {"size": world.size}
+    for objective, adversary in (("emp-ssl", "free"), ("simclr", "free"), ("supcon", "pgd"), ("emp-ssl", "none")):
+        name = f"{objective} {adversary}"
+        trainer, updates = trained(objective, adversary, own / name, world=world)
+        found[name] = outcome(trainer, updates)
+        if name == "emp-ssl free":
+            middle = f"{name}/step-{trainer.recipe.replays:08d}"
+            again, _ = trained(objective, adversary, own / "again", world=world, start=own / middle)
+            pairs = zip(trainer.encoder.parameters(), again.encoder.parameters(), strict=True)
+            found["resumed is uncut"] = all(torch.equal(*pair) for pair in pairs)
+            if other.exists():
+                found["resumed"] = outcome(
+                    *trained(objective, adversary, own / "resumed", world=world, start=other / middle)
+                )
+        if objective == "supcon":
+            sizes = (2, 3) if world.size == 1 else (world.size,)
+            found["first images"] = {str(ranks): first_images(trainer, ranks) for ranks in sizes}
+    if world.leads:
+        print(json.dumps(found))
+    distributed.leave(world)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
