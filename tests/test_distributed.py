@@ -94,13 +94,15 @@ def test_gradients_are_added_in_buckets_while_the_backward_pass_runs(monkeypatch
         sent.append((tensor.nbytes, sum(p.grad is not None for p in encoder.parameters())))
         return Work(tensor)
 
-    monkeypatch.setattr(distributed.dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
     monkeypatch.setattr(distributed, "_BUCKET", 100_000)
     gradients = GradientSum(list(encoder.parameters()), World(0, 2))
     for _ in range(2):
         encoder.embed([x, x])[..., 0].sum().backward()
         gradients.finish()
         for summed, own in zip(encoder.parameters(), alone.parameters(), strict=True):
+            assert summed.grad is not None
+            assert own.grad is not None
             assert torch.equal(summed.grad, 2 * own.grad)
             assert summed.grad.stride() == summed.stride()
             summed.grad = None
@@ -126,7 +128,7 @@ def test_a_flag_is_heard_by_all_one_asking_later(monkeypatch: pytest.MonkeyPatch
         order.append(f"sent {int(tensor)}")
         return Work(tensor)
 
-    monkeypatch.setattr(distributed.dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
     agreement = Agreement(World(0, 2))
     assert [agreement.ask(flag) for flag in (0, 15, 0)] == [0, 0, 15]
     assert order == ["sent 0", "waited for 0", "sent 15", "waited for 15"]  # nothing is under way at the end
