@@ -177,6 +177,7 @@ def test_long_runs_on_cuda_are_compiled() -> None:
     asked = [pick_compile(recipe, 50_000, device) for recipe in (long, short) for device in (cpu, mps, cuda)]
     assert asked == [False, False, True, False, False, False]
     assert not pick_compile(long, 25_000, cuda), "the images that were found count"
+    assert not pick_compile(file.load("cifar10", overrides=["train.memory=recompute"]), 50_000, cuda)
     for wanted in (True, False):
         assert pick_compile(tiny_recipe(train={"compile": wanted}), 64, cpu) is wanted
         assert pick_compile(file.load("cifar10", overrides=[f"train.compile={wanted}".lower()]), 50_000, cuda) is wanted

@@ -126,3 +126,56 @@ def test_frozen_statistics_is_undone_by_an_error() -> None:
     with pytest.raises(ZeroDivisionError), frozen_statistics(net):
         raise ZeroDivisionError
     assert all(part.track_running_stats for part in net.modules() if isinstance(part, nn.BatchNorm2d | nn.BatchNorm1d))
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
+def test_blocks_that_are_made_again_are_the_same_in_every_bit(
+    backbone: Literal["resnet18", "resnet50"], precision: torch.dtype
+) -> None:
+    def passes(memory: Literal["full", "recompute"]) -> tuple[list[torch.Tensor], int]:
+        net = build_encoder(
+            Model(backbone=backbone, width=8, hidden_dim=16, embedding_dim=8), generator=torch.Generator()
+        )
+        net.backbone.memory = memory
+        delta, kept, found = uniform(2, 4, 3, 16, 16, key="x").float().requires_grad_(), 0, list[torch.Tensor]()
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal kept
+            kept += tensor.numel()
+            return tensor
+
+        def embed() -> torch.Tensor:
+            hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+            with torch.autocast("cpu", precision, enabled=precision != torch.float32), hooks:
+                z = net.embed([delta, delta[:1]])  # two passes before their backward
+            found.append(z.detach())
+            return (z.square() * torch.arange(8)).sum()
+
+        with frozen_statistics(net):  # as adversaries do: the backward pass comes when statistics move again
+            loss = embed()
+        found += torch.autograd.grad(loss, [delta])
+        embed().backward()
+        embed().backward()
+        gradients = [parameter.grad for parameter in (delta, *net.parameters()) if parameter.grad is not None]
+        assert all(norm.momentum == 0.1 for norm in net.modules() if isinstance(norm, nn.BatchNorm2d))
+        assert int(net.state_dict()["backbone.bn1.num_batches_tracked"]) == 4
+        return [*found, *gradients, *net.buffers()], kept
+
+    (full, kept), (again, fewer) = passes("full"), passes("recompute")
+    assert len(full) == len(again) > 100
+    assert all(torch.equal(one, other) for one, other in zip(full, again, strict=True))
+    assert fewer < kept / 5, "what is made in a block is not kept"
+
+
+def test_only_training_with_gradients_makes_blocks_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x = Encoder(TINY), torch.zeros(2, 3, 8, 8)
+    net.backbone.memory = "recompute"
+    made: list[object] = []
+    monkeypatch.setattr("cfamc_cli.engine.encoder.checkpoint", lambda part, x, **_: made.append(part) or part(x))
+    with torch.no_grad():
+        net(x)
+    net.eval()(x)
+    assert made == []
+    net.train()(x)
+    assert len(made) == 9  # the stem and two blocks of each stage

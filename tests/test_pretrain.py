@@ -190,6 +190,27 @@ def test_two_runs_are_bit_identical(objective: str, adversary: str, tiny_images:
     ("objective", "adversary"),
     [("emp-ssl", "none"), ("emp-ssl", "pgd"), ("emp-ssl", "free"), ("simclr", "free"), ("supcon", "free")],
 )
+def test_less_memory_gives_the_same_bytes_also_to_a_run_that_turns_to_it(
+    objective: str, adversary: str, tiny_images: ImageSet, tmp_path: Path
+) -> None:
+    recipe = tiny_recipe(objective, adversary, train=SHORT)
+    frugal = tiny_recipe(objective, adversary, train=SHORT | {"memory": "recompute"})
+    _, straight = trained(recipe, tiny_images, tmp_path / "straight")
+    sink = Listener()
+    trainer_of(recipe, tiny_images, sink).train(tmp_path / "cut", stop=lambda: 15)
+    path, saved, _ = checkpoint.newest_valid(tmp_path / "cut")
+    turned = trainer_of(frugal, tiny_images, sink)
+    turned.load(saved, path=path)
+    assert turned.encoder.backbone.memory == "recompute"
+    turned.train(tmp_path / "cut", stop=never)
+    assert sink.records == straight.records
+    assert newest_bytes(tmp_path / "cut") == newest_bytes(tmp_path / "straight")
+
+
+@pytest.mark.parametrize(
+    ("objective", "adversary"),
+    [("emp-ssl", "none"), ("emp-ssl", "pgd"), ("emp-ssl", "free"), ("simclr", "free"), ("supcon", "free")],
+)
 def test_stopped_after_every_batch_equals_straight_through(
     objective: str, adversary: str, tiny_images: ImageSet, tmp_path: Path
 ) -> None:

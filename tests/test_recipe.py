@@ -116,6 +116,12 @@ def test_a_default_that_has_no_effect_is_still_refused_when_given() -> None:
         Linear(head="linear", protocol="converged", epochs=20)
 
 
+def test_what_is_compiled_keeps_its_activations() -> None:
+    assert recipe(train={"memory": "recompute"}).train.compile == "auto"
+    with pytest.raises(ValidationError, match='memory cannot be "recompute" where compile is true'):
+        recipe(train={"memory": "recompute", "compile": True})
+
+
 def test_models_are_frozen() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         recipe().seed = 3  # type: ignore[misc]

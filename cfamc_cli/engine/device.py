@@ -99,8 +99,10 @@ def pick_precision(wanted: Literal["auto", "float32", "bfloat16"], device: torch
 
 def pick_compile(recipe: Recipe, images: int, device: torch.device) -> bool:
     """Whether a training run on that many images is compiled; "auto" is never, but on CUDA where it pays."""
-    wanted = recipe.train.compile
-    return device.type == "cuda" and compiling_pays(plan(recipe, images)) if wanted == "auto" else wanted
+    train = recipe.train
+    if train.compile != "auto":
+        return train.compile
+    return device.type == "cuda" and train.memory == "full" and compiling_pays(plan(recipe, images))
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:

@@ -6,13 +6,15 @@ in EMP-SSL (arXiv:2304.03977). Symbols: F backbone features (8 width; 32 width f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 from cfamc_cli.recipe.schema import DEPTHS, Features, Model
 
@@ -83,7 +85,13 @@ class ResNet(nn.Module):
     """A ResNet without its classifier: (N, 3, S, S) in [0, 1] to (N, F) features.
 
     The "cifar" stem is a 3x3 convolution of stride 1 without pooling; "imagenet" is 7x7, stride 2, then max-pooling.
+
+    Attributes:
+        memory: "recompute" keeps of each block only what goes into it while training, and makes the rest again in the
+            backward pass: half of the memory, a third more arithmetic, and the same bits.
     """
+
+    memory: Literal["full", "recompute"] = "full"
 
     def __init__(self, backbone: Literal["resnet18", "resnet34", "resnet50"], *, stem: str, width: int) -> None:
         super().__init__()
@@ -109,10 +117,20 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True))
-        for stage in range(1, 5):
-            x = self.get_submodule(f"layer{stage}")(x)
+        blocks = [block for stage in range(1, 5) for block in self.get_submodule(f"layer{stage}")]
+        if self.memory == "recompute" and self.training and torch.is_grad_enabled():
+            x = _recomputed(self._stem, x, norms=[self.bn1])
+            for block in blocks:
+                x = _recomputed(block, x, norms=_norms(block))
+        else:
+            x = self._stem(x)
+            for block in blocks:
+                x = block(x)
         return x.mean((2, 3))
+
+    def _stem(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        return self.maxpool(x)
 
 
 class Encoder(nn.Module):
@@ -164,7 +182,7 @@ def build_encoder(model: Model, *, generator: torch.Generator) -> Encoder:
 @contextmanager
 def frozen_statistics(module: nn.Module) -> Iterator[None]:
     """Within, batch norm in training mode still uses batch statistics but leaves its running ones alone."""
-    norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    norms = _norms(module)
     tracked = [norm.track_running_stats for norm in norms]
     for norm in norms:
         norm.track_running_stats = False
@@ -173,3 +191,32 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
     finally:
         for norm, track in zip(norms, tracked, strict=True):
             norm.track_running_stats = track
+
+
+def _norms(module: nn.Module) -> list[_BatchNorm]:
+    return [part for part in module.modules() if isinstance(part, _BatchNorm)]
+
+
+def _recomputed(part: Callable[[Tensor], Tensor], x: Tensor, *, norms: Sequence[_BatchNorm]) -> Tensor:
+    """What `part` makes of `x`, keeping `x` alone for the backward pass, which makes the rest again."""
+    second = _like_now(norms, [norm.track_running_stats for norm in norms])
+    return checkpoint(
+        part, x, use_reentrant=False, preserve_rng_state=False, context_fn=lambda: (nullcontext(), second)
+    )
+
+
+@contextmanager
+def _like_now(norms: Sequence[_BatchNorm], tracked: Sequence[bool]) -> Iterator[None]:
+    """Within, batch norm is as it was when `tracked` was read, but moves no running statistics.
+
+    They are still handed to the kernels, where they were, since checkpoints count what is saved for the backward pass.
+    """
+    now = [(norm.track_running_stats, norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm, track in zip(norms, tracked, strict=True):
+        norm.track_running_stats, norm.momentum = track, 0.0
+        norm.num_batches_tracked = torch.empty_like(norm.num_batches_tracked)
+    try:
+        yield
+    finally:
+        for norm, (track, momentum, count) in zip(norms, now, strict=True):
+            norm.track_running_stats, norm.momentum, norm.num_batches_tracked = track, momentum, count

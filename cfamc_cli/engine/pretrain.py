@@ -68,6 +68,7 @@ class Trainer:
         self.updates = self.batches * recipe.replays
         self.step = 0
         self.encoder = build_encoder(recipe.model, generator=addressed_generator("init", recipe.seed)).to(device)
+        self.encoder.backbone.memory = recipe.train.memory
         if compiled:
             self.encoder.compile()
         self.gradients = GradientSum(list(self.encoder.parameters()), world)
@@ -125,9 +126,10 @@ class Trainer:
                 self.optimizer.step(lr=lr)
                 self.optimizer.zero_grad()
                 self.step += 1
+                z = z.detach()
+                del terms  # with the graph, which holds a replay's perturbation and its gradient
 
-            delta = self.adversary.delta
-            self.journal.after_batch(self.encoder, z.detach(), crops, delta, attacked_loss, step=self.step)
+            self.journal.after_batch(self.encoder, z, crops, self.adversary.delta, attacked_loss, step=self.step)
             if self._saves_after(batch + 1):
                 self.save(folder)
             if self.step == self.updates:

@@ -360,6 +360,10 @@ class Train(Table):
     evaluate_every: Annotated[int, Field(ge=0, le=100_000), Outside.ENCODER] = 0  # epochs; 0: never
     log_every: Annotated[Count, Outside.RUN] = 10  # batches
 
+    def fault(self) -> tuple[str, str] | None:
+        both = "memory", 'cannot be "recompute" where compile is true: what is compiled is one graph'
+        return both if self.compile is True and self.memory == "recompute" else None
+
 
 class Linear(Table):
     """SLF: a linear classifier on frozen features of whole clean images."""
