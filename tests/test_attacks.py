@@ -807,7 +807,8 @@ def test_a_stage_waits_for_an_accelerator_only_to_drop_who_is_done(
 
 def square_side(query: int) -> int:
     """The side of the window that Square moves in L2, of images of 8 x 8 pixels."""
-    return min(max(3, round((share_of_area(query) * 64) ** 0.5) // 2 * 2 + 1), 8)
+    side = round(math.sqrt(share_of_area(query) * 64))
+    return min(max(3, side // 2 * 2 + 1), 8)
 
 
 @pytest.mark.parametrize("norm", NORMS)

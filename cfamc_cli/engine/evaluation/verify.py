@@ -20,7 +20,7 @@ from cfamc_cli.engine.device import full_precision, move
 from cfamc_cli.recipe.schema import Norm
 
 BATCHES = (1, 7, 64)  # sizes at which predictions are made again
-_DRAWN = {1: 12, 7: 28}  # samples that are looked at in the small ones, as long as nothing odd is seen; else all are
+_DRAWN = (12, 28, 64)  # samples that are looked at in each, as long as nothing odd is seen; else all are
 _ROUNDING = 1e-6  # of eps and in image units: what float32 adds to a point on the surface of the ball
 _SAME_LOGITS = 1e-4  # of the largest logit: differences up to this are float32 sums in another order
 
@@ -162,27 +162,27 @@ class Seen:
 
 
 def look(predict: Predict, images: Tensor, y: Tensor, *, generator: torch.Generator) -> Seen:
-    """Predict once with all images together, again in batches of 64, and samples of them in sevens and alone.
+    """Predict once with all images together, and 64, 28 and 12 of them again in batches of 64, of 7 and alone.
 
-    The small batches, hundreds for a block, are for 28 and 12 samples drawn from those that are right and those that
-    are not by turns. One that is odd in any batch, and all samples are looked at in all. So whatever shows in large
-    batches or in every small one is found for each sample. A predictor that is odd in small batches for a share p of
-    the samples alone gets by with (1 - p)^28; and one that was made for the seed and knows who is drawn gets by.
+    They are drawn from those that are right and those that are not by turns. If one is odd in any batch, all samples
+    are looked at in all. So a predictor that depends on its batch for every sample is found out, and all that it shows
+    with it. One that does for a share p alone gets by with (1 - p)^28 in small batches, at every block and stage; one
+    that was made for the seed and knows who is drawn gets by.
 
     Args:
         predict: Logits from images.
         images: (N, C, H, W) in [0, 1], N at least 1.
         y: Labels, (N,).
-        generator: CPU generator of who is looked at in small batches.
+        generator: CPU generator of who is looked at again.
     """
     whole = logits_at(predict, images)  # (N, classes)
     order = move(torch.randperm(len(images), generator=generator), images.device)
     right = (whole.argmax(1) == y)[order]
     order = order[torch.where(right, right.cumsum(0), (~right).cumsum(0)).argsort(stable=True)]
     everyone = torch.arange(len(images), device=images.device)
-    seen = _compared(predict, images, whole, [order[: _DRAWN.get(size, len(images))].sort().values for size in BATCHES])
+    seen = _compared(predict, images, whole, [order[:most].sort().values for most in _DRAWN])
     odd = ~seen.finite | ~seen.steady | (seen.moved > 0)
-    if len(images) > min(_DRAWN.values()) and bool(odd.any()):
+    if len(images) > min(_DRAWN) and bool(odd.any()):
         return _compared(predict, images, whole, [everyone] * len(BATCHES))
     return seen
 
