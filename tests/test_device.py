@@ -129,6 +129,17 @@ def test_what_a_card_computes_is_told_with_versions_and_switches(
     ]
 
 
+def test_repeatable_training_does_not_fill_fresh_memory() -> None:
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    try:
+        prepare(torch.device("cpu"), deterministic=True, precision="float32")
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fixed_inputs import checksum, embeddings
+from fixed_inputs import checksum, embeddings, uniform
 from torch import Tensor
 
 from cfamc_cli.engine.objectives import (
@@ -282,6 +282,13 @@ def test_effective_rank_counts_directions() -> None:
     assert float(effective_rank(torch.eye(3).repeat(4, 1))) == pytest.approx(3, rel=1e-4)
     assert float(effective_rank(torch.ones(6, 4))) == pytest.approx(1, abs=0.05)
     assert torch.isfinite(effective_rank(torch.zeros(6, 4)))
+
+
+def test_effective_rank_is_the_exponential_of_the_entropy_of_the_singular_values() -> None:
+    for shape in ((6, 40), (40, 6), (9, 9)):
+        z = uniform(*shape, key="rank")
+        share = torch.linalg.svdvals(z) / torch.linalg.svdvals(z).sum()
+        assert float(effective_rank(z)) == pytest.approx(math.exp(-float((share * share.log()).sum())), rel=1e-4)
 
 
 def test_feature_std_tells_spread_from_collapse() -> None:

@@ -455,11 +455,11 @@ def test_every_number_of_the_journal_is_that_of_the_tensors(
         latest.append((z.detach().double(), float(terms.loss.detach())))
         return z, terms
 
-    def noted(*, lr: float) -> None:
+    def noted(*, lr: float) -> Tensor:
         norm = sum(float(p.grad.double().square().sum()) for p in trainer.encoder.parameters() if p.grad is not None)
         seen.append((*latest[-1], math.sqrt(norm)))
-        step(lr=lr)
         deltas[-1] = torch.cat([part.detach().flatten() for part in trainer.adversary.delta or [torch.zeros(0)]])
+        return step(lr=lr)
 
     monkeypatch.setattr(trainer, "crops_of", slow_crops)
     monkeypatch.setattr(trainer, "loss_of", slow_loss)

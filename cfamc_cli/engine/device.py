@@ -131,6 +131,7 @@ def prepare(device: torch.device, *, deterministic: bool, precision: Precision) 
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if deterministic != torch.are_deterministic_algorithms_enabled():  # the call loads the compiler: seconds of imports
         torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # all is written first
 
 
 @functools.cache

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from cfamc_cli.engine.sections import section
 from cfamc_cli.recipe.schema import Cosine, Lars, OfficialCosine
 
+_ROW = 1024  # numbers that one entry of a ratio serves at once; padding to whole rows costs next to nothing
+
 
 class LarsOptimizer:
     """SGD with momentum whose gradients are first scaled per parameter.
@@ -33,6 +35,12 @@ class LarsOptimizer:
         self.settings = settings
         self.momentum = [torch.zeros_like(p, memory_format=torch.preserve_format) for p in self.parameters]
         self._scaled = [index for index, p in enumerate(self.parameters) if p.dim() > 1]
+        self._rows = [math.ceil(self.parameters[index].numel() / _ROW) for index in self._scaled]
+        if self._scaled:
+            device = self.parameters[0].device
+            owner = torch.arange(len(self._scaled)).repeat_interleave(torch.tensor(self._rows))
+            self._owner = owner.to(device)  # of each row, the place of its parameter among the scaled ones
+            self._places = torch.tensor(self._scaled, device=device)
 
     @section("optimizer")
     def zero_grad(self) -> None:
@@ -41,42 +49,52 @@ class LarsOptimizer:
             parameter.grad = None
 
     @section("optimizer")
-    def gradient_norm(self) -> Tensor:
-        """The L2 norm of the whole gradient, a scalar on the device."""
-        result: Tensor = torch.stack(torch._foreach_norm(self._gradients())).norm()
-        return result
-
-    @section("optimizer")
     @torch.no_grad()
-    def step(self, *, lr: float) -> None:
-        """Update the weights with the gradients they carry."""
+    def step(self, *, lr: float) -> Tensor:
+        """Update the weights with the gradients they carry, and return the L2 norm of the whole gradient.
+
+        The norm is a scalar on the device.
+        """
         settings = self.settings
-        gradients = self._gradients()
-        if self._scaled:
-            weights = [self.parameters[index].data for index in self._scaled]
-            scaled = self._trusted(weights, [gradients[index] for index in self._scaled], lr=lr)
-            for index, gradient in zip(self._scaled, scaled, strict=True):
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        weights = [self.parameters[index].detach() for index in self._scaled]
+        norms = torch.stack(torch._foreach_norm([*gradients, *weights]))
+        g_norms, w_norms = norms.split([len(gradients), len(weights)])
+        if weights:
+            ratio = self._ratio(w_norms, g_norms.index_select(0, self._places), lr=lr)
+            decayed = self._decayed(weights, [gradients[index] for index in self._scaled], ratio)
+            for index, gradient in zip(self._scaled, decayed, strict=True):
                 gradients[index] = gradient
         torch._foreach_mul_(self.momentum, settings.momentum)
         torch._foreach_add_(self.momentum, gradients)
         update = torch._foreach_add(gradients, self.momentum, alpha=settings.momentum) if settings.nesterov else None
-        torch._foreach_add_([p.data for p in self.parameters], update or self.momentum, alpha=-lr)
+        torch._foreach_add_([p.detach() for p in self.parameters], update or self.momentum, alpha=-lr)
+        result: Tensor = g_norms.norm()
+        return result
 
-    def _gradients(self) -> list[Tensor]:
-        return [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-
-    def _trusted(self, weights: list[Tensor], gradients: list[Tensor], *, lr: float) -> list[Tensor]:
+    def _ratio(self, w_norm: Tensor, g_norm: Tensor, *, lr: float) -> Tensor:
+        """The ratio r of each scaled parameter; 0 leaves a weight without gradient alone, decay included."""
         settings = self.settings
-        w_norm = torch.stack(torch._foreach_norm(weights))
-        g_norm = torch.stack(torch._foreach_norm(gradients))
         ratio = settings.trust_coefficient * w_norm / (g_norm + settings.weight_decay * w_norm + 1e-8)
         if settings.clip:
             ratio = (ratio / lr).clamp_max(1.0)
-        touched = (w_norm > 0) & (g_norm > 0)
-        ratio = torch.where(touched, ratio, 1.0)
-        decay = torch.where(touched, torch.full_like(w_norm, settings.weight_decay), 0.0)
-        decayed = torch._foreach_add(gradients, torch._foreach_mul(weights, list(decay.unbind())))
-        return list(torch._foreach_mul(decayed, list(ratio.unbind())))
+        return ratio.masked_fill_(g_norm == 0, 0.0).masked_fill_(w_norm == 0, 1.0)
+
+    def _decayed(self, weights: list[Tensor], gradients: list[Tensor], ratio: Tensor) -> list[Tensor]:
+        """The gradient r (g + wd w) of each scaled parameter.
+
+        All lie in one buffer, each from a row of its own on: so its ratio is one product for all of them. A list of
+        scalars on the device would cost a launch a parameter.
+        """
+        buffer = ratio.new_empty(len(self._owner), _ROW)
+        parts = [
+            part.as_strided(w.shape, w.stride()) for part, w in zip(buffer.split(self._rows), weights, strict=True)
+        ]
+        torch._foreach_copy_(parts, weights)
+        buffer.mul_(self.settings.weight_decay)
+        torch._foreach_add_(parts, gradients)
+        buffer.mul_(ratio.index_select(0, self._owner)[:, None])
+        return parts
 
 
 def learning_rate(

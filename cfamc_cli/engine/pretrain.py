@@ -122,8 +122,7 @@ class Trainer:
                     self.gradients.finish()
                 self.adversary.ascend()
                 lr = self.learning_rate()
-                self.journal.add(terms, self.optimizer.gradient_norm(), lr=lr)
-                self.optimizer.step(lr=lr)
+                self.journal.add(terms, self.optimizer.step(lr=lr), lr=lr)
                 self.optimizer.zero_grad()
                 self.step += 1
                 z = z.detach()
