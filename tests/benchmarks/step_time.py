@@ -38,8 +38,8 @@ def overrides(size: Size, folder: Path) -> list[str]:
     ]
 
 
-def serve_ours(size: Size, folder: Path, extra: list[str]) -> None:
-    """The engine's own loop, one batch a turn; the clock runs from one batch's crops to the next one's."""
+def serve_ours(reference: str, settings: list[str]) -> None:
+    """The engine's own loop on a recipe, one batch a turn; the clock runs from one batch's crops to the next one's."""
     gate = Gate()
     from cfamc_cli.engine.data import sets
     from cfamc_cli.engine.device import pick_device
@@ -60,7 +60,7 @@ def serve_ours(size: Size, folder: Path, extra: list[str]) -> None:
             return super().crops_of(batch)
 
     after_imports = resident()
-    recipe = file.load("cifar10", overrides=[*overrides(size, folder), *extra])
+    recipe = file.load(reference, overrides=settings)
     with tempfile.TemporaryDirectory() as checkpoints:
         cache = Path(tempfile.gettempdir()) / "cfamc-benchmarks"
         cache.mkdir(exist_ok=True)
@@ -101,7 +101,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     size = SIZES[options.size]
     if options.serve_ours:
-        serve_ours(size, options.folder, options.set)
+        serve_ours("cifar10", [*overrides(size, options.folder), *options.set])
         return
 
     here = Path(__file__).parent
