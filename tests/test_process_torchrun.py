@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,15 +22,17 @@ pytestmark = pytest.mark.slow
 
 
 @contextmanager
-def torchrun(folder: Path, *words: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Start 2 ranks; whatever is left of them at the end of the block is killed."""
+def torchrun(
+    folder: Path, *words: str, command: str = "pretrain", launch: Sequence[str] = ("--nproc-per-node", "2")
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a command in 2 ranks, or as `launch` says; whatever is left of them at the end of the block is killed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", *launch, "--master-port", str(port)]
     with (folder / "out").open("wb") as out, (folder / "err").open("wb") as err:
         process = subprocess.Popen(
-            [*launcher, "-m", "cfamc_cli", "pretrain", *words],
+            [*launcher, "-m", "cfamc_cli", command, *words],
             cwd=folder,
             env=environment(PYTHONWARNINGS="default", GLOO_SOCKET_IFNAME="lo"),
             stdin=subprocess.DEVNULL,
@@ -153,3 +156,30 @@ def test_kill_9_of_one_rank_ends_the_other(rank: int, tmp_path: Path) -> None:
         err = (tmp_path / "err").read_text()
         # it noticed by itself, or torchrun's SIGTERM came first, before or after it could say so
         assert any(text in err for text in ("another process of this run ended", "interrupted", "(SIGTERM)")), err
+
+
+README = Path(__file__).parent.parent / "README.md"
+SMALL = {  # the embedded images and a net of a few weights, but the recipe's batch; a setting for each command
+    "pretrain": [
+        *("data.dataset=fashion-mini", "data.limit=100", "train.epochs=1", "train.evaluate_every=0"),
+        *("crops.0.count=2", "crops.0.size=16", "model.width=4", "model.hidden_dim=16", "model.embedding_dim=8"),
+    ],
+    "probe": [],
+    "attack": [],
+}
+
+
+def test_every_torchrun_line_of_the_readme_runs(tmp_path: Path) -> None:
+    lines = re.findall(r"torchrun ([^`\n]*?) -m cfamc_cli ([^`\n]+)", README.read_text(encoding="utf-8"))
+    lines.sort(key=lambda line: not line[1].startswith("pretrain"))  # probes and attacks need a run
+    for launch, rest in lines:
+        command, *words = rest.replace("RUN", "latest").split()
+        words += [word for setting in SMALL[command] for word in ("--set", setting)]
+        words += ["--limit", "20"] if command == "attack" else []
+        with torchrun(tmp_path, *words, "--device", "cpu", command=command, launch=launch.split()) as process:
+            assert process.wait(400) == 0, (tmp_path / "err").read_text()
+    (run, *_) = sorted((tmp_path / "runs").iterdir())
+    record = json.loads((run / "run.json").read_text())
+    processes = int(re.findall(r"--nproc-per-node[ =](\d+)", lines[0][0])[0])
+    assert record["status"] == "finished"
+    assert record["environment"]["computation"]["processes"] == processes
