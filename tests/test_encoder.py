@@ -172,7 +172,12 @@ def test_only_training_with_gradients_makes_blocks_again(monkeypatch: pytest.Mon
     net, x = Encoder(TINY), torch.zeros(2, 3, 8, 8)
     net.backbone.memory = "recompute"
     made: list[object] = []
-    monkeypatch.setattr("cfamc_cli.engine.encoder.checkpoint", lambda part, x, **_: made.append(part) or part(x))
+
+    def note(part: nn.Module, x: torch.Tensor, **_: object) -> object:
+        made.append(part)
+        return part(x)
+
+    monkeypatch.setattr("cfamc_cli.engine.encoder.checkpoint", note)
     with torch.no_grad():
         net(x)
     net.eval()(x)

@@ -93,6 +93,7 @@ def _show_plan(recipes: Sequence[Recipe], options: Options) -> None:
 
 def _costs_in_words(costs: Plan) -> str:
     of = f"{costs.images:,} images" + (" (a stand-in: counts are per 1,000)" if costs.per_thousand else "")
+    full, again = costs.memory_full / 2**30, costs.memory_recompute / 2**30
     attack = f" and {costs.attack_view_passes:,} of the adversary" if costs.attack_view_passes else ""
     lines = [
         f"images          {of}",
@@ -100,7 +101,7 @@ def _costs_in_words(costs: Plan) -> str:
         f"weight updates  {costs.weight_updates:,} in {costs.batches:,} batches",
         f"view passes     {costs.view_passes:,}{attack}, forward and backward",
         f"arithmetic      {costs.flops / 1e15:.4g} PFLOP, {costs.flops_per_view / 1e9:.3g} GFLOP a view",
-        f"memory          about {costs.memory / 2**30:.2g} GiB, {costs.activation_bytes / 2**30:.2g} of it activations",
+        f"memory          about {full:.2g} GiB in {costs.precision}, {again:.2g} with train.memory = recompute",
     ]
     return "".join(f"# {line}\n" for line in lines)
 

@@ -117,7 +117,7 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        blocks = [block for stage in range(1, 5) for block in self.get_submodule(f"layer{stage}")]
+        blocks = [block for stage in range(1, 5) for block in self.get_submodule(f"layer{stage}").children()]
         if self.memory == "recompute" and self.training and torch.is_grad_enabled():
             x = _recomputed(self._stem, x, norms=[self.bn1])
             for block in blocks:
@@ -129,8 +129,8 @@ class ResNet(nn.Module):
         return x.mean((2, 3))
 
     def _stem(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        return self.maxpool(x)
+        pooled: Tensor = self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True))
+        return pooled
 
 
 class Encoder(nn.Module):
@@ -214,7 +214,8 @@ def _like_now(norms: Sequence[_BatchNorm], tracked: Sequence[bool]) -> Iterator[
     now = [(norm.track_running_stats, norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm, track in zip(norms, tracked, strict=True):
         norm.track_running_stats, norm.momentum = track, 0.0
-        norm.num_batches_tracked = torch.empty_like(norm.num_batches_tracked)
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked = torch.empty_like(norm.num_batches_tracked)
     try:
         yield
     finally:

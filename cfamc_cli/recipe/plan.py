@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, assert_never
+from typing import Literal, NamedTuple, TypeAlias, assert_never
 
 from cfamc_cli.datasets import KNOWN_SETS
 from cfamc_cli.recipe.schema import DEPTHS, FreeAdversary, Model, NoAdversary, PgdAdversary, Recipe
 
+Precision: TypeAlias = Literal["float32", "bfloat16"]
 PER_IMAGES = 1_000  # what counts refer to where the number of images is unknown
 _FLOAT = 4  # bytes of a float32
+_PLACE = 8  # bytes of a place that max-pooling chose
+_WORKSPACE = 32 * 2**20  # bytes that PyTorch lends cuBLAS on an H100
 _PAYS = 6e16  # floating-point operations of a run from which on it is compiled
 
 
@@ -34,11 +37,14 @@ class Plan:
     backbone_parameters: int  # those of the backbone
     flops_per_view: float  # forward and backward of one view, 2 per multiply-add, averaged over the groups of crops
     flops: int  # the run's, attack included, in whole floating-point operations
-    memory: int  # an estimate of the peak in bytes, from the parts below
+    memory: int  # an estimate of the peak in bytes, as PyTorch counts on CUDA: the parts below and a workspace
     weight_bytes: int  # weights, gradients and momentum
-    activation_bytes: int  # what one step keeps for its backward pass
+    activation_bytes: int  # what one step keeps for its backward pass, and what that pass works on
     data_bytes: int  # the resident images; 0 where their size is unknown
-    crop_bytes: int  # crops of one batch, and the perturbation with its gradient
+    crop_bytes: int  # crops of this batch and the next, the perturbation, and both together
+    memory_full: int  # the same with train.memory = "full"
+    memory_recompute: int  # the same with train.memory = "recompute"
+    precision: Precision  # what these are for
 
 
 def plan(recipe: Recipe, images: int | None = None) -> Plan:
@@ -71,14 +77,14 @@ def plan(recipe: Recipe, images: int | None = None) -> Plan:
             assert_never(never)  # type: ignore[arg-type]
 
     parameters, backbone_parameters = parameter_counts(recipe.model)
-    activation = 4 if recipe.train.precision == "float32" else 2
-    kept = sum(group.count * activations_per_view(recipe.model, size=group.size) for group in recipe.crops)
-    activation_bytes = activation * batch * kept
+    precision: Precision = "float32" if recipe.train.precision == "float32" else "bfloat16"
+    activations = {keep: activation_bytes(recipe, precision=precision, memory=keep) for keep in ("full", "recompute")}
     pixels = sum(batch * group.count * 3 * group.size**2 for group in recipe.crops)
-    kept_pixels = 1 if isinstance(recipe.adversary, NoAdversary) else 3  # crops; with delta and its gradient
+    kept_pixels = 2 if isinstance(recipe.adversary, NoAdversary) else 4  # the next crops are made meanwhile
     known = KNOWN_SETS.get(recipe.data.dataset)
     size = recipe.data.size or (known.size if known else 0)
     weight_bytes, data_bytes, crop_bytes = 3 * _FLOAT * parameters, count * 3 * size**2, _FLOAT * kept_pixels * pixels
+    others = weight_bytes + data_bytes + crop_bytes + _WORKSPACE
     return Plan(
         images=count,
         per_thousand=counted is None,
@@ -91,11 +97,14 @@ def plan(recipe: Recipe, images: int | None = None) -> Plan:
         backbone_parameters=backbone_parameters,
         flops_per_view=sum(costs) / recipe.views,
         flops=batch * (updates * sum(costs) + batches * attack_cost),
-        memory=weight_bytes + activation_bytes + data_bytes + crop_bytes,
+        memory=others + activations[recipe.train.memory],
         weight_bytes=weight_bytes,
-        activation_bytes=activation_bytes,
+        activation_bytes=activations[recipe.train.memory],
         data_bytes=data_bytes,
         crop_bytes=crop_bytes,
+        memory_full=others + activations["full"],
+        memory_recompute=others + activations["recompute"],
+        precision=precision,
     )
 
 
@@ -121,12 +130,36 @@ class _Conv(NamedTuple):
     def weights(self) -> int:
         return self.inputs * self.outputs * self.kernel**2
 
+    @property
+    def numbers(self) -> int:
+        """What comes out, of one view."""
+        return self.outputs * self.size**2
 
-def _convolutions(model: Model, *, size: int) -> Iterator[_Conv]:
-    """The backbone's convolutions, for crops of `size` pixels, in order."""
-    side = size if model.stem == "cifar" else _halved(size)
-    yield _Conv(3, model.width, 3 if model.stem == "cifar" else 7, side)
-    side = side if model.stem == "cifar" else _halved(side)  # max-pooling, kernel 3, stride 2
+
+class _Part(NamedTuple):
+    """The stem, or a block: its convolutions, the last of which is the shortcut where `shortcut` is true."""
+
+    convolutions: tuple[_Conv, ...]
+    shortcut: bool
+    pooled: int = 0  # numbers that come out of max-pooling
+
+    @property
+    def output(self) -> int:
+        return self.pooled or self.convolutions[-1].numbers
+
+    @property
+    def largest(self) -> int:
+        return max(conv.numbers for conv in self.convolutions)
+
+
+def _parts(model: Model, *, size: int) -> Iterator[_Part]:
+    """The backbone for crops of `size` pixels, in order."""
+    if model.stem == "cifar":
+        side = size
+        yield _Part((_Conv(3, model.width, 3, side),), shortcut=False)
+    else:
+        side = _halved(_halved(size))  # max-pooling, kernel 3, stride 2
+        yield _Part((_Conv(3, model.width, 7, _halved(size)),), shortcut=False, pooled=model.width * side**2)
     inputs = model.width
     for stage, depth in enumerate(DEPTHS[model.backbone]):
         width = model.width * 2**stage
@@ -135,15 +168,20 @@ def _convolutions(model: Model, *, size: int) -> Iterator[_Conv]:
             strided = stage > 0 and place == 0
             before, side = side, _halved(side) if strided else side
             if model.backbone == "resnet50":
-                yield _Conv(inputs, width, 1, before)
-                yield _Conv(width, width, 3, side)
-                yield _Conv(width, outputs, 1, side)
+                main = (
+                    *(_Conv(inputs, width, 1, before), _Conv(width, width, 3, side)),
+                    _Conv(width, outputs, 1, side),
+                )
             else:
-                yield _Conv(inputs, width, 3, side)
-                yield _Conv(width, width, 3, side)
-            if strided or inputs != outputs:
-                yield _Conv(inputs, outputs, 1, side)  # shortcut
+                main = (_Conv(inputs, width, 3, side), _Conv(width, width, 3, side))
+            shortcut = strided or inputs != outputs
+            yield _Part((*main, _Conv(inputs, outputs, 1, side)) if shortcut else main, shortcut=shortcut)
             inputs = outputs
+
+
+def _convolutions(model: Model, *, size: int) -> Iterator[_Conv]:
+    for part in _parts(model, size=size):
+        yield from part.convolutions
 
 
 def _halved(size: int) -> int:
@@ -169,7 +207,37 @@ def flops_per_view(model: Model, *, size: int) -> int:
     return 3 * 2 * (convolved + sum(inputs * outputs for inputs, outputs in _linears(model)))
 
 
+def activation_bytes(recipe: Recipe, *, precision: Precision, memory: Literal["full", "recompute"]) -> int:
+    """The most that a step holds for its backward pass at a time, in bytes.
+
+    When that pass comes to a part, the part's own activations are there, two gradients, and of each part before it what
+    `memory` keeps: all activations, or the output alone. A view of the crop in `precision` counts as the stem's.
+    """
+    width, highest, held = 4 if precision == "float32" else 2, 0, 0
+    for group in recipe.crops:
+        views = recipe.train.batch_size * group.count
+        held += views * 3 * group.size**2 * width if width < _FLOAT else 0
+        for part in _parts(recipe.model, size=group.size):
+            kept = views * (width * _kept(part) + _PLACE * part.pooled)
+            highest = max(highest, held + kept + views * width * (part.output + part.largest))
+            held += kept if memory == "full" else views * width * part.output
+        held += views * width * _kept_by_heads(recipe.model)
+    return max(highest, held)
+
+
 def activations_per_view(model: Model, *, size: int) -> int:
-    """Numbers that one view keeps for the backward pass: what goes into each batch norm, and what comes out of it."""
-    convolved = sum(2 * conv.outputs * conv.size**2 for conv in _convolutions(model, size=size))
-    return convolved + 2 * 2 * model.hidden_dim + model.embedding_dim
+    """Numbers that one view keeps for the backward pass; the places that max-pooling chose are none.
+
+    Of each convolution what goes into its batch norm and what comes out, but for shortcuts, of which a sum is kept;
+    likewise of the linear layers.
+    """
+    return sum(map(_kept, _parts(model, size=size))) + _kept_by_heads(model)
+
+
+def _kept(part: _Part) -> int:
+    twice = part.convolutions[:-1] if part.shortcut else part.convolutions
+    return sum(conv.numbers for conv in (*part.convolutions, *twice)) + part.pooled
+
+
+def _kept_by_heads(model: Model) -> int:
+    return model.feature_dim + 2 * 2 * model.hidden_dim + model.embedding_dim
