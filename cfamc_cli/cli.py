@@ -143,6 +143,9 @@ def attack(
     step_size: Annotated[Text, Option(metavar="LENGTH", help="Length of a step, such as 0.01.")] = None,
     restarts: Annotated[Number, Option(metavar="N", help="Restarts of the attack.")] = None,
     norm: Annotated[Text, Option(metavar="NAME", help="linf or l2, which has defaults of its own.")] = None,
+    search_precision: Annotated[
+        Text, Option(metavar="NAME", help="float32, or tf32 on CUDA: what it finds must hold in float32.")
+    ] = None,
     limit: Annotated[
         Number, Option(min=1, metavar="N", help="Attack the first N test images of a balanced order.")
     ] = None,
@@ -173,6 +176,7 @@ def attack(
         step_size=step_size,
         restarts=restarts,
         norm=norm,
+        search_precision=search_precision,
         limit=limit,
         head=head,
         space=space,

@@ -169,6 +169,16 @@ def test_every_attack_reaches_the_engine(name: str, norm: str) -> None:
         assert made.stages == (asked,)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_search_in_float32_is_as_evaluations_were_known_before(name: str) -> None:
+    (plain,) = asked_attacks(Flags(attack=name), tiny_recipe())
+    (short,) = asked_attacks(Flags(attack=name, search_precision="tf32"), tiny_recipe())
+    assert asked_attacks(Flags(attack=name, search_precision="float32"), tiny_recipe()) == (plain,)
+    assert short.model_dump() == plain.model_dump() | {"search_precision": "tf32"} != plain.model_dump()
+    for asked in (plain, short):
+        assert {stage.search_precision for stage in plan(asked, classes=10).stages} == {asked.search_precision}
+
+
 WRONG = [
     (("--eps", "8"), "error: --eps: 8 is larger than 1: did you mean 8/255?"),
     (("--eps", "8/0"), "error: --eps: '8/0' divides by zero"),
@@ -184,6 +194,8 @@ WRONG = [
     (("--steps", "0"), "error: --steps: should be greater than or equal to 1"),
     (("--restarts", "-1"), "error: --restarts: should be greater than or equal to 1"),
     (("--norm", "l1"), "error: --norm: should be 'linf' or 'l2'"),
+    (("--search-precision", "half"), "error: --search-precision: should be 'float32' or 'tf32'"),
+    (("--search-precision", "tf32"), "error: search_precision: cpu has no tf32\nhint: leave it at float32"),
     (("--space", "pixels"), 'error: --space: "pixels" is neither "image" nor "crops"'),
     (("--space", "crops", "--save-examples", "3"), "error: --save-examples shows whole images"),
     (("--space", "crops", "--plot"), "error: --plot shows whole images"),

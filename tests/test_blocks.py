@@ -454,6 +454,60 @@ def test_who_is_not_finite_under_attack_is_lost_but_not_broken() -> None:
     assert (last.not_finite, last.broken) == ((True,) * 8, (False,) * 8)
 
 
+def test_what_a_shorter_search_finds_counts_if_float32_agrees_else_it_searches_again() -> None:
+    """A search that rounds its inputs coarsely while TF32 is allowed, as a card would a little."""
+    found: list[tuple[Outcome, Examples]] = []
+    short: list[bool] = []
+
+    def search(x: Tensor) -> Tensor:
+        short.append(torch.backends.cudnn.allow_tf32 and torch.backends.cuda.matmul.allow_tf32)
+        out: Tensor = NET(x + ((x * 24).round() / 24 - x).detach() if short[-1] else x)
+        return out
+
+    def strict(x: Tensor) -> Tensor:
+        assert not torch.backends.cudnn.allow_tf32
+        assert not torch.backends.cuda.matmul.allow_tf32
+        out: Tensor = NET(x)
+        return out
+
+    stage = pgd(EPS, step_size=EPS / 4, steps=4).model_copy(update={"search_precision": "tf32"})
+    switches = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    evaluate(
+        Predictor(strict, search, (ENCODER, HEAD)),
+        X,
+        Y,
+        plan=Plan((stage,)),
+        seed=0,
+        block_size=len(X),
+        device=CPU,
+        finished=(),
+        commit=lambda outcome, examples: found.append((outcome, examples)),
+        audit=None,
+        label="attack",
+        talk=NullTalk(),
+    )
+    assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == switches
+    (clean, _), (outcome, examples) = found
+    rows = torch.tensor(clean.standing).nonzero().flatten()
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        points = run_stage(
+            stage, search, X[rows], Y[rows], embed=None, generator=addressed_generator("attack", 0, 0, 1)
+        )
+        claimed = search(points).argmax(1) != Y[rows]
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = switches
+    doubted = rows[claimed & (NET(points).argmax(1) == Y[rows])]
+    assert outcome.again == len(doubted) > 1
+    generator = addressed_generator("attack", 0, 0, 1, "again")
+    points[torch.isin(rows, doubted)] = run_stage(stage, NET, X[doubted], Y[doubted], embed=None, generator=generator)
+    wrong = NET(points).argmax(1) != Y[rows]
+    assert examples.positions == tuple(rows[wrong].tolist())
+    assert torch.equal(examples.images, points[wrong])
+    assert wrong[torch.isin(rows, doubted)].all()  # all of them fall then
+    assert set(short) == {True, False}
+
+
 def test_a_plan_says_how_many_passes_are_averaged() -> None:
     def predict(x: Tensor) -> Tensor:
         return two_classes(1 - 1e-6 * x.flatten(1).sum(1))

@@ -27,7 +27,7 @@ SURFACE = {
     ),
     "cfamc attack": (
         "RUN --attack --audit --device --eps --head --json --limit --norm --plot --quiet/-q "
-        "--restarts --runs --save-examples --space --step-size --steps --strict"
+        "--restarts --runs --save-examples --search-precision --space --step-size --steps --strict"
     ),
     "cfamc compare": (
         "REFERENCES --baseline --fold/--no-fold --format --html --json --limit --plot --published --runs --sort --where"

@@ -8,7 +8,16 @@ import pytest
 import torch
 from tiny import tiny_recipe
 
-from cfamc_cli.engine.device import Precision, computation, move, out_of_memory, pick_compile, pick_device, prepare
+from cfamc_cli.engine.device import (
+    Precision,
+    computation,
+    has_tf32,
+    move,
+    out_of_memory,
+    pick_compile,
+    pick_device,
+    prepare,
+)
 from cfamc_cli.engine.distributed import World, peers
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.recipe import file
@@ -192,3 +201,11 @@ def test_long_runs_on_cuda_are_compiled() -> None:
     for wanted in (True, False):
         assert pick_compile(tiny_recipe(train={"compile": wanted}), 64, cpu) is wanted
         assert pick_compile(file.load("cifar10", overrides=[f"train.compile={wanted}".lower()]), 50_000, cuda) is wanted
+
+
+@pytest.mark.parametrize(("capability", "has"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_which_cards_have_tf32(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], has: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert has_tf32(torch.device("cuda", 0)) is has
+    assert not has_tf32(torch.device("cpu"))
+    assert not has_tf32(torch.device("mps"))

@@ -77,6 +77,16 @@ def test_what_the_file_holds(tmp_path: Path) -> None:
     ]
 
 
+def test_samples_that_were_attacked_again_are_kept_where_there_are_some(tmp_path: Path) -> None:
+    done = list(every(8))
+    folder, _, _ = work(tmp_path, 8, done)
+    assert load_record(folder / OUTCOMES, Outcomes).stages[0].again == ()
+    searched = [replace(one, again=one.block + 2 if one.stage else 0) for one in done]
+    folder, _, _ = work(tmp_path, 8, searched, key="dd")
+    assert load_record(folder / OUTCOMES, Outcomes).stages[0].again == (2, 3)
+    assert work(tmp_path, 8, done, key="dd") == (folder, searched, [])  # what it cost is no matter
+
+
 def test_a_larger_evaluation_takes_the_whole_blocks_of_all_smaller_ones(tmp_path: Path) -> None:
     assert work(tmp_path, 6, list(every(6)))[0].name == "pgd-001"
     assert work(tmp_path, 4, [])[1] == list(every(4))  # a smaller one likewise

@@ -68,7 +68,10 @@ def attack(reference: str | None, *, flags: Flags, options: Options) -> None:
     asked = asked_attacks(flags, recipe)
     message, again = "interrupted; every finished stage is kept", "go on with the same command"
     with session(options) as working, interruption(message=message, hint=lambda: again):
-        from cfamc_cli.engine.device import out_of_memory
+        from cfamc_cli.engine.device import has_tf32, out_of_memory
+
+        if any(table.search_precision == "tf32" for table in asked) and not has_tf32(working.device):
+            raise invalid(f"search_precision: {working.device} has no tf32", "leave it at float32")
 
         if status != "finished":
             working.talk.warning(f"run {run.id} is not finished but {status}: attacking its newest checkpoint")
@@ -225,6 +228,11 @@ class _Work:
             own = [bit for bit, of in zip(bits, self.y.tolist(), strict=True) if of == label]
             return Accuracy.of(sum(own), len(own)) if own else None
 
+        if table.search_precision == "tf32":
+            again = sum(outcome.again for outcome in evaluation.outcomes)
+            notes += (
+                f"searched in TF32; {again} samples whose example float32 did not confirm were attacked again in it",
+            )
         clean, robust = evaluation.clean, evaluation.robust
         return AttackRecord(
             id=item,

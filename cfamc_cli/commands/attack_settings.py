@@ -18,11 +18,12 @@ class Flags:
     """What the command line says of the evaluation; an attack that is described here replaces the recipe's attacks."""
 
     eps: tuple[str, ...] = ()  # radii, exact text
-    attack: str | None = None  # its name; the next four are its settings
+    attack: str | None = None  # its name; the next five are its settings
     steps: int | None = None
     step_size: str | None = None  # exact text
     restarts: int | None = None
     norm: str | None = None  # "linf" or "l2"
+    search_precision: str | None = None  # "float32" or "tf32"
     limit: int | None = None  # so many samples, the first of the balanced order; all of them for None
     head: str | None = None  # id of a probe, or a kind of head
     space: str = "image"  # where the attacker acts; "crops" for each crop of the aggregated head by itself
@@ -54,7 +55,7 @@ def asked_attacks(flags: Flags, recipe: Recipe) -> tuple[Attack, ...]:
     Raises:
         CfamcError: Exit 2; a flag is malformed or has no effect on the attack.
     """
-    given = {key: getattr(flags, key) for key in ("steps", "step_size", "restarts", "norm")}
+    given = {key: getattr(flags, key) for key in ("steps", "step_size", "restarts", "norm", "search_precision")}
     given = {key: value for key, value in given.items() if value is not None}
     if not given and not flags.eps and flags.attack is None:
         if not recipe.attack:

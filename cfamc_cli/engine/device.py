@@ -122,6 +122,22 @@ def full_precision(device: torch.device) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = short
 
 
+def has_tf32(device: torch.device) -> bool:
+    """Whether the device has products that read float32 as TF32, with 10 bits of 23."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@contextmanager
+def in_tf32() -> Iterator[None]:
+    """Within, convolutions and matrix products of float32 are read as TF32 where the device can."""
+    convolutions, products = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = convolutions, products
+
+
 def prepare(device: torch.device, *, deterministic: bool, precision: Precision) -> None:
     """Set the process-wide switches of training on `device`."""
     torch.backends.cudnn.allow_tf32 = precision != "float32"

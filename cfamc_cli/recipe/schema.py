@@ -128,6 +128,7 @@ def _no_number(value: object) -> object:
 
 
 Norm = Literal["linf", "l2"]
+SearchPrecision = Literal["float32", "tf32"]
 Features = Literal["pre_feature", "backbone"]  # what a head reads
 Exact = Annotated[str, BeforeValidator(exact)]
 Length = Annotated[str, BeforeValidator(length)]
@@ -190,10 +191,14 @@ class Table(BaseModel):
             raise PydanticCustomError("at_field", "{message}", {"fields": given, "message": message})
         return self
 
+    def unwritten(self) -> set[str]:
+        """The fields that are left out where the table is written."""
+        return set(self.idle())
+
     @model_serializer(mode="wrap")
-    def _leave_out_idle(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        idle = self.idle()
-        return {field: value for field, value in handler(self).items() if field not in idle}
+    def _leave_out_unwritten(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        unwritten = self.unwritten()
+        return {field: value for field, value in handler(self).items() if field not in unwritten}
 
 
 class Data(Table):
@@ -450,6 +455,12 @@ class EpsAttack(Table):
     name: str
     eps: Length = "8/255"
     norm: Norm = "linf"
+    # "tf32" is for CUDA: an example then counts if float32 agrees, and where it does not the sample is attacked again.
+    search_precision: SearchPrecision = "float32"
+
+    def unwritten(self) -> set[str]:
+        """At its default the precision is left out, for it came after evaluations that are known by their settings."""
+        return super().unwritten() | ({"search_precision"} if self.search_precision == "float32" else set())
 
     @model_validator(mode="before")
     @classmethod

@@ -61,7 +61,7 @@ class Ledger:
             _keep_times(self.folder, [outcome])  # before the outcome: of two lines the later one counts
             self.outcomes[outcome.block, outcome.stage] = outcome
             save_record(self.folder / OUTCOMES, self.as_record())
-        elif known != replace(outcome, forward=known.forward, backward=known.backward, seconds=known.seconds):
+        elif known != _as_dear(outcome, known):
             raise bad_data(
                 f"{self.folder / OUTCOMES}: {outcome.name} of block {outcome.block} came out differently this time",
                 f"remove {self.folder} to evaluate anew",
@@ -96,6 +96,7 @@ class Ledger:
             unsteady=self._mask(bit for o in outcomes for bit in o.unsteady),
             invalid=self._mask(bit for o in outcomes for bit in o.invalid),
             passes=tuple((o.forward, o.backward) for o in outcomes),
+            again=tuple(o.again for o in outcomes) if any(o.again for o in outcomes) else (),
         )
 
     def _mask(self, bits: Iterable[bool]) -> str:
@@ -149,6 +150,11 @@ def open_ledger(run: RunFolder, name: str, empty: Outcomes, *, warn: Callable[[s
         yield Ledger(folder, empty, _read(folder, stored))
 
 
+def _as_dear(outcome: Outcome, known: Outcome) -> Outcome:
+    """The same outcome at the cost of another."""
+    return replace(outcome, forward=known.forward, backward=known.backward, seconds=known.seconds, again=known.again)
+
+
 def _begin(attacks: Path, name: str, ledger: Ledger) -> Path:
     """Make attacks/<name>-001 or the next number: it appears with its outcomes.json, so that it is never lost."""
     number = 1
@@ -181,7 +187,7 @@ def _read(folder: Path, stored: Outcomes) -> list[Outcome]:
     sizes = _block_sizes(stored)
     for stage, part in enumerate((stored.predictions, *stored.stages) if stored.predictions else ()):
         sizes = sizes[: len(part.passes)]  # no block is further than in the stage before
-        if part.done != sum(sizes) or len(sizes) != len(part.passes):
+        if part.done != sum(sizes) or len(sizes) != len(part.passes) or len(part.again) not in (0, len(sizes)):
             raise bad_data(
                 f"{folder / OUTCOMES}: {part.name} is done with {part.done} samples in {len(part.passes)} blocks"
             )
@@ -203,6 +209,7 @@ def _read(folder: Path, stored: Outcomes) -> list[Outcome]:
                     forward=forward,
                     backward=backward,
                     seconds=seconds.get((block, stage), 0.0),
+                    again=part.again[block] if part.again else 0,
                 )
             )
     return found

@@ -350,6 +350,7 @@ class Outcome:
     forward: int  # passes of single samples
     backward: int
     seconds: float  # wall time
+    again: int = 0  # samples attacked a second time in float32, as what a shorter search found did not hold there
 
 
 class StageOutcome(Part):
@@ -363,6 +364,7 @@ class StageOutcome(Part):
     unsteady: Hex = ""  # of those whose prediction changed with the batch it was made in
     invalid: Hex = ""  # of those whose example was no image within the ball, and therefore no success
     passes: tuple[tuple[Count, Count], ...] = ()  # forward and backward passes of single samples, for each block
+    again: tuple[Count, ...] = ()  # samples attacked a second time in float32, for each block; empty where none was
 
 
 class StageTime(Part):

@@ -99,17 +99,19 @@ def plan(attack: Attack, *, classes: int) -> Plan:
 
 def _ensemble(attack: AutoAttackAttack) -> tuple[Stage, ...]:
     """The stages of the ensemble, for any number of classes."""
-    eps, norm = attack.eps, attack.norm
+    eps, norm, short = attack.eps, attack.norm, attack.search_precision
     match attack.version:
         case "standard":
             return (
-                ApgdAttack(name="apgd-ce", eps=eps, norm=norm),
-                TargetedApgdAttack(name="apgd-t", eps=eps, norm=norm),
-                FabAttack(name="fab", eps=eps, norm=norm),
-                SquareAttack(name="square", eps=eps, norm=norm),
+                ApgdAttack(name="apgd-ce", eps=eps, norm=norm, search_precision=short),
+                TargetedApgdAttack(name="apgd-t", eps=eps, norm=norm, search_precision=short),
+                FabAttack(name="fab", eps=eps, norm=norm, search_precision=short),
+                SquareAttack(name="square", eps=eps, norm=norm, search_precision=short),
             )
         case "rand":
-            return ApgdAttack(name="apgd-ce", eps=eps, norm=norm), ApgdAttack(name="apgd-dlr", eps=eps, norm=norm)
+            return ApgdAttack(name="apgd-ce", eps=eps, norm=norm, search_precision=short), ApgdAttack(
+                name="apgd-dlr", eps=eps, norm=norm, search_precision=short
+            )
         case _:
             assert_never(attack.version)
 

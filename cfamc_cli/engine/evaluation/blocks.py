@@ -10,12 +10,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import assert_never
 
 import torch
 from torch import Tensor
 
 from cfamc_cli.engine.attacks.plan import Plan, passes, run_stage, stage_name
-from cfamc_cli.engine.attacks.search import logits_at
+from cfamc_cli.engine.attacks.search import fooled, logits_at, rows_where
+from cfamc_cli.engine.device import in_tf32
 from cfamc_cli.engine.evaluation.audit import AuditSettings, cheap_checks, full_checks, judge, trace_checks
 from cfamc_cli.engine.evaluation.verify import BATCHES, Meter, Predictor, in_region, look, undisturbed
 from cfamc_cli.engine.randomness import addressed_generator, addressed_seed
@@ -206,18 +208,18 @@ def _all_blocks(
             work.pace.begin(first, number, standing)
             outcome = known.get((block, number))
             if outcome is None or not _follows(outcome, name, standing):
-                began = time.perf_counter()
+                began, again = time.perf_counter(), 0
                 torch.manual_seed(addressed_seed("predictor", work.seed, block, number))
                 if number == 0:
                     fates, examples = _predicted(work, images, labels, block), _no_examples(images)
                 else:
                     before = torch.tensor(standing, device=work.device)
-                    fates, examples = _attacked(work, images, labels, before, block, number, first)
+                    fates, examples, again = _attacked(work, images, labels, before, block, number, first)
                 standing, broken, not_finite, unsteady, invalid = (tuple(bits) for bits in fates.tolist())
                 passed = work.pace.meter.read()
                 seconds = time.perf_counter() - began
                 outcome = Outcome(
-                    block, number, name, standing, broken, not_finite, unsteady, invalid, *passed, seconds
+                    block, number, name, standing, broken, not_finite, unsteady, invalid, *passed, seconds, again
                 )
                 commit(outcome, examples)
             standing = outcome.standing
@@ -248,24 +250,53 @@ def _predicted(work: _Work, x: Tensor, y: Tensor, block: int) -> Tensor:
 
 def _attacked(
     work: _Work, x: Tensor, y: Tensor, standing: Tensor, block: int, number: int, first: int
-) -> tuple[Tensor, Examples]:
-    """One stage on the samples of a block that still stand: the five masks of its outcome, (5, N), and its examples."""
-    plan, target, alive = work.plan, work.predictor, standing.nonzero().flatten()
+) -> tuple[Tensor, Examples, int]:
+    """One stage on the samples of a block that still stand.
+
+    Returns:
+        The five masks of its outcome, (5, N), its examples, and how many samples were attacked again in float32.
+    """
+    plan, target, alive = work.plan, work.predictor, rows_where(standing)
     fates = torch.zeros((5, len(x)), dtype=torch.bool, device=x.device)
     if not len(alive):
-        return fates, _no_examples(x)
+        return fates, _no_examples(x), 0
     given, labels = x[alive], y[alive]
-    generator, stage = addressed_generator("attack", work.seed, block, number), plan.stages[number - 1]
-    points = run_stage(stage, target.search, given, labels, embed=target.embed, eot=plan.eot, generator=generator)
+    points, again = _searched(work, given, labels, block, number)
     valid = in_region(given, points, eps=plan.eps, norm=plan.norm)
     points = torch.where(valid[:, None, None, None], points, given) if points.shape == given.shape else given
     seen = look(target.logits, points, labels, generator=addressed_generator("look", work.seed, block, number))
     shown = torch.where(seen.label != labels, seen.label, seen.other)  # as wrong as it is at any batch size
     broken = valid & seen.finite & (shown != labels)
     fates[:, alive] = torch.stack((~broken & seen.finite, broken, ~seen.finite, seen.moved > 0, ~valid))
-    hits = broken.nonzero().flatten()
+    hits = rows_where(broken)
     places, classes = (alive[hits] + first).tolist(), shown[hits].tolist()
-    return fates, Examples(tuple(places), points[hits].cpu(), tuple(classes))
+    return fates, Examples(tuple(places), points[hits].cpu(), tuple(classes)), again
+
+
+def _searched(work: _Work, x: Tensor, y: Tensor, block: int, number: int) -> tuple[Tensor, int]:
+    """The points at which a stage ends, and how many of them it found in a second run, in float32.
+
+    Those are the samples that a shorter search has misclassified and the evaluator has not.
+    """
+    plan, target, stage = work.plan, work.predictor, work.plan.stages[number - 1]
+
+    def run(x: Tensor, y: Tensor, *address: str) -> Tensor:
+        generator = addressed_generator("attack", work.seed, block, number, *address)
+        return run_stage(stage, target.search, x, y, embed=target.embed, eot=plan.eot, generator=generator)
+
+    match stage.search_precision:
+        case "float32":
+            return run(x, y), 0
+        case "tf32":
+            with in_tf32():
+                points = run(x, y)
+                claimed = fooled(logits_at(target.search, points), y)
+            rows = rows_where(claimed & ~fooled(logits_at(target.logits, points), y))
+            if len(rows):
+                points[rows] = run(x[rows], y[rows], "again")
+            return points, len(rows)
+        case _:
+            assert_never(stage.search_precision)
 
 
 def _ledger_checks(outcomes: Sequence[Outcome]) -> list[Flag]:
