@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny import tiny_recipe
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from cfamc_cli.engine import export
 from cfamc_cli.engine.device import (
     Precision,
     computation,
@@ -19,6 +25,9 @@ from cfamc_cli.engine.device import (
     prepare,
 )
 from cfamc_cli.engine.distributed import World, peers
+from cfamc_cli.engine.evaluation import audit, verify
+from cfamc_cli.engine.heads import frozen
+from cfamc_cli.engine.heads.classifier import LinearHead
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.recipe import file
 
@@ -209,3 +218,48 @@ def test_which_cards_have_tf32(monkeypatch: pytest.MonkeyPatch, capability: tupl
     assert has_tf32(torch.device("cuda", 0)) is has
     assert not has_tf32(torch.device("cpu"))
     assert not has_tf32(torch.device("mps"))
+
+
+class NoFloat64(TorchDispatchMode):
+    """The device, played by torch's meta tensors, has no float64, as MPS has none; all that is read of it is 1."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name, source = func._schema.name, args[0] if args else None
+        if isinstance(source, Tensor) and source.is_meta:
+            if name == "aten::_local_scalar_dense":
+                return 1.0
+            if name == "aten::_to_copy" and kwargs.get("device") == torch.device("cpu"):
+                return torch.ones(source.shape, dtype=kwargs.get("dtype") or source.dtype)
+        made = func(*args, **kwargs)
+        wide = [leaf for leaf in tree_leaves(made) if isinstance(leaf, Tensor) and leaf.dtype == torch.float64]
+        assert not any(leaf.is_meta for leaf in wide), f"{name}: float64 on the device"
+        return made
+
+
+def ascent(device: torch.device) -> object:
+    net, x = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).to(device), torch.rand(4, 3, 2, 2).to(device)
+    y = torch.zeros(4, dtype=torch.int64).to(device)
+    return audit._Audit(net, x, y, torch.arange(4), norm="linf", seed=0, settings=audit.AuditSettings()).ascent(0.01)
+
+
+def converged(device: torch.device) -> object:
+    features, labels = torch.rand(6, 1).to(device), torch.zeros(6, dtype=torch.int64).to(device)
+    head = frozen.new_head(1, 3, seed=0, device=device)
+    return frozen.fit_converged(head, features, labels, l2=0.1, iterations=2)
+
+
+WIDE: dict[str, Callable[[torch.device], object]] = {  # what reckons in float64
+    "verify": lambda device: verify.in_region(
+        torch.rand(2, 3, 4, 4).to(device), torch.rand(2, 3, 4, 4).to(device), eps=0.1, norm="l2"
+    ),
+    "audit": ascent,
+    "converged head": converged,
+    "export": lambda device: export._plain_linear(LinearHead(4, 3, standardized=True).to(device)),
+}
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_float64_stays_on_the_processor(name: str) -> None:
+    with NoFloat64():  # type: ignore[no-untyped-call]
+        WIDE[name](torch.device("meta"))
