@@ -1,7 +1,7 @@
 """One process of a world: trains small systems on a shared batch, and the first one prints what came of them.
 
-Batch norm is frozen, so that it is the same for any number of processes. Arguments: the folder of this world's
-checkpoints, and that of another world's, from which runs are gone on with.
+Batch norm is frozen or synchronised, so that it is the same for any number of processes. Arguments: the folder of this
+world's checkpoints, and that of another world's, from which runs are gone on with.
 """
 
 from __future__ import annotations
@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Literal
 
 import torch
 from fixed_inputs import uniform
 from tiny import tiny_recipe
-from torch import Tensor
+from torch import Tensor, nn
 
 from cfamc_cli.engine import checkpoint, distributed
+from cfamc_cli.engine.batch_norm import synchronise
 from cfamc_cli.engine.data.sets import ImageSet
 from cfamc_cli.engine.objectives import Terms, objective_loss
 from cfamc_cli.engine.pretrain import Trainer
@@ -34,18 +36,30 @@ IMAGES = ImageSet(
 
 
 def trained(
-    objective: str, adversary: str, folder: Path, *, world: distributed.World, start: Path | None = None
+    objective: str,
+    adversary: str,
+    folder: Path,
+    *,
+    world: distributed.World,
+    start: Path | None = None,
+    norm: Literal["frozen", "synchronised"] = "frozen",
 ) -> tuple[Trainer, list[list[float]]]:
     """Two batches, or the second of them after `start`: the trainer, and loss and gradient norm of each update."""
     recipe = tiny_recipe(
         objective,
         adversary,
-        train={"epochs": 0.5, "batch_size": BATCH, "checkpoint_every": 1},
+        train={
+            "epochs": 0.5,
+            "batch_size": BATCH,
+            "checkpoint_every": 1,
+            "batch_norm": "synchronised" if norm == "synchronised" else "local",
+        },
         optimizer={"lr": 0.05},
     )
     trainer = Trainer(recipe, IMAGES, device=torch.device("cpu"), world=world, talk=NullTalk(), ledger=NullLedger())
-    trainer.encoder.eval()
-    trainer.encoder.train = lambda mode=True: trainer.encoder  # type: ignore[method-assign]
+    if norm == "frozen":
+        trainer.encoder.eval()
+        trainer.encoder.train = lambda mode=True: trainer.encoder  # type: ignore[method-assign]
     updates, add = [], trainer.journal.add
 
     def note(terms: Terms, gradient_norm: Tensor, *, lr: float) -> None:
@@ -64,7 +78,7 @@ def outcome(trainer: Trainer, updates: list[list[float]]) -> dict[str, object]:
     delta = distributed.gather_images(trainer.adversary.delta, trainer.shares, trainer.world)
     return {
         "updates": updates,
-        "weights": [float(p.detach().double().norm()) for p in trainer.encoder.parameters()],
+        "weights": [float(part.detach().double().norm()) for part in trainer.encoder.state_dict().values()],
         "delta": [part.double().abs().mean((0, 2, 3, 4)).tolist() for part in delta],  # of each image
     }
 
@@ -78,6 +92,34 @@ def first_images(trainer: Trainer, ranks: int) -> float:
     first = [rank * BATCH // ranks for rank in range(ranks)]
     z = trainer.encoder.embed([group[:, first] for group in groups])
     return objective_loss(z, labels[first], objective=trainer.recipe.objective).loss.item()
+
+
+def norm_error(world: distributed.World) -> float:
+    """How far synchronised batch norm is from batch norm of the whole batch: outputs, gradients and statistics."""
+    x, weight = (uniform(BATCH, 3, 2, 2, key=key).double() for key in ("values", "weights"))
+    whole = nn.BatchNorm2d(3).double()
+    nn.init.uniform_(whole.weight, generator=torch.Generator().manual_seed(0))
+    parted = nn.Sequential(nn.BatchNorm2d(3)).double()
+    parted[0].load_state_dict(whole.state_dict())
+    synchronise(parted, device=torch.device("cpu"), world=world)
+    share = world.share(BATCH)
+    inputs = [x.clone().requires_grad_(), x[share].clone().requires_grad_()]
+    for _ in range(2):
+        outputs = [whole(inputs[0])[share], parted(inputs[1])]
+    (whole(inputs[0]) * weight).square().sum().backward()
+    (parted(inputs[1]) * weight[share]).square().sum().backward()
+    pairs = [tuple(outputs), *zip(whole.buffers(), parted.buffers(), strict=True)]
+    assert inputs[0].grad is not None
+    assert inputs[1].grad is not None
+    pairs.append((inputs[0].grad[share], inputs[1].grad))
+    for one, part in zip(whole.parameters(), parted.parameters(), strict=True):
+        assert one.grad is not None
+        assert part.grad is not None
+        if world.size > 1:
+            torch.distributed.all_reduce(part.grad)
+        pairs.append((one.grad, part.grad))
+    assert list(whole.state_dict()) == [name.removeprefix("0.") for name in parted.state_dict()]
+    return max(float((one - part).detach().abs().max()) for one, part in pairs)
 
 
 def main(own: Path, other: Path) -> None:
@@ -101,6 +143,10 @@ def main(own: Path, other: Path) -> None:
         if objective == "supcon":
             sizes = (2, 3) if world.size == 1 else (world.size,)
             found["first images"] = {str(ranks): first_images(trainer, ranks) for ranks in sizes}
+    for objective, adversary in (("simclr", "pgd"), ("emp-ssl", "none")):
+        name = f"{objective} {adversary} synchronised"
+        found[name] = outcome(*trained(objective, adversary, own / name, world=world, norm="synchronised"))
+    found["norm error"] = norm_error(world)
     if world.leads:
         print(json.dumps(found))
     distributed.leave(world)

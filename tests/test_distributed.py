@@ -47,11 +47,14 @@ def flat(value: object) -> list[float]:
 
 
 SYSTEMS = ("emp-ssl free", "simclr free", "supcon pgd", "emp-ssl none")
+SYNCHRONISED = ("simclr pgd synchronised", "emp-ssl none synchronised")
 
 
 @pytest.mark.slow
-def test_two_and_three_gloo_ranks_equal_one_process_with_frozen_batch_norm(tmp_path: Path) -> None:
-    """8 images are shared evenly by 2 processes, and by 3 as 2, 3 and 3."""
+def test_two_and_three_gloo_ranks_equal_one_process(
+    tmp_path: Path,
+) -> None:
+    """8 images are shared evenly by 2 processes, and by 3 as 2, 3 and 3; batch norm is frozen or synchronised."""
     one = run(1, tmp_path / "1", tmp_path / "none")
     three = run(3, tmp_path / "3", tmp_path / "1")
     two = run(2, tmp_path / "2", tmp_path / "3")
@@ -59,6 +62,11 @@ def test_two_and_three_gloo_ranks_equal_one_process_with_frozen_batch_norm(tmp_p
         assert world["size"] == size
         for system in SYSTEMS:
             assert flat(world[system]) == pytest.approx(flat(one[system]), rel=2e-3, abs=1e-6), (size, system)
+        for system in SYNCHRONISED:
+            delta, expected = world[system].pop("delta"), {**one[system]}
+            assert flat(delta) == pytest.approx(flat(expected.pop("delta")), abs=3e-4), (size, system)  # a few signs
+            assert flat(world[system]) == pytest.approx(flat(expected), rel=1e-3, abs=1e-6), (size, system)
+        assert world["norm error"] < 1e-12, size  # in float64
         uncut = one["emp-ssl free"]
         resumed = {**uncut, "updates": uncut["updates"][3:]}  # by another number of processes
         assert flat(world["resumed"]) == pytest.approx(flat(resumed), rel=2e-3, abs=1e-6), size

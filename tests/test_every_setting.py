@@ -70,6 +70,7 @@ OVERRIDES: dict[str, tuple[Any, ...]] = {
 # What the weights of a run on a CPU cannot show, and why
 EXEMPT = {
     "seed": "it changes the weights, and seeds of one recipe are to fold together in its digest",
+    "train.batch_norm": "one process has the whole batch",
     "train.deterministic": "chooses among kernels of a GPU; those of a CPU repeat anyway",
     "train.compile": "what is compiled computes the same up to rounding, and takes a compiler and half a minute",
 }

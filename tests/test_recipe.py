@@ -204,6 +204,7 @@ WARM_UP: dict[str, Any] = {"schedule": {"name": "cosine", "warmup": 90}}
             ],
         ),
         (ONE_CROP, 100, 50, []),
+        (ONE_CROP | {"train": {"batch_norm": "synchronised"}}, 100, 100, []),
         (
             ONE_CROP,
             100,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cfamc_cli.engine import checkpoint as checkpoints
 from cfamc_cli.engine.adversary import Groups, build_adversary
+from cfamc_cli.engine.batch_norm import synchronise
 from cfamc_cli.engine.checkpoint import Checkpoint
 from cfamc_cli.engine.crops import crop_batch, sample_parameters
 from cfamc_cli.engine.data.sets import ImageSet, to_device
@@ -51,7 +52,7 @@ class Trainer:
             ledger: Takes the metrics and timings.
 
         Raises:
-            CfamcError: As for `Recipe.require_fit`; supcon without labels.
+            CfamcError: As for `Recipe.require_fit` and `synchronise`; supcon without labels.
         """
         recipe.require_fit(len(data.images), processes=world.size)
         batch_size = recipe.train.batch_size
@@ -69,6 +70,8 @@ class Trainer:
         self.step = 0
         self.encoder = build_encoder(recipe.model, generator=addressed_generator("init", recipe.seed)).to(device)
         self.encoder.backbone.memory = recipe.train.memory
+        if recipe.train.batch_norm == "synchronised":
+            synchronise(self.encoder, device=device, world=world)
         if compiled:
             self.encoder.compile()
         self.gradients = GradientSum(list(self.encoder.parameters()), world)

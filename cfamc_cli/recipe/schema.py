@@ -354,6 +354,8 @@ class Train(Table):
     epochs: Annotated[float, Field(gt=0, le=100_000)] = 10.0  # passes over the images, replays not counted
     batch_size: Annotated[int, Field(ge=2, le=1_000_000)] = 100  # images, over all processes
     init: PathText | None = None  # a run whose encoder is the start
+    # Whose statistics batch norm takes with several processes: its own share's, or the whole batch's.
+    batch_norm: Annotated[Literal["local", "synchronised"], Later()] = "local"
     deterministic: bool = False
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     # "auto": on CUDA, where the run is long enough for it (`plan.compiling_pays`).
@@ -587,7 +589,8 @@ class Recipe(Table):
     def misfits(self, images: int, *, processes: int = 1) -> Iterator[tuple[str, str, str]]:
         """What does not fit that many training images and processes: a dotted key, what is wrong, and a way out."""
         batch, updates = self.train.batch_size, self.batches(images) * self.replays
-        fewest = 2 if min(group.count for group in self.crops) == 1 else 1  # batch norm needs two values of a channel
+        alone = self.train.batch_norm == "local" and any(group.count == 1 for group in self.crops)
+        fewest = 2 if alone else 1  # batch norm needs two values of a channel
         if batch > images:
             hint = f"--set train.batch_size={images}" if images > 1 else "add images"
             yield "train.batch_size", f"{batch} is more than the {images} training images", hint
