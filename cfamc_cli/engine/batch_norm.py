@@ -57,7 +57,8 @@ class _OnHost(nn.SyncBatchNorm):
             self.running_var.lerp_(variance.detach() * (count / (count - 1)), self.momentum)
         scale = self.weight * (variance + self.eps).rsqrt()
         scale, bias = (part.view(-1, *[1] * (x.dim() - 2)) for part in (scale, self.bias))
-        return (centred * scale + bias).to(input.dtype)
+        normalised: Tensor = centred * scale + bias
+        return normalised.to(input.dtype)
 
 
 class _Total(torch.autograd.Function):
