@@ -56,9 +56,7 @@ def trained(
             "memory": "recompute" if norm == "synchronised" and world.size > 1 else "full",
         },
         # with room to move, rounding would turn signs, and they the rest
-        adversary={"eps": "0"}
-        if (norm, adversary) == ("synchronised", "pgd")
-        else {},
+        adversary={"eps": "0"} if (norm, adversary) == ("synchronised", "pgd") else {},
         optimizer={"lr": 0.05},
     )
     trainer = Trainer(recipe, IMAGES, device=torch.device("cpu"), world=world, talk=NullTalk(), ledger=NullLedger())

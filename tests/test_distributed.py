@@ -16,9 +16,11 @@ from tiny import tiny_recipe
 from torch import Tensor
 
 from cfamc_cli.engine import distributed
+from cfamc_cli.engine.batch_norm import synchronise
 from cfamc_cli.engine.distributed import Agreement, GradientSum, World
 from cfamc_cli.engine.encoder import build_encoder
 from cfamc_cli.engine.randomness import addressed_generator
+from cfamc_cli.errors import CfamcError, ExitCode
 
 
 def run(ranks: int, own: Path, other: Path) -> dict[str, Any]:
@@ -117,6 +119,29 @@ def test_gradients_are_added_in_buckets_while_the_backward_pass_runs(monkeypatch
     assert sum(sizes) == sum(p.nbytes for p in encoder.parameters())
     assert min(sizes[:-1]) >= 100_000
     assert there == (13, 16, 25, 28, 43, 70)
+
+
+@pytest.mark.parametrize(
+    ("device", "size", "norm"), [("cpu", 1, "BatchNorm2d"), ("cpu", 2, "_OnHost"), ("cuda", 2, "SyncBatchNorm")]
+)
+def test_synchronised_batch_norm_keeps_parameters_and_names(device: str, size: int, norm: str) -> None:
+    encoder = build_encoder(tiny_recipe().model, generator=addressed_generator("init", 0))
+    parameters, names = list(encoder.parameters()), list(encoder.state_dict())
+    synchronise(encoder, device=torch.device(device), world=World(0, size))
+    assert type(encoder.backbone.bn1).__name__ == norm
+    kinds = {
+        type(part).__name__ for part in encoder.modules() if isinstance(part, torch.nn.modules.batchnorm._BatchNorm)
+    }
+    assert kinds == ({norm} if size > 1 else {"BatchNorm1d", "BatchNorm2d"})
+    assert list(map(id, encoder.parameters())) == list(map(id, parameters))
+    assert list(encoder.state_dict()) == names
+
+
+def test_synchronised_batch_norm_is_refused_where_there_is_none() -> None:
+    with pytest.raises(CfamcError, match='train.batch_norm = "synchronised" does not work on mps') as refused:
+        synchronise(torch.nn.BatchNorm2d(3), device=torch.device("mps"), world=World(0, 2))
+    assert refused.value.exit_code == ExitCode.INVALID
+    assert refused.value.hint == 'use --device cpu, or train.batch_norm = "local"'
 
 
 def test_a_flag_is_heard_by_all_one_asking_later(monkeypatch: pytest.MonkeyPatch) -> None:
