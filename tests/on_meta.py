@@ -62,14 +62,21 @@ def watched(*, answer: float | None = None) -> Iterator[Seen]:
         What was seen so far.
     """
     seen = Seen()
+    with without_autocast(), _Values(), _Operations(seen, answer):
+        yield seen
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Within, an autocast of META, which torch refuses, does nothing: for building what will be watched."""
     autocast = torch.autocast
 
-    def without_meta(kind: str, *args: Any, **kwargs: Any) -> Any:  # autocast does not know the device
+    def elsewhere(kind: str, *args: Any, **kwargs: Any) -> Any:
         return contextlib.nullcontext() if kind == "meta" else autocast(kind, *args, **kwargs)
 
-    with pytest.MonkeyPatch.context() as patch, _Values(), _Operations(seen, answer):
-        patch.setattr(torch, "autocast", without_meta)
-        yield seen
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "autocast", elsewhere)
+        yield
 
 
 class _Values(TorchFunctionMode):

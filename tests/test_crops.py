@@ -78,7 +78,8 @@ def test_blends(name: str) -> None:
     x, factors = samples(), torch.rand(N, generator=generator()) * 2
     factors[:3] = torch.tensor([0.0, 1.0, 2.0])
     theirs = [getattr(tv, f"adjust_{name}")(image, float(factor)) for image, factor in zip(x, factors, strict=True)]
-    assert worst(getattr(kernels, name)(x, factors), theirs) <= TOLERANCE
+    operation = torch.full((N,), getattr(kernels, name.upper()))
+    assert worst(kernels.blend(x, kernels.blend_weights(operation, factors)), theirs) <= TOLERANCE
 
 
 def test_hue() -> None:
@@ -351,3 +352,26 @@ def test_a_balanced_order_takes_the_first_of_every_class_then_the_second_and_so_
             ranked.append((ranks.get(label, 0), place, index))
             ranks[label] = ranks.get(label, 0) + 1
     assert randomness.balanced_order(labels, "held-out", 5).tolist() == [index for _, _, index in sorted(ranked)]
+
+
+def test_lists_hold_each_operation_of_a_crop_once_and_hue_in_the_middle() -> None:
+    p = parameters(augment=EVERYTHING.model_copy(update={"jitter_p": 0.5}))
+    *_, gray, blurred, solarized, sigma = p.lists()[:6]
+    for places, mask in ((gray, p.grayscale), (blurred, p.sigma > 0), (solarized, p.solarized)):
+        assert places.tolist() == [place for place, set_ in enumerate(mask.flatten().tolist()) if set_]
+    assert torch.equal(sigma, p.sigma.flatten()[blurred])
+    turns = p.lists()[6::2]
+    jittered = [place for place, set_ in enumerate(p.jittered.flatten().tolist()) if set_]
+    assert turns[3].tolist() == jittered
+    assert torch.cat(turns).sort().values.tolist() == sorted(4 * jittered)
+    for turn, chosen in enumerate(turns):
+        hue_at = p.order.flatten(0, 1).tolist()
+        assert all(0 <= hue_at[place].index(kernels.HUE) + turn - 3 < 4 for place in chosen.tolist())
+
+
+@pytest.mark.parametrize("piece", [1, 3 * 8 * 8 * 5, 10**9])
+def test_pieces_change_no_bit(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, p = uniform(8, 3, 16, 16, key="pieces").float(), parameters()
+    whole = crop_batch(x, p, size=8)
+    monkeypatch.setattr(kernels, "_PIECE", piece)
+    assert torch.equal(crop_batch(x, p, size=8), whole)

@@ -20,9 +20,11 @@ from cfamc_cli.engine.device import (
     has_tf32,
     move,
     out_of_memory,
+    pack,
     pick_compile,
     pick_device,
     prepare,
+    unpack,
 )
 from cfamc_cli.engine.distributed import World, peers
 from cfamc_cli.engine.evaluation import audit, verify
@@ -156,6 +158,23 @@ def test_repeatable_training_does_not_fill_fresh_memory() -> None:
         assert not torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+def test_tensors_that_travel_together_arrive_as_they_were() -> None:
+    tensors = [
+        torch.arange(5),
+        torch.tensor([[True, False, True]]),
+        torch.zeros(0, dtype=torch.int64),
+        torch.tensor([0.1, -2.5e-8, float("inf")])[::2],  # not contiguous
+        torch.tensor(7.25),
+        torch.arange(17, dtype=torch.uint8).view(17, 1),
+    ]
+    buffer = pack(tensors)
+    assert buffer.numel() == 48 + 16 + 0 + 16 + 16 + 32
+    for tensor, found in zip(tensors, unpack(buffer, like=tensors), strict=True):
+        assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
+        assert torch.equal(found, tensor)
+        assert found.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
 
 
 @pytest.mark.parametrize(

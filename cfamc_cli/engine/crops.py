@@ -9,12 +9,13 @@ Images are float in [0, 1].
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from cfamc_cli.engine.device import move
+from cfamc_cli.engine.device import move_together
 from cfamc_cli.recipe.schema import Augment, Crops
 
 BLUR_RADIUS = 6  # pixels: three times the largest sigma
@@ -22,6 +23,8 @@ BLUR_SIGMA = (0.1, 2.0)
 SOLARIZE_THRESHOLD = 128 / 255
 _ATTEMPTS = 10  # of torchvision's RandomResizedCrop, before it takes the central crop
 _LUMA = (0.2989, 0.587, 0.114)
+_PIECE = 2**18  # numbers of crops that a CPU's cache holds while their colours change
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class CropParameters:
     box: Tensor  # top, left, height and width in source pixels, (V, B, 4), whole numbers as float
     flip: Tensor  # whether the crop is mirrored
     jittered: Tensor  # whether the four colour operations are applied
-    order: Tensor  # the order of brightness 0, contrast 1, saturation 2 and hue 3, (V, B, 4)
+    order: Tensor  # the order of BRIGHTNESS, CONTRAST, SATURATION and HUE, (V, B, 4)
     factors: Tensor  # their strengths, (V, B, 4): three factors around 1 and a hue shift in [-0.5, 0.5]
     grayscale: Tensor  # whether the crop loses its colour
     sigma: Tensor  # standard deviation of the Gaussian blur in pixels, 0 where there is none
@@ -40,6 +43,24 @@ class CropParameters:
     def images(self, first: int, last: int) -> CropParameters:
         """The parameters of images first to last - 1 of the batch: a process's own share."""
         return CropParameters(*(getattr(self, name)[:, first:last] for name in self.__dataclass_fields__))
+
+    def lists(self) -> list[Tensor]:
+        """The parameters as `cut` reads them: masks as lists of crops, so that no device is asked for their lengths.
+
+        Colour operations come in seven turns, hue in the middle one: whatever a crop's own order, hue is a single
+        operation of the batch, with those before and after it around it.
+        """
+        places = [_places(mask.flatten()) for mask in (self.grayscale, self.sigma > 0, self.solarized)]
+        order, factors = self.order.flatten(0, 1), self.factors.flatten(0, 1)  # (N, 4)
+        turn = torch.arange(4) - order.argmax(1, keepdim=True)  # (N, 4), 0 at hue
+        turn = torch.where(self.jittered.flatten()[:, None], turn, 4)
+        turns = []
+        for now in range(-3, 4):
+            chosen, place = (turn == now).nonzero(as_tuple=True)
+            operation = order[chosen, place]
+            factor = factors[chosen, operation]
+            turns += [chosen, factor if now == 0 else blend_weights(operation, factor)]
+        return [self.box, self.flip, *places, self.sigma[self.sigma > 0], *turns]
 
 
 def sample_parameters(
@@ -104,22 +125,32 @@ def crop_batch(images: Tensor, parameters: CropParameters, *, size: int) -> Tens
     Returns:
         (V, B, C, S, S) float32 in [0, 1].
     """
-    views, count = parameters.flip.shape
-    crops: Tensor = resized_crops(images, parameters.box, parameters.flip, size=size).flatten(0, 1)  # (N, C, S, S)
-    crops = jitter(crops, parameters)
-    gray = _where(parameters.grayscale, crops)
-    crops[gray] = grayscale(crops[gray])
-    blurred = _where(parameters.sigma > 0, crops)
-    sigma = parameters.sigma.flatten()
-    crops[blurred] = gaussian_blur(crops[blurred], move(sigma[sigma > 0], crops.device))
-    solarized = _where(parameters.solarized, crops)
-    crops[solarized] = solarize(crops[solarized])
-    return crops.clamp_(0, 1).view(views, count, *crops.shape[1:])  # sums of weights round to 1 + 2e-7
+    (lists,) = move_together([parameters.lists()], images.device)
+    return cut(images, lists, size=size)
 
 
-def _where(mask: Tensor, like: Tensor) -> Tensor:
-    """The positions of a (V, B) mask on the CPU, found there so that the device is not waited for."""
-    return move(mask.flatten().nonzero().squeeze(1), like.device)
+def cut(images: Tensor, lists: Sequence[Tensor], *, size: int) -> Tensor:
+    """As `crop_batch`, from `CropParameters.lists` on the device of the images."""
+    box, flip, gray, blurred, solarized, sigma, *turns = lists
+    crops: Tensor = resized_crops(images, box, flip, size=size).flatten(0, 1)  # (N, C, S, S)
+    rows = max(1, _PIECE // crops[0].numel()) if crops.device.type == "cpu" else len(crops)
+    for now, (chosen, strength) in enumerate(zip(turns[::2], turns[1::2], strict=True), start=-3):
+        for part, own in zip(chosen.split(rows), strength.split(rows), strict=True):
+            _change(crops, part, hue if now == 0 else blend, own)
+    _change(crops, gray, grayscale)
+    _change(crops, blurred, gaussian_blur, sigma)
+    _change(crops, solarized, solarize)
+    return crops.clamp_(0, 1).unflatten(0, flip.shape)  # sums of weights round to 1 + 2e-7
+
+
+def _places(mask: Tensor) -> Tensor:
+    return mask.nonzero().squeeze(1)
+
+
+def _change(crops: Tensor, chosen: Tensor, kernel: Callable[..., Tensor], *strength: Tensor) -> None:
+    """Put what a kernel makes of the chosen crops in their place."""
+    if len(chosen):
+        crops[chosen] = kernel(crops[chosen], *strength)
 
 
 def resized_crops(images: Tensor, box: Tensor, flip: Tensor, *, size: int) -> Tensor:
@@ -127,7 +158,7 @@ def resized_crops(images: Tensor, box: Tensor, flip: Tensor, *, size: int) -> Te
 
     Args:
         images: (B, C, H, W) uint8 or float in [0, 1].
-        box: (V, B, 4) top, left, height, width in pixels.
+        box: (V, B, 4) top, left, height, width in pixels, on the images' device as `flip` is.
         flip: (V, B), mirror left and right.
         size: S.
 
@@ -137,11 +168,9 @@ def resized_crops(images: Tensor, box: Tensor, flip: Tensor, *, size: int) -> Te
     count, channels, height, width = images.shape
     if images.dtype == torch.uint8:
         images = images.float() / 255
-    box = move(box, images.device)
     rows = interpolation(box[..., 0], box[..., 2], source=height, size=size)  # (V, B, S, H)
     columns = interpolation(box[..., 1], box[..., 3], source=width, size=size)  # (V, B, S, W)
-    flipped = move(flip[..., None, None], images.device)
-    columns = torch.where(flipped, columns.flip(-2), columns)
+    columns = torch.where(flip[..., None, None], columns.flip(-2), columns)
 
     views = box.shape[0]
     across = columns.permute(1, 3, 0, 2).reshape(count, width, views * size)  # (B, W, V S)
@@ -174,33 +203,22 @@ def interpolation(start: Tensor, length: Tensor, *, source: int, size: int) -> T
     return weight / weight.sum(-1, keepdim=True)
 
 
-def jitter(crops: Tensor, parameters: CropParameters) -> Tensor:
-    """Brightness, contrast, saturation and hue in each crop's own order; (N, 3, S, S), changed in place."""
-    mask = parameters.jittered.flatten()
-    order, factors = parameters.order.flatten(0, 1), parameters.factors.flatten(0, 1)  # (N, 4)
-    kernels = (brightness, contrast, saturation, hue)
-    for place in range(4):
-        for operation, kernel in enumerate(kernels):
-            chosen = (mask & (order[:, place] == operation)).nonzero().squeeze(1)
-            strength = move(factors[chosen, operation], crops.device)
-            chosen = move(chosen, crops.device)
-            crops[chosen] = kernel(crops[chosen], strength)
-    return crops
+def blend_weights(operation: Tensor, factor: Tensor) -> Tensor:
+    """The weights with which `blend` does an operation (N,), each BRIGHTNESS, CONTRAST or SATURATION, by factor (N,).
+
+    Brightness blends a crop with black, contrast with its mean grey level, saturation with its grey image.
+    """
+    rest = 1 - factor
+    grey, level = (torch.where(operation == other, rest, 0.0) for other in (SATURATION, CONTRAST))
+    return torch.stack([factor, grey, level], 1)[..., None, None, None]
 
 
-def brightness(crops: Tensor, factor: Tensor) -> Tensor:
-    """Scale (N, 3, S, S) by factor (N,) and clamp to [0, 1]."""
-    return (crops * factor[:, None, None, None]).clamp(0, 1)
-
-
-def contrast(crops: Tensor, factor: Tensor) -> Tensor:
-    """Blend (N, 3, S, S) with its mean grey level by factor (N,)."""
-    return _blend(crops, _luma(crops).mean((-2, -1), keepdim=True), factor)
-
-
-def saturation(crops: Tensor, factor: Tensor) -> Tensor:
-    """Blend (N, 3, S, S) with its grey image by factor (N,)."""
-    return _blend(crops, _luma(crops), factor)
+def blend(crops: Tensor, weights: Tensor) -> Tensor:
+    """Add up (N, 3, S, S), its grey image and its mean grey level by weights (N, 3, 1, 1, 1); clamp to [0, 1]."""
+    own, grey, level = weights.unbind(1)
+    luma = _luma(crops)
+    other = grey * luma + level * luma.mean((-2, -1), keepdim=True)
+    return (own * crops + other).clamp(0, 1)
 
 
 def hue(crops: Tensor, shift: Tensor) -> Tensor:
@@ -248,8 +266,3 @@ def _luma(crops: Tensor) -> Tensor:
     """Grey levels (N, 1, S, S) by the weights of ITU-R BT.601."""
     red, green, blue = crops[:, :1], crops[:, 1:2], crops[:, 2:]
     return _LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue
-
-
-def _blend(crops: Tensor, other: Tensor, factor: Tensor) -> Tensor:
-    factor = factor[:, None, None, None]
-    return (factor * crops + (1 - factor) * other).clamp(0, 1)

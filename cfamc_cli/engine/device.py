@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import os
 import platform
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Literal
@@ -24,6 +25,7 @@ from cfamc_cli.store.records import Computation
 
 Precision = Literal["float32", "bfloat16"]
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt
+_ALIGNED = 16  # bytes: what any type may be read from
 _NO_MEMORY = (
     *("allocate memory", "out of memory", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED"),
     "could not create a primitive",  # as oneDNN says it
@@ -78,6 +80,31 @@ def move(tensor: Tensor, device: torch.device) -> Tensor:
     ahead = device.type not in (tensor.device.type, "mps")
     source = tensor.pin_memory() if ahead else tensor
     return source.to(device, non_blocking=ahead)
+
+
+def move_together(groups: Sequence[Sequence[Tensor]], device: torch.device) -> list[list[Tensor]]:
+    """All tensors of the groups on `device`, in a single copy where copies cost most: many small ones, to a card."""
+    if device.type in ("cpu", "mps"):
+        return [[move(tensor, device) for tensor in group] for group in groups]
+    tensors = [tensor for group in groups for tensor in group]
+    moved = iter(unpack(move(pack(tensors), device), like=tensors))
+    return [[next(moved) for _ in group] for group in groups]
+
+
+def pack(tensors: Sequence[Tensor]) -> Tensor:
+    """The bytes of all tensors in a row, uint8; each begins at a multiple of 16."""
+    rows = [tensor.contiguous().flatten().view(torch.uint8) for tensor in tensors]
+    return torch.cat([part for row in rows for part in (row, row.new_zeros(-len(row) % _ALIGNED))])
+
+
+def unpack(buffer: Tensor, *, like: Sequence[Tensor]) -> list[Tensor]:
+    """Views of what `pack` made of tensors of these shapes and types, in their order."""
+    ends = itertools.accumulate(tensor.nbytes + -tensor.nbytes % _ALIGNED for tensor in like)
+    starts = [0, *ends]
+    return [
+        buffer[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        for start, tensor in zip(starts, like, strict=False)
+    ]
 
 
 def pick_precision(wanted: Literal["auto", "float32", "bfloat16"], device: torch.device) -> Precision:

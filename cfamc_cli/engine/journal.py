@@ -62,10 +62,18 @@ class Journal:
     def start(self, step: int) -> None:
         """Begin to count time, at update `step`."""
         self._since, self._since_step, self._waited = time.perf_counter(), step, 0.0
+        self._pauses: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []  # of a CUDA device: began, ended
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Time within counts as waiting for data."""
+        """Time within counts as waiting for data: the host's, or on CUDA the device's, which the next record reads."""
+        if self.device.type == "cuda":
+            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            began.record()
+            yield
+            ended.record()
+            self._pauses.append((began, ended))
+            return
         started = time.perf_counter()
         yield
         self._waited += time.perf_counter() - started
@@ -145,6 +153,7 @@ class Journal:
 
         seconds = max(time.perf_counter() - self._since, 1e-9)
         views = (step - self._since_step) * self.recipe.views * self.recipe.train.batch_size
+        self._waited += sum(began.elapsed_time(ended) for began, ended in self._pauses) / 1000  # all of them are over
         rate, share = views * self._passes_per_update / seconds, self._waited / seconds
         memory = peak_memory(self.device)
         self.ledger.timing(

@@ -19,15 +19,16 @@ from cfamc_cli.engine import checkpoint as checkpoints
 from cfamc_cli.engine.adversary import Groups, build_adversary
 from cfamc_cli.engine.batch_norm import synchronise
 from cfamc_cli.engine.checkpoint import Checkpoint
-from cfamc_cli.engine.crops import crop_batch, sample_parameters
+from cfamc_cli.engine.crops import cut, sample_parameters
 from cfamc_cli.engine.data.sets import ImageSet, to_device
 from cfamc_cli.engine.data.sets import batch as gather
-from cfamc_cli.engine.device import autocast, computation, pick_compile, pick_precision, prepare
+from cfamc_cli.engine.device import autocast, computation, move_together, pick_compile, pick_precision, prepare
 from cfamc_cli.engine.distributed import Agreement, GradientSum, World, gather_embeddings, gather_images
 from cfamc_cli.engine.encoder import build_encoder, frozen_statistics
 from cfamc_cli.engine.journal import Journal
 from cfamc_cli.engine.objectives import Terms, objective_loss
 from cfamc_cli.engine.optim import LarsOptimizer, learning_rate
+from cfamc_cli.engine.prefetch import Prefetch
 from cfamc_cli.engine.randomness import addressed_generator, epoch_order
 from cfamc_cli.engine.sections import section
 from cfamc_cli.engine.sink import Ledger, Talk
@@ -105,6 +106,7 @@ class Trainer:
         """
         self.encoder.train()
         self.journal.start(self.step)
+        prefetch = Prefetch(self.crops_of, self.device)
         while True:
             batch = self.step // self.recipe.replays
             # A checkpoint of this moment is older than its evaluation, which a run that goes on from there makes again.
@@ -115,7 +117,7 @@ class Trainer:
                 return 0
 
             with self.journal.waiting():
-                crops, labels = self.crops_of(batch)
+                crops, labels = prefetch.take(batch)
             attacked_loss = partial(self.attacked_loss, labels=labels)
             self.adversary.begin(crops, self._generators("delta", batch))
             for _ in range(self.recipe.replays):
@@ -131,6 +133,9 @@ class Trainer:
                 z = z.detach()
                 del terms  # with the graph, which holds a replay's perturbation and its gradient
 
+            if batch + 1 < self.batches:
+                with self.journal.waiting():
+                    prefetch.begin(batch + 1)
             self.journal.after_batch(self.encoder, z, crops, self.adversary.delta, attacked_loss, step=self.step)
             if self._saves_after(batch + 1):
                 self.save(folder)
@@ -179,15 +184,21 @@ class Trainer:
         epoch, index = divmod(batch, self.per_epoch)
         size = self.recipe.train.batch_size
         order = epoch_order(self.recipe.seed, epoch, len(self.images))[index * size : (index + 1) * size]
-        images = gather(self.images, order[self.share], device=self.device)
-        crops = []
+        height, width = self.images.shape[-2:]
+        lists = []
         for group, generator in zip(self.recipe.crops, self._generators("crops", batch), strict=True):
             parameters = sample_parameters(
-                size, images.shape[-2], images.shape[-1], group=group, augment=self.recipe.augment, generator=generator
+                size, height, width, group=group, augment=self.recipe.augment, generator=generator
             )  # of the whole batch, so that they do not depend on how many processes share it
-            own = parameters.images(self.share.start, self.share.stop)
-            crops.append(_channels_last(crop_batch(images, own, size=group.size)))
-        return crops, None if self.labels is None else self.labels[order.to(self.device)]
+            lists.append(parameters.images(self.share.start, self.share.stop).lists())
+        (moved,), *lists = move_together([[order], *lists], self.device)
+        places = order if self.images.device.type == "cpu" else moved
+        images = gather(self.images, places[self.share], device=self.device)
+        crops = [
+            _channels_last(cut(images, own, size=group.size))
+            for group, own in zip(self.recipe.crops, lists, strict=True)
+        ]
+        return crops, None if self.labels is None else self.labels[moved]
 
     def _generators(self, purpose: Literal["crops", "delta"], batch: int) -> list[torch.Generator]:
         epoch, index = divmod(batch, self.per_epoch)

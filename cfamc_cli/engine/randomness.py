@@ -6,6 +6,7 @@ draws the same numbers on any device and wherever a run was cut.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 
@@ -39,6 +40,7 @@ def addressed_generator(*address: int | str) -> torch.Generator:
     return torch.Generator(device="cpu").manual_seed(addressed_seed(*address))
 
 
+@functools.lru_cache(maxsize=1)
 def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
     """Shuffle the images of one epoch.
 
@@ -48,7 +50,8 @@ def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
         count: Number of images.
 
     Returns:
-        A permutation of 0 .. count - 1: int64, (count,), on the CPU.
+        A permutation of 0 .. count - 1: int64, (count,), on the CPU. To be read only: the last one is kept, so that
+        the batches of an epoch draw it once.
     """
     return torch.randperm(count, generator=addressed_generator("order", seed, epoch))
 

@@ -163,7 +163,7 @@ def batch(images: Tensor, indices: Tensor, *, device: torch.device) -> Tensor:
 
     Args:
         images: uint8, (N, 3, H, W), as `to_device` returns it.
-        indices: int64, (B,), on the CPU.
+        indices: int64, (B,), on the CPU, or where the images are.
         device: Where the batch is needed.
 
     Returns:
@@ -174,11 +174,7 @@ def batch(images: Tensor, indices: Tensor, *, device: torch.device) -> Tensor:
     if device.type == "cpu":
         return images.index_select(0, indices)
     ascending, order = indices.sort()  # a mapped file is read forwards
-    rows = images.index_select(0, ascending)
-    if device.type == "cuda":
-        rows = rows.pin_memory()
-    moved = move(rows, device)
-    return moved.index_select(0, move(order.argsort(), device))
+    return move(images.index_select(0, ascending)[order.argsort()], device)
 
 
 def class_balanced_split(labels: Tensor, count: int, *, seed: int) -> tuple[Tensor, Tensor]:
