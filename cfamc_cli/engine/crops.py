@@ -140,7 +140,7 @@ def cut(images: Tensor, lists: Sequence[Tensor], *, size: int) -> Tensor:
     _change(crops, gray, grayscale)
     _change(crops, blurred, gaussian_blur, sigma)
     _change(crops, solarized, solarize)
-    return crops.clamp_(0, 1).unflatten(0, flip.shape)  # sums of weights round to 1 + 2e-7
+    return crops.clamp_(0, 1).view(*flip.shape, *crops.shape[1:])  # sums of weights round to 1 + 2e-7
 
 
 def _places(mask: Tensor) -> Tensor:
