@@ -138,7 +138,7 @@ def test_synchronised_batch_norm_keeps_parameters_and_names(device: str, size: i
 
 
 def test_synchronised_batch_norm_is_refused_where_there_is_none() -> None:
-    with pytest.raises(CfamcError, match='train.batch_norm = "synchronised" does not work on mps') as refused:
+    with pytest.raises(CfamcError, match=r'train\.batch_norm = "synchronised" does not work on mps') as refused:
         synchronise(torch.nn.BatchNorm2d(3), device=torch.device("mps"), world=World(0, 2))
     assert refused.value.exit_code == ExitCode.INVALID
     assert refused.value.hint == 'use --device cpu, or train.batch_norm = "local"'
