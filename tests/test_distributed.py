@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cfamc_cli.engine import distributed
 from cfamc_cli.engine.batch_norm import synchronise
-from cfamc_cli.engine.distributed import Agreement, GradientSum, World
+from cfamc_cli.engine.distributed import Agreement, GradientSum, World, first_on_each_node
 from cfamc_cli.engine.encoder import build_encoder
 from cfamc_cli.engine.randomness import addressed_generator
 from cfamc_cli.errors import CfamcError, ExitCode
@@ -166,3 +166,48 @@ def test_a_flag_is_heard_by_all_one_asking_later(monkeypatch: pytest.MonkeyPatch
     assert [agreement.ask(0), agreement.heard(), agreement.heard()] == [0, 0, 0]
     assert order[4:] == ["sent 0", "waited for 0"]
     assert Agreement(World()).ask(15) == 15
+
+
+@pytest.mark.parametrize(
+    ("rank", "local", "heard", "order"),
+    [
+        (0, "0", 0, ["made", "said 0"]),
+        (1, "1", 0, ["said 0", "made"]),
+        (8, "0", 0, ["made", "said 0"]),  # the first of the second node
+        (1, "1", 1, ["said 0"]),
+        (8, "0", 1, ["made", "said 0"]),
+    ],
+)
+def test_one_process_of_each_node_loads_first(
+    rank: int, local: str, heard: int, order: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    did: list[str] = []
+
+    def largest(flag: int, _: World) -> int:
+        did.append(f"said {flag}")
+        return max(flag, heard)
+
+    def make() -> str:
+        did.append("made")
+        return "images"
+
+    monkeypatch.setattr(distributed, "largest", largest)
+    monkeypatch.setenv("LOCAL_RANK", local)
+    if heard:
+        with pytest.raises(CfamcError, match="another process of this run could not load the images"):
+            first_on_each_node(make, World(rank, 16))
+    else:
+        assert first_on_each_node(make, World(rank, 16)) == "images"
+    assert did == order
+
+
+def test_who_could_not_load_says_so_before_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> str:
+        raise KeyboardInterrupt
+
+    said: list[int] = []
+    monkeypatch.setattr(distributed, "largest", lambda flag, _: said.append(flag) or flag)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(KeyboardInterrupt):
+        first_on_each_node(broken, World(0, 2))
+    assert said == [1]

@@ -183,3 +183,13 @@ def test_every_torchrun_line_of_the_readme_runs(tmp_path: Path) -> None:
     processes = int(re.findall(r"--nproc-per-node[ =](\d+)", lines[0][0])[0])
     assert record["status"] == "finished"
     assert record["environment"]["computation"]["processes"] == processes
+
+
+def test_images_that_cannot_be_read_are_told_once(tmp_path: Path) -> None:
+    prepare(tmp_path, epochs=0.5)
+    missing = ("--set", "data.dataset=cifar10", "--set", "data.root=nowhere", "--set", "data.limit=64")
+    with torchrun(tmp_path, "recipe.toml", *missing) as process:
+        assert process.wait(120) != 0
+    err = (tmp_path / "err").read_text()
+    assert err.count("does not hold") == 1, err  # the second process did not look
+    assert not (tmp_path / "runs").exists()

@@ -106,6 +106,12 @@ class Session:
 
         return join(self.device)
 
+    def load_images(self, recipe: Recipe, split: Literal["train", "test"]) -> ImageSet:
+        """The images of a recipe, downloaded and packed by one process of each node."""
+        from cfamc_cli.engine.distributed import first_on_each_node
+
+        return first_on_each_node(lambda: load_images(recipe, split, talk=self.talk), self.world)
+
 
 @contextmanager
 def session(options: Options) -> Iterator[Session]:

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, closing, contextmanager, nullcont
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cfamc_cli.commands.common import Options, Session, interruption, load_images, session
+from cfamc_cli.commands.common import Options, Session, interruption, session
 from cfamc_cli.engine.sink import NullLedger
 from cfamc_cli.errors import CfamcError, Interrupted, bad_data, invalid
 from cfamc_cli.recipe import file
@@ -116,7 +116,7 @@ def _start(recipes: Sequence[Recipe], options: Options) -> list[RunRecord]:
                 if results and (signal := working.signals.pending()):  # it came too late to cut the run before
                     raise Interrupted(signal)
                 # This and the next two lines before a run is made for nothing.
-                data = load_images(recipe, "train", talk=working.talk)
+                data = working.load_images(recipe, "train")
                 plan(recipe, images=len(data.images))
                 _starting_weights(recipe, options.store)
                 run = create_run(options.store, recipe.name, now=now()) if working.world.leads else None
@@ -177,7 +177,7 @@ def _resume(reference: str, wanted: Recipe | None, options: Options) -> list[Run
     with session(options) as working:
         # What may differ, where the data lie and how checkpoints are kept, is taken from the recipe that was given.
         recipe = wanted or recipe
-        return _train(recipe, load_images(recipe, "train", talk=working.talk), run, working)
+        return _train(recipe, working.load_images(recipe, "train"), run, working)
 
 
 def _train(recipe: Recipe, data: ImageSet, run: RunFolder | None, session: Session) -> list[RunRecord]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from cfamc_cli.errors import CfamcError
 _LOST = re.compile(  # how gloo and NCCL tell that a peer is gone; their names alone also stand in errors of our own
     r"connection (closed|reset|refused)|broken pipe|timed out|remote process exited|socket", re.IGNORECASE
 )
+Made = TypeVar("Made")
 _BUCKET = 25 * 2**20  # bytes of gradients that travel as one message, as in DistributedDataParallel
 
 
@@ -210,6 +212,27 @@ def largest(flag: int, world: World) -> int:
     """The largest of all processes' flags, waiting for all of them."""
     agreement = Agreement(world)
     return agreement.ask(flag) or agreement.heard()
+
+
+def first_on_each_node(make: Callable[[], Made], world: World) -> Made:
+    """Call `make` in one process of each node, and then in the others, which find what it left in a cache.
+
+    Raises:
+        CfamcError: Instead of waiting in vain, in the processes whose own call did not fail.
+    """
+    if world.size == 1:
+        return make()
+    leads, made, failed = os.environ.get("LOCAL_RANK", str(world.rank)) == "0", None, 1
+    try:
+        if leads:
+            made = make()
+        failed = 0
+    finally:
+        with peers(world, hint="see its own messages"):
+            failed = largest(failed, world)
+    if failed:
+        raise CfamcError("another process of this run could not load the images", hint="see its own messages")
+    return make() if made is None else made
 
 
 class Agreement:
