@@ -43,7 +43,8 @@ def in_ball_and_box(clean: Groups, moved: Groups) -> None:
 
 
 def replay(adversary: Adversary) -> Groups:
-    moved = adversary.perturb(linear_loss)
+    moved = adversary.perturb(lambda groups: linear_loss([*adversary.spared, *groups]))
+    moved = [*adversary.spared, *moved]
     loss = linear_loss(moved)
     if loss.requires_grad:
         torch.autograd.backward(loss)

@@ -11,7 +11,7 @@ from fixed_inputs import fill, uniform
 from torch import Tensor
 
 from cfamc_cli.engine import monitor
-from cfamc_cli.engine.adversary import ascend_loss
+from cfamc_cli.engine.adversary import LossBeside, LossOf, ascend_loss
 from cfamc_cli.engine.encoder import Encoder
 from cfamc_cli.engine.heads.classifier import LinearHead
 from cfamc_cli.engine.heads.frozen import fit_converged, new_head
@@ -60,8 +60,16 @@ def test_a_plan_computed_by_hand(updates: int, batch_size: int, passes: int, exp
 TARGET = torch.ones(1, 4, 3, 6, 6)
 
 
+def beside(loss_of: LossOf) -> LossBeside:
+    """A loss of all groups, as a comparison asks for it."""
+    return lambda spared: lambda moved: loss_of([*spared, *moved])
+
+
 def smooth(groups: Sequence[Tensor]) -> Tensor:
     return (groups[-1] * TARGET).sum()
+
+
+SMOOTH = beside(smooth)
 
 
 def overfitted(groups: Sequence[Tensor]) -> Tensor:
@@ -74,8 +82,8 @@ def test_the_grip_of_a_full_attack_is_one_and_of_none_is_zero() -> None:
     crops = [torch.full((1, 4, 3, 6, 6), 0.5)]
     zero = [torch.zeros_like(crops[0])]
     strongest = ascend_loss(smooth, crops, zero, eps=EPS, step_size=0.01, steps=10)
-    assert monitor.measure_grip(smooth, crops, strongest, eps=EPS, where=HERE).strength == pytest.approx(1, abs=1e-3)
-    grip = monitor.measure_grip(smooth, crops, zero, eps=EPS, where=HERE)
+    assert monitor.measure_grip(SMOOTH, crops, strongest, eps=EPS, where=HERE).strength == pytest.approx(1, abs=1e-3)
+    grip = monitor.measure_grip(SMOOTH, crops, zero, eps=EPS, where=HERE)
     assert grip.strength == pytest.approx(0, abs=1e-3)
     assert grip.strongest > grip.clean == pytest.approx(grip.trained)
 
@@ -83,7 +91,7 @@ def test_the_grip_of_a_full_attack_is_one_and_of_none_is_zero() -> None:
 def test_one_large_step_loses_its_grip_on_an_overfitted_loss() -> None:
     crops = [torch.full((1, 4, 3, 6, 6), 0.5)]
     single = ascend_loss(overfitted, crops, [torch.zeros_like(crops[0])], eps=EPS, step_size=10 / 255, steps=1)
-    grip = monitor.measure_grip(overfitted, crops, single, eps=EPS, where=HERE)
+    grip = monitor.measure_grip(beside(overfitted), crops, single, eps=EPS, where=HERE)
     assert grip.strength < monitor.LOST
     assert grip.strongest > grip.clean + 100
 
@@ -95,7 +103,7 @@ def test_the_first_group_stays_clean_where_the_second_view_alone_is_perturbed() 
         assert torch.equal(groups[0], crops[0])
         return smooth(groups)
 
-    grip = monitor.measure_grip(loss_of, crops, [torch.full_like(crops[1], EPS)], eps=EPS, where=HERE)
+    grip = monitor.measure_grip(beside(loss_of), crops, [torch.full_like(crops[1], EPS)], eps=EPS, where=HERE)
     assert grip.strength == pytest.approx(1, abs=1e-3)
 
 
@@ -103,13 +111,13 @@ def test_a_grip_is_lost_below_a_twentieth() -> None:
     crops = [torch.full((1, 4, 3, 6, 6), 0.5)]
     at_rest, gain = 0.5 * 432, EPS * 432  # of 4 x 3 x 6 x 6 pixels
     for share, lost in ((0.04, True), (0.06, False)):
-        grip = monitor.measure_grip(smooth, crops, [torch.full_like(crops[0], share * EPS)], eps=EPS, where=HERE)
+        grip = monitor.measure_grip(SMOOTH, crops, [torch.full_like(crops[0], share * EPS)], eps=EPS, where=HERE)
         values = (grip.clean, grip.trained, grip.strongest)
         assert values == pytest.approx((at_rest, at_rest + share * gain, at_rest + gain), rel=1e-5)
         assert grip.strength == pytest.approx(share, abs=1e-3)
         assert grip.lost == lost
         faint = monitor.measure_grip(
-            lambda groups: 1e-3 * smooth(groups),
+            beside(lambda groups: 1e-3 * smooth(groups)),
             crops,
             [torch.full_like(crops[0], share * EPS)],
             eps=EPS,

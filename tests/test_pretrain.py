@@ -15,6 +15,7 @@ import torch
 from fixed_inputs import checksum, crops, fill
 from tiny import tiny_recipe
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from cfamc_cli.engine import checkpoint, journal, monitor, randomness
 from cfamc_cli.engine.adversary import build_adversary
@@ -28,6 +29,7 @@ from cfamc_cli.engine.optim import LarsOptimizer, learning_rate
 from cfamc_cli.engine.pretrain import Trainer
 from cfamc_cli.engine.sink import NullLedger, NullTalk
 from cfamc_cli.errors import CfamcError, ExitCode
+from cfamc_cli.recipe.plan import plan
 from cfamc_cli.recipe.schema import (
     Augment,
     Cosine,
@@ -149,7 +151,7 @@ def test_official_free_training(name: str) -> None:
             batch = crops(step // 3, views=2 if two_views else 3, images=4, size=8)
             groups = [batch[:1], batch[1:]] if two_views else [batch]
             adversary.begin(groups, [torch.Generator()] * len(groups))
-        moved = adversary.perturb(refused)
+        moved = [*adversary.spared, *adversary.perturb(refused)]
         seen["delta"].append(checksum(adversary.delta[0].flatten(0, 1), key="delta"))
         loss = objective_loss(net.embed(moved), labels, objective=objective).loss
         torch.autograd.backward(loss)
@@ -169,6 +171,46 @@ def test_official_free_training(name: str) -> None:
 def test_training_lowers_the_loss_and_spreads_the_embeddings(tiny_images: ImageSet, tmp_path: Path) -> None:
     _, sink = trained(tiny_recipe("emp-ssl", "none", train={"epochs": 2.0}), tiny_images, tmp_path)
     assert sum(losses(sink)[-5:]) < sum(losses(sink)[:5])
+
+
+@pytest.mark.parametrize("views", ["all", "second"])
+def test_a_run_makes_the_passes_and_the_arithmetic_of_its_plan(
+    views: str, tiny_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(monitor, "COST", 0.0)
+    groups = [{"count": 1, "size": 8}, {"count": 2, "size": 12}]
+    adversary = {"views": views, "steps": 3}
+    recipe = tiny_recipe("simclr", "pgd", crops=groups, adversary=adversary, train={"epochs": 0.25})
+    trainer = trainer_of(recipe, tiny_images)
+    images = 0
+
+    def counted(_: object, inputs: tuple[Tensor]) -> None:
+        nonlocal images
+        images += len(inputs[0])
+
+    trainer.encoder.register_forward_pre_hook(counted)
+    with FlopCounterMode(display=False) as counter:
+        trainer.train(tmp_path, stop=never)
+    costs = plan(recipe, len(tiny_images.images))
+    assert images == costs.view_passes + costs.attack_view_passes
+    assert images == trainer.updates * trainer.journal._passes_per_update
+    assert counter.get_total_flops() == pytest.approx(costs.flops, rel=0.02)  # crops and objective come on top
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_view_that_is_embedded_before_the_attack_trains_as_beside_the_other(
+    precision: str, tiny_images: ImageSet, tmp_path: Path
+) -> None:
+    recipe = tiny_recipe("simclr", "pgd", train={"epochs": 0.125, "precision": precision})
+    trainer, by_hand = (trainer_of(recipe, tiny_images) for _ in range(2))
+    trainer.train(tmp_path, stop=never)
+    clean, second = by_hand.crops_of(0)[0]
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+        z = by_hand.encoder.train().embed([clean, second + trainer.adversary.delta[0]])
+    torch.autograd.backward(objective_loss(z, None, objective=recipe.objective).loss)
+    by_hand.optimizer.step(lr=by_hand.learning_rate())
+    for name, value in by_hand.encoder.state_dict().items():
+        assert torch.equal(trainer.encoder.state_dict()[name], value), name
 
 
 # Repetition
@@ -558,7 +600,7 @@ def test_a_grip_line_is_of_the_losses_of_its_batch(
     trainer = trainer_of(tiny_recipe("emp-ssl", "free", train=SHORT, adversary={"eps": "16/255"}), tiny_images, sink)
     expected: list[tuple[float, float]] = []
 
-    def noted(loss_of: Any, crops: Any, delta: Any, *, eps: float, where: monitor.Where) -> Any:
+    def noted(loss_beside: Any, crops: Any, delta: Any, *, eps: float, where: monitor.Where) -> Any:
         assert eps == 16 / 255
         whole = trainer.crops_of(where["batch"] - 1)[0]
         images = crops[0].shape[1]
@@ -569,7 +611,7 @@ def test_a_grip_line_is_of_the_losses_of_its_batch(
                 objective_loss(trainer.encoder.embed([x]), None, objective=trainer.recipe.objective) for x in moved
             ]
         expected.append((float(terms[0].loss), float(terms[1].loss)))
-        return measure(loss_of, crops, delta, eps=eps, where=where)
+        return measure(loss_beside, crops, delta, eps=eps, where=where)
 
     monkeypatch.setattr(monitor, "measure_grip", noted)
     trainer.train(tmp_path, stop=never)
@@ -588,14 +630,14 @@ def test_lines_come_with_the_interval_and_comparisons_with_the_plan(
     notes = trainer.journal
     monkeypatch.setattr(notes, "check_finite", lambda encoder, *, step: checked.append(step))
     monkeypatch.setattr(notes, "_write", lambda rows, z, delta, *, step: written.append(step))
-    monkeypatch.setattr(notes, "_watch_grip", lambda crops, delta, loss_of, *, step: compared.append(step))
+    monkeypatch.setattr(notes, "_watch_grip", lambda crops, delta, loss_beside, *, step: compared.append(step))
     z, one = torch.zeros(1), [torch.zeros(1)]
     for every, wanted in ((4, [6, 9, 12, 18, 21, 24, 30, 33, 36]), (1, list(range(3, 40, 3))), (0, [])):
         monkeypatch.setattr(notes, "_grip_plan", monitor.Schedule(every=every, images=2))
         for steps in (written, compared, checked):
             steps.clear()
         for step in range(3, 40, 3):  # 13 batches of three replays
-            notes.after_batch(trainer.encoder, z, one, one, lambda _: z, step=step)
+            notes.after_batch(trainer.encoder, z, one, one, lambda _: lambda _: z, step=step)
         assert written == [12, 24, 36, 39]
         assert compared == wanted
         assert checked == sorted({*written, *compared})
@@ -608,7 +650,7 @@ def test_a_lost_grip_is_warned_of_with_its_numbers(tiny_images: ImageSet, monkey
     for lost in (False, True):
         found = GripLine(step=6, batch=2, epoch=0.25, clean=-3, trained=-2.75, strongest=5, strength=0.03, lost=lost)
         monkeypatch.setattr(monitor, "measure_grip", lambda *_, found=found, **__: found)
-        trainer.journal._watch_grip([], [], lambda _: torch.zeros(()), step=6)
+        trainer.journal._watch_grip([], [], lambda _: lambda _: torch.zeros(()), step=6)
     assert sink.warnings == [
         "update 6: PGD-10 raises the loss by 8, the training adversary only by 0.25: catastrophic overfitting is "
         "likely; use a smaller adversary.step_size or more steps"

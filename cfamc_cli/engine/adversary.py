@@ -17,17 +17,20 @@ from cfamc_cli.engine.sections import section
 from cfamc_cli.recipe.schema import FreeAdversary, NoAdversary, PgdAdversary, number
 
 Groups = list[Tensor]  # one (V_g, B, C, S_g, S_g) a group of crops
-LossOf = Callable[[Sequence[Tensor]], Tensor]
+LossOf = Callable[[Sequence[Tensor]], Tensor]  # of the groups that move
+LossBeside = Callable[[Sequence[Tensor]], LossOf]  # of groups that stay clean: they are embedded once, not at each step
 
 
 class Adversary:
     """Clean training: the crops pass as they are.
 
     Attributes:
-        delta: The perturbations of the perturbed groups; none here.
+        spared: The first groups of the batch, where the adversary leaves them clean; none here.
+        delta: The perturbations of the other groups; none here.
     """
 
     def __init__(self) -> None:
+        self.spared: Groups = []
         self.delta: Groups = []
 
     def begin(self, crops: Groups, generators: Sequence[torch.Generator]) -> None:  # noqa: ARG002
@@ -35,7 +38,7 @@ class Adversary:
         self.crops = crops
 
     def perturb(self, loss_of: LossOf) -> Groups:  # noqa: ARG002
-        """The crops to train on: in [0, 1] and within eps of the clean ones."""
+        """The crops to train on beside the spared ones: in [0, 1] and within eps of the clean ones."""
         return self.crops
 
     def ascend(self) -> None:
@@ -66,8 +69,8 @@ class Moving(Adversary):
         ]
 
     def moved(self) -> Groups:
-        """All groups, with the perturbations on."""
-        return [*self.spared, *(x + delta for x, delta in zip(self.clean, self.delta, strict=True))]
+        """The groups that are not spared, with the perturbations on."""
+        return [x + delta for x, delta in zip(self.clean, self.delta, strict=True)]
 
 
 class Pgd(Moving):
@@ -80,12 +83,7 @@ class Pgd(Moving):
     @section("adversary")
     def perturb(self, loss_of: LossOf) -> Groups:
         self.delta = ascend_loss(
-            lambda moved: loss_of([*self.spared, *moved]),
-            self.clean,
-            self.fresh(),
-            eps=self.eps,
-            step_size=self.step_size,
-            steps=self.steps,
+            loss_of, self.clean, self.fresh(), eps=self.eps, step_size=self.step_size, steps=self.steps
         )
         return self.moved()
 
@@ -141,7 +139,8 @@ def ascend_loss(
         steps: K.
 
     Returns:
-        One perturbation a group, detached; no parameter's `.grad` is written.
+        One perturbation a group, detached. No gradient of a parameter is computed: autograd prunes what leads to none
+        of the perturbations.
     """
     delta = [part.detach() for part in start]
     for _ in range(steps):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cfamc_cli.engine import monitor
-from cfamc_cli.engine.adversary import Groups, LossOf
+from cfamc_cli.engine.adversary import Groups, LossBeside
 from cfamc_cli.engine.data.sets import ImageSet, batch, class_balanced_split
 from cfamc_cli.engine.device import peak_memory
 from cfamc_cli.engine.encoder import Encoder
@@ -52,8 +52,10 @@ class Journal:
         self._names = ["lr", "loss", "gradient_norm", *parts]
         self._rows: list[Tensor] = []
         self._eps = 0.0 if isinstance(recipe.adversary, NoAdversary) else number(recipe.adversary.eps)
-        self._passes_per_update = 1 + (recipe.adversary.steps if isinstance(recipe.adversary, PgdAdversary) else 0)
-        self._grip_plan = monitor.schedule(updates=updates, batch_size=share, passes_per_update=self._passes_per_update)
+        steps = recipe.adversary.steps if isinstance(recipe.adversary, PgdAdversary) else 0
+        moved = sum(group.count for group in recipe.crops[recipe.spared_groups :])
+        self._passes_per_update = (recipe.views + steps * moved) * recipe.train.batch_size
+        self._grip_plan = monitor.schedule(updates=updates, batch_size=share, passes_per_update=1 + steps)
         few = self._grip_plan.images
         self._few = slice(few if few < share else None)  # images of a batch; of each process's share, or all of them
         self._accuracy: dict[str, float] = {}
@@ -116,7 +118,7 @@ class Journal:
 
     @section("records")
     def after_batch(
-        self, encoder: Encoder, z: Tensor, crops: Groups, delta: Groups, loss_of: LossOf, *, step: int
+        self, encoder: Encoder, z: Tensor, crops: Groups, delta: Groups, loss_beside: LossBeside, *, step: int
     ) -> None:
         """Write the lines of an interval when it is full or the run is, and compare adversaries when that is due.
 
@@ -125,7 +127,7 @@ class Journal:
             z: Embeddings of the last update, (V, B, D).
             crops: The batch's clean crops.
             delta: The adversary's perturbations of the last groups.
-            loss_of: The training loss, leaving batch-norm statistics alone.
+            loss_beside: The training loss beside clean groups, leaving batch-norm statistics alone.
             step: Weight updates made.
 
         Raises:
@@ -139,7 +141,7 @@ class Journal:
         if full:
             self._write(rows, z, delta, step=step)
         if compared:
-            self._watch_grip(crops, delta, loss_of, step=step)
+            self._watch_grip(crops, delta, loss_beside, step=step)
 
     def _write(self, rows: Tensor, z: Tensor, delta: Groups, *, step: int) -> None:
         means = dict(zip(self._names, rows.double().mean(0).tolist(), strict=True)) | {"lr": float(rows[-1, 0])}
@@ -152,9 +154,9 @@ class Journal:
         self.ledger.metrics(TrainLine.model_validate({**where, **means, **shape}))
 
         seconds = max(time.perf_counter() - self._since, 1e-9)
-        views = (step - self._since_step) * self.recipe.views * self.recipe.train.batch_size
         self._waited += sum(began.elapsed_time(ended) for began, ended in self._pauses) / 1000  # all of them are over
-        rate, share = views * self._passes_per_update / seconds, self._waited / seconds
+        passes = (step - self._since_step) * self._passes_per_update
+        rate, share = passes / seconds, self._waited / seconds
         memory = peak_memory(self.device)
         self.ledger.timing(
             TimingLine(**where, views_per_second=rate, data_share=share, seconds=seconds, peak_memory=memory)
@@ -169,9 +171,9 @@ class Journal:
         return {"step": step, "batch": batch, "epoch": batch / self.per_epoch}
 
     @section("monitor")
-    def _watch_grip(self, crops: Groups, delta: Groups, loss_of: LossOf, *, step: int) -> None:
+    def _watch_grip(self, crops: Groups, delta: Groups, loss_beside: LossBeside, *, step: int) -> None:
         cut_crops, cut_delta = ([group[:, self._few] for group in groups] for groups in (crops, delta))
-        grip = monitor.measure_grip(loss_of, cut_crops, cut_delta, eps=self._eps, where=self._where(step))
+        grip = monitor.measure_grip(loss_beside, cut_crops, cut_delta, eps=self._eps, where=self._where(step))
         self.ledger.metrics(grip)
         if grip.lost:
             self.talk.warning(

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cfamc_cli.engine.adversary import Groups, LossOf, ascend_loss
+from cfamc_cli.engine.adversary import Groups, LossBeside, LossOf, ascend_loss
 from cfamc_cli.engine.encoder import Encoder
 from cfamc_cli.engine.heads.frozen import extract_features, fit_converged, new_head, weighted_knn
 from cfamc_cli.recipe.schema import number
@@ -131,7 +131,8 @@ def schedule(*, updates: int, batch_size: int, passes_per_update: int) -> Schedu
     Args:
         updates: Weight updates of the run.
         batch_size: Images of a batch.
-        passes_per_update: Forward and backward passes of a view in one weight update: 1, or 1 + K for PGD.
+        passes_per_update: Forward and backward passes of a view that the adversary moves, in one weight update: 1, or
+            1 + K for PGD. A view that it spares makes one pass an update, and one forward pass a comparison.
     """
     each = 3 + ATTACK_STEPS  # passes for clean, trained and strongest
     allowed = COST * updates * passes_per_update * batch_size / each  # images over the whole run
@@ -141,28 +142,24 @@ def schedule(*, updates: int, batch_size: int, passes_per_update: int) -> Schedu
     return Schedule(every=math.ceil(updates / checks), images=min(batch_size, int(allowed / checks)))
 
 
-def measure_grip(loss_of: LossOf, crops: Groups, trained: Groups, *, eps: float, where: Where) -> GripLine:
+def measure_grip(loss_beside: LossBeside, crops: Groups, trained: Groups, *, eps: float, where: Where) -> GripLine:
     """Compare the training perturbation with PGD-10 (step 2.5 eps / 10, from zero) on the training loss.
 
     Args:
-        loss_of: The training loss of groups of crops, leaving batch-norm statistics alone.
+        loss_beside: From the groups that stay clean to the training loss of the others, leaving batch-norm statistics
+            alone.
         crops: Clean groups, already cut to the images of the comparison.
         trained: The training perturbation of the last of these groups; those before them stay clean.
         eps: L-inf radius.
         where: The encoder's position in its run.
     """
     first = len(crops) - len(trained)
-    clean = crops[first:]
-
-    def moved_loss(moved: Sequence[Tensor]) -> Tensor:
-        return loss_of([*crops[:first], *moved])
-
-    strongest = _strongest(moved_loss, clean, eps=eps)
+    loss_of, clean = loss_beside(crops[:first]), crops[first:]
+    strongest = _strongest(loss_of, clean, eps=eps)
     still = [torch.zeros_like(x) for x in clean]
     with torch.no_grad():
         losses = [
-            moved_loss([x + part for x, part in zip(clean, delta, strict=True)])
-            for delta in (still, trained, strongest)
+            loss_of([x + part for x, part in zip(clean, delta, strict=True)]) for delta in (still, trained, strongest)
         ]
     at_rest, under_training, under_attack = torch.stack(losses).tolist()
     strength = (under_training - at_rest) / max(under_attack - at_rest, 1e-12)

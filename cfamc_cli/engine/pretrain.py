@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cfamc_cli.engine import checkpoint as checkpoints
-from cfamc_cli.engine.adversary import Groups, build_adversary
+from cfamc_cli.engine.adversary import Groups, LossOf, build_adversary
 from cfamc_cli.engine.batch_norm import synchronise
 from cfamc_cli.engine.checkpoint import Checkpoint
 from cfamc_cli.engine.crops import cut, sample_parameters
@@ -118,10 +118,13 @@ class Trainer:
 
             with self.journal.waiting():
                 crops, labels = prefetch.take(batch)
-            attacked_loss = partial(self.attacked_loss, labels=labels)
             self.adversary.begin(crops, self._generators("delta", batch))
             for _ in range(self.recipe.replays):
-                z, terms = self.loss_of(self.adversary.perturb(attacked_loss), labels)  # (V, B, D), unit norm
+                with autocast(self.device, self.precision):  # one for both passes: each weight is shortened once
+                    still = self.embed(self.adversary.spared)  # serves the steps of an attack on the others too
+                    with autocast(self.device, "float32"):
+                        moved = self.adversary.perturb(partial(self.attacked_loss, still=still, labels=labels))
+                    z, terms = self.loss_of([*still, *self.embed(moved)], labels)  # (V, B, D), unit norm
                 with section("backward"):
                     terms.loss.backward()  # for free training, this one pass pays for weights and delta
                     self.gradients.finish()
@@ -131,12 +134,13 @@ class Trainer:
                 self.optimizer.zero_grad()
                 self.step += 1
                 z = z.detach()
-                del terms  # with the graph, which holds a replay's perturbation and its gradient
+                del still, moved, terms  # with the graph, which holds a replay's perturbation and its gradient
 
             if batch + 1 < self.batches:
                 with self.journal.waiting():
                     prefetch.begin(batch + 1)
-            self.journal.after_batch(self.encoder, z, crops, self.adversary.delta, attacked_loss, step=self.step)
+            loss_beside = partial(self.loss_beside, labels=labels)
+            self.journal.after_batch(self.encoder, z, crops, self.adversary.delta, loss_beside, step=self.step)
             if self._saves_after(batch + 1):
                 self.save(folder)
             if self.step == self.updates:
@@ -145,24 +149,39 @@ class Trainer:
                 self.save(folder)
                 return signal
 
-    def loss_of(self, groups: Sequence[Tensor], labels: Tensor | None) -> tuple[Tensor, Terms]:
-        """Embed this process's crops, and compute the objective over the whole batch: z (V, B, D) and its terms."""
-        with section("forward"), autocast(self.device, self.precision):
-            z = self.encoder.embed(groups)
-        with section("objective"):
-            z = gather_embeddings(z, self._counts(z.shape[1]), self.world)
-            return z, objective_loss(z, labels, objective=self.recipe.objective)
+    @section("forward")
+    def embed(self, groups: Sequence[Tensor]) -> Groups:
+        """The embeddings of this process's crops: (V, own images, D), unit norm; no tensor for no group."""
+        with autocast(self.device, self.precision):
+            return [self.encoder.embed(groups)] if groups else []
 
-    def attacked_loss(self, groups: Sequence[Tensor], labels: Tensor | None) -> Tensor:
+    @section("objective")
+    def loss_of(self, embedded: Sequence[Tensor], labels: Tensor | None) -> tuple[Tensor, Terms]:
+        """Gather the whole batch's embeddings, and compute the objective: z (V, B, D) and its terms."""
+        own = torch.cat(list(embedded)) if len(embedded) > 1 else embedded[0]
+        z = gather_embeddings(own, self._counts(own.shape[1]), self.world)
+        return z, objective_loss(z, labels, objective=self.recipe.objective)
+
+    def attacked_loss(self, moved: Sequence[Tensor], *, still: Sequence[Tensor], labels: Tensor | None) -> Tensor:
         """The training loss as an adversary sees it: running batch-norm statistics stay as they are.
 
-        Groups may hold the first images of each process's share only.
+        Args:
+            moved: The groups that it moves, or the first images of each process's share of them.
+            still: Embeddings of the same images in the groups that it spares: (V, own images, D) or nothing.
+            labels: Of the whole batch, for supcon.
         """
         if labels is not None:
-            shares = zip(labels.split(self.shares), self._counts(groups[0].shape[1]), strict=True)
+            shares = zip(labels.split(self.shares), self._counts(moved[0].shape[1]), strict=True)
             labels = torch.cat([share[:count] for share, count in shares])
         with frozen_statistics(self.encoder):
-            return self.loss_of(groups, labels)[1].loss
+            embedded = self.embed(moved)
+        return self.loss_of([*(z.detach() for z in still), *embedded], labels)[1].loss
+
+    def loss_beside(self, spared: Sequence[Tensor], *, labels: Tensor | None) -> LossOf:
+        """The loss of `attacked_loss` beside clean groups, which are embedded here."""
+        with torch.no_grad(), frozen_statistics(self.encoder):
+            still = self.embed(spared)
+        return partial(self.attacked_loss, still=still, labels=labels)
 
     def _counts(self, own: int) -> list[int]:
         """Images of each process where this one has so many: all of its share, or fewer than anybody's share."""

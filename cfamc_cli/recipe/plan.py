@@ -32,7 +32,7 @@ class Plan:
     batches: int  # batches of the run
     weight_updates: int  # optimizer steps; each batch has one for every replay
     view_passes: int  # forward and backward passes of one view that train the weights
-    attack_view_passes: int  # the same for the steps of a PGD adversary, perturbed views only
+    attack_view_passes: int  # those for the steps of a PGD adversary: perturbed views only, no gradient of a weight
     parameters: int  # trained numbers of the whole encoder
     backbone_parameters: int  # those of the backbone
     flops_per_view: float  # forward and backward of one view, 2 per multiply-add, averaged over the groups of crops
@@ -69,10 +69,10 @@ def plan(recipe: Recipe, images: int | None = None) -> Plan:
     match recipe.adversary:
         case NoAdversary() | FreeAdversary():
             attacked, attack_cost = 0, 0  # a free adversary lives on the passes that train the weights
-        case PgdAdversary(views="all", steps=steps):
-            attacked, attack_cost = steps * recipe.views, steps * sum(costs)
-        case PgdAdversary(views="second", steps=steps):  # of every group but the first
-            attacked, attack_cost = steps * (recipe.views - recipe.crops[0].count), steps * sum(costs[1:])
+        case PgdAdversary(steps=steps):
+            moved = recipe.crops[recipe.spared_groups :]  # what is spared is embedded by the pass that trains on it
+            attacked = steps * sum(group.count for group in moved)
+            attack_cost = steps * sum(costs[recipe.spared_groups :]) * 2 // 3  # no gradient of a weight is computed
         case _ as never:
             assert_never(never)  # type: ignore[arg-type]
 

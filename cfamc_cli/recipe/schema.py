@@ -578,6 +578,11 @@ class Recipe(Table):
         return sum(group.count for group in self.crops)
 
     @property
+    def spared_groups(self) -> int:
+        """How many groups of crops, the first ones, the adversary leaves clean."""
+        return 0 if isinstance(self.adversary, NoAdversary) or self.adversary.views == "all" else 1
+
+    @property
     def replays(self) -> int:
         """How often a batch is used for a weight update."""
         return self.adversary.replays if isinstance(self.adversary, FreeAdversary) else 1
