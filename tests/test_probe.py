@@ -254,6 +254,7 @@ def test_a_head_on_features_is_fitted_and_judged_part_by_part(kind: str, monkeyp
     heard = Heard()
     given = task(heard)
     found = frozen.fit_on_features(given, settings)
+    assert found is not None
     source: dict[str, CropSource | None] = {"train": None, "test": None}
     if isinstance(settings, AggregatedCrops):
         group = given.recipe.crops[0].model_copy(update={"count": 3})

@@ -1,10 +1,11 @@
-"""Two processes under torchrun: one run, one voice, and an end for both when one of them ends."""
+"""Two processes under torchrun: one run, one voice, equal heads and evaluations, one end when one of them ends."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from process import environment
+from process import cfamc, environment
 from tiny import recipe_text
 
 pytestmark = pytest.mark.slow
@@ -193,3 +194,83 @@ def test_images_that_cannot_be_read_are_told_once(tmp_path: Path) -> None:
     err = (tmp_path / "err").read_text()
     assert err.count("does not hold") == 1, err  # the second process did not look
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished run whose encoder tells some classes apart."""
+    folder = tmp_path_factory.mktemp("trained")
+    prepare(folder, epochs=0.25)
+    done = cfamc("pretrain", "recipe.toml", "--set", "optimizer.lr=0.01", cwd=folder)
+    assert done.code == 0, done.err
+    return folder
+
+
+def of_attack(run: Path) -> dict[str, object]:
+    """What an evaluation left, without its times."""
+    (folder,) = (run / "attacks").iterdir()
+    record = json.loads((folder / "record.json").read_text())
+    for part in (record, *record["stages"]):
+        del part["wall_seconds"]
+    del record["created"], record["environment"]["computation"]["processes"]
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in ("timing.jsonl", "lock")}
+    return files | {"record.json": record}
+
+
+def of_probe(run: Path, name: str) -> tuple[dict[str, object], bytes]:
+    record = json.loads((run / "probes" / name / "record.json").read_text())
+    del record["created"], record["wall_seconds"], record["environment"]["computation"]["processes"]
+    return record, (run / "probes" / name / "head.safetensors").read_bytes()
+
+
+PGD = ("--attack", "pgd", "--steps", "3", "--eps", "8/255", "--limit", "600", "--save-examples", "10")
+
+
+def test_heads_and_evaluations_of_two_ranks_are_those_of_one_process(trained: Path, tmp_path: Path) -> None:
+    crops = ("--head", "crops", "--crops", "3", "--epochs", "2")
+    runs = [Path(shutil.copytree(trained / "runs", tmp_path / name)) for name in ("alone", "shared")]
+    alone, shared = (next(store.iterdir()) for store in runs)
+    for command, words in (("attack", PGD), ("probe", crops)):
+        assert cfamc(command, *words, "--runs", str(runs[0]), cwd=tmp_path).code == 0
+        with torchrun(tmp_path, *words, "--runs", str(runs[1]), "--json", command=command) as process:
+            assert process.wait(180) == 0, (tmp_path / "err").read_text()
+        json.loads((tmp_path / "out").read_text())  # of one voice
+    assert of_attack(shared) == of_attack(alone)
+    assert len(list((shared / "probes").iterdir())) == 2
+    for name in ("linear-001", "crops-001"):
+        assert of_probe(shared, name) == of_probe(alone, name)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_evaluation_goes_on_after_kill_9_of_one_rank(rank: int, trained: Path, tmp_path: Path) -> None:
+    """Two ranks begin it; after the end of rank 0 two go on, after that of rank 1 one process does."""
+    words = ("--attack", "pgd", "--steps", "150", "--step-size", "0.001", "--eps", "2/255", "--limit", "600")
+    whole, cut = (Path(shutil.copytree(trained / "runs", tmp_path / name)) for name in ("whole", "cut"))
+    run = next(cut.iterdir())
+
+    def stages() -> int:
+        timing = list(run.glob("attacks/*/timing.jsonl"))
+        return len(timing[0].read_text().splitlines()) if timing else 0
+
+    with torchrun(tmp_path, *words, "--runs", str(cut), command="attack") as process:
+        until(lambda: stages() >= 2, process, tmp_path)
+        pids = ranks(process)
+        os.kill(pids[rank], signal.SIGKILL)
+        started = time.monotonic()
+        while any(map(alive, pids)):
+            assert time.monotonic() - started < 60, (tmp_path / "err").read_text()
+            time.sleep(0.05)
+        assert process.wait(60) != 0
+    assert 2 <= (kept := stages()) < 6
+    assert not list(run.glob("attacks/*/record.json"))
+    if rank == 0:
+        with torchrun(tmp_path, *words, "--runs", str(cut), command="attack") as process:
+            assert process.wait(180) == 0, (tmp_path / "err").read_text()
+        said = (tmp_path / "err").read_text()
+    else:
+        done = cfamc("attack", *words, "--runs", str(cut), cwd=tmp_path)
+        assert done.code == 0, done.err
+        said = done.err
+    assert said.count(f"goes on from {kept} finished stages") == 1
+    assert cfamc("attack", *words, "--runs", str(whole), cwd=tmp_path).code == 0
+    assert of_attack(run) == of_attack(next(whole.iterdir()))

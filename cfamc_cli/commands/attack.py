@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from cfamc_cli.commands.attack_report import NOT_AUDITED, Result, curves, draw_accuracy, draw_loss, lacks_audit, tell
 from cfamc_cli.commands.attack_settings import Flags, asked_attacks, check_flags
-from cfamc_cli.commands.common import Options, Session, interruption, session
+from cfamc_cli.commands.common import SAME_COMMAND, Options, Session, interruption, session
 from cfamc_cli.errors import bad_data, invalid, missing_library
 from cfamc_cli.recipe.schema import Attack, EmbeddingAttack, PgdAttack, Recipe, number
 from cfamc_cli.store.environment import capture_environment
@@ -38,10 +38,12 @@ from cfamc_cli.store.runs import ACCURACY, EXAMPLES, HEAD, LATEST, LOSS, RECORD,
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cfamc_cli.engine.evaluation.blocks import Evaluation, Examples
+    from cfamc_cli.engine.attacks.plan import Plan
+    from cfamc_cli.engine.evaluation.blocks import Commit, Evaluation, Examples
     from cfamc_cli.engine.evaluation.examples import Gallery
 
 _PLOTTED = 64  # samples of the loss curve
+_AUDITED, _PLAIN = "audited", "plain"  # what the leading process tells the others to make; nothing where all is there
 _MAX_CROPPED = 4 * 2**30  # bytes of crops that are held at once
 
 
@@ -69,14 +71,20 @@ def attack(reference: str | None, *, flags: Flags, options: Options) -> None:
     message, again = "interrupted; every finished stage is kept", "go on with the same command"
     with session(options) as working, interruption(message=message, hint=lambda: again):
         from cfamc_cli.engine.device import has_tf32, out_of_memory
+        from cfamc_cli.engine.distributed import peers
 
         if any(table.search_precision == "tf32" for table in asked) and not has_tf32(working.device):
             raise invalid(f"search_precision: {working.device} has no tf32", "leave it at float32")
 
         if status != "finished":
             working.talk.warning(f"run {run.id} is not finished but {status}: attacking its newest checkpoint")
-        with out_of_memory(hint="lower --limit, or choose another --device; what is finished is kept"):
+        lower = "lower --limit, or choose another --device; what is finished is kept"
+        with peers(working.world, hint=SAME_COMMAND), out_of_memory(hint=lower):
             work = _Work(run, recipe, flags, working)
+            if not working.world.leads:
+                for table in asked:
+                    work.assist(table)
+                return
             results = [work.evaluate(table) for table in asked]
             drawn = work.plots(asked, results) if flags.plot else []
     tell(run, results, drawn, strict=flags.strict, options=options)
@@ -92,7 +100,7 @@ class _Work:
         from cfamc_cli.engine.randomness import balanced_order
 
         self.run, self.recipe, self.flags = run, recipe, flags
-        self.talk, self.device = working.talk, working.device
+        self.talk, self.device, self.world = working.talk, working.device, working.world
         self.space: Space = "crops" if flags.space == "crops" else "image"
         loaded = load_encoder(run.checkpoints, recipe.model, device=self.device, talk=self.talk)
         folder = ensure_head(run, loaded, working, probe=flags.head)
@@ -133,12 +141,11 @@ class _Work:
 
     def evaluate(self, table: Attack) -> Result:
         """Make one evaluation, or what is left of it: from its ledger to its record."""
-        from cfamc_cli.engine.attacks.plan import plan
-        from cfamc_cli.engine.evaluation.audit import AuditSettings
-        from cfamc_cli.engine.evaluation.blocks import BLOCK, Evaluation, evaluate
+        from cfamc_cli.engine.distributed import told
+        from cfamc_cli.engine.evaluation.blocks import BLOCK, Evaluation
         from cfamc_cli.engine.evaluation.examples import Gallery
 
-        label = f"{self._name(table)} {table.norm} {table.eps}"
+        label = self._label(table)
         empty, wanted = self._empty(table, BLOCK), self.flags.save_examples or 0
         with open_ledger(self.run, self._name(table), empty, warn=self.talk.warning) as ledger:
             path = ledger.folder / EXAMPLES
@@ -146,6 +153,7 @@ class _Work:
             record, again = ledger.record(), gallery.missing()
             audited = record is not None and not lacks_audit(record)
             if record is not None and (audited or not self.flags.audit) and not again:
+                told("", self.world)
                 self.talk.message(f"{label}: finished on {record.created:%Y-%m-%d %H:%M} UTC as {record.id}")
             else:
                 if done := len(ledger.outcomes):
@@ -155,22 +163,12 @@ class _Work:
                     gallery.add(outcome, examples)
                     ledger.commit(outcome)
 
-                planned = plan(table, classes=len(self.probe.classes))
-                evaluation = evaluate(
-                    self.target,
-                    self.x,
-                    self.y,
-                    plan=planned,
-                    seed=self.recipe.seed,
-                    block_size=BLOCK,
-                    device=self.device,
-                    finished=[outcome for place, outcome in ledger.outcomes.items() if place not in again],
-                    commit=commit,
-                    audit=AuditSettings() if self.flags.audit or audited else None,
-                    label=label,
-                    talk=self.talk,
-                )
-                if not (self.flags.audit or audited):
+                audit = self.flags.audit or audited
+                told(_AUDITED if audit else _PLAIN, self.world)
+                planned = self._plan(table)
+                finished = [outcome for place, outcome in ledger.outcomes.items() if place not in again]
+                evaluation = self._evaluate(table, finished, commit, audit=audit)
+                if not audit:
                     evaluation = Evaluation(evaluation.outcomes, (*evaluation.checks, NOT_AUDITED))
                 record = self._record(table, ledger.folder.name, evaluation, planned.notes)
                 save_record(ledger.folder / RECORD, record)
@@ -178,6 +176,41 @@ class _Work:
                 self._draw_examples(ledger, gallery, record)
             known = Evaluation(tuple(ledger.in_order()), ())
         return Result(ledger.folder, record, known.clean, known.robust)
+
+    def assist(self, table: Attack) -> None:
+        """Take part in an evaluation that the leading process makes and keeps."""
+        from cfamc_cli.engine.distributed import told
+
+        if asked := told("", self.world):
+            self._evaluate(table, (), lambda _outcome, _examples: None, audit=asked == _AUDITED)
+
+    def _evaluate(self, table: Attack, finished: Sequence[Outcome], commit: Commit, *, audit: bool) -> Evaluation:
+        from cfamc_cli.engine.evaluation.audit import AuditSettings
+        from cfamc_cli.engine.evaluation.blocks import BLOCK, evaluate
+
+        return evaluate(
+            self.target,
+            self.x,
+            self.y,
+            plan=self._plan(table),
+            seed=self.recipe.seed,
+            block_size=BLOCK,
+            device=self.device,
+            finished=finished,
+            commit=commit,
+            audit=AuditSettings() if audit else None,
+            label=self._label(table),
+            talk=self.talk,
+            world=self.world,
+        )
+
+    def _plan(self, table: Attack) -> Plan:
+        from cfamc_cli.engine.attacks.plan import plan
+
+        return plan(table, classes=len(self.probe.classes))
+
+    def _label(self, table: Attack) -> str:
+        return f"{self._name(table)} {table.norm} {table.eps}"
 
     def _name(self, table: Attack) -> str:
         return table.name if self.space == "image" else f"{table.name}-crops"

@@ -49,6 +49,9 @@ class Options:
         return run.id if self.runs is None else str(run.path)
 
 
+SAME_COMMAND = "see its own messages; then give the same command again"  # where another process ended
+
+
 class Signals:
     """What has arrived, and whether work under way asks to be told instead of being cut."""
 
@@ -112,6 +115,15 @@ class Session:
 
         return first_on_each_node(lambda: load_images(recipe, split, talk=self.talk), self.world)
 
+    def agreed(self, text: str) -> str:
+        """The text of the first process of torchrun, in all of them; without torchrun it is the own one."""
+        if not among_others():
+            return text
+        from cfamc_cli.engine.distributed import peers, told
+
+        with peers(self.world, hint=SAME_COMMAND):
+            return told(text, self.world)
+
 
 @contextmanager
 def session(options: Options) -> Iterator[Session]:
@@ -164,4 +176,9 @@ def load_images(recipe: Recipe, split: Literal["train", "test"], *, talk: Talk) 
 
 def leads() -> bool:
     """Whether this process speaks and has stdout for itself: under torchrun, the first one."""
-    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+    return not among_others() or os.environ.get("RANK", "0") == "0"
+
+
+def among_others() -> bool:
+    """Whether torchrun started more processes than this one."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"

@@ -15,7 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cfamc_cli.commands.common import Options, Session, interruption, load_images, session
+from cfamc_cli.commands.common import (
+    SAME_COMMAND,
+    Options,
+    Session,
+    among_others,
+    interruption,
+    leads,
+    load_images,
+    session,
+)
 from cfamc_cli.datasets import KNOWN_SETS
 from cfamc_cli.errors import Interrupted, bad_data, invalid
 from cfamc_cli.recipe import file
@@ -96,9 +105,10 @@ def probe(
         if foreign is not None:
             if reference is not None or resume:
                 raise invalid("--import makes a run of its own", "leave out RUN and --resume")
-            run = _import(foreign, request, working)
+            path = _import(foreign, request, working).path if leads() else Path()
         else:
-            run = find_run(options.store, reference or LATEST, accept=lambda run: run.status == "finished")
+            path = find_run(options.store, reference or LATEST, accept=lambda run: run.status == "finished").path
+        run = RunFolder(Path(working.agreed(str(path))))
         with interruption(hint=lambda: f"go on with: {_way_on(run, options)}"):
             if resume:
                 if request != Request():
@@ -107,6 +117,8 @@ def probe(
             else:
                 recipe, transfer = _settled(run, request), request.data is not None
                 folder = _fit(run, recipe, working, transfer=transfer, limit=request.limit)
+    if folder is None:
+        return
     record = load_record(folder / RECORD, ProbeRecord)
     if options.as_json:
         terminal.print_json(record.model_dump(mode="json"))
@@ -132,10 +144,13 @@ def ensure_head(run: RunFolder, loaded: LoadedEncoder, working: Session, *, prob
     """
     if probe is not None:
         return find_probe(run, probe)
-    if standard := standard_probe(run, loaded.digest):
-        return standard
-    working.talk.message(f"run {run.id} has no linear head yet: fitting the standard one")
-    return _fit(run, _settled(run, Request(head="linear")), working, loaded=loaded)
+    standard = standard_probe(run, loaded.digest)
+    name = working.agreed(standard.name if standard else "")
+    if not name:
+        working.talk.message(f"run {run.id} has no linear head yet: fitting the standard one")
+        fitted = _fit(run, _settled(run, Request(head="linear")), working, loaded=loaded)
+        name = working.agreed(fitted.name if fitted else "")
+    return run.probes / name
 
 
 def load_test_images(run: RunFolder, record: ProbeRecord, *, talk: Talk) -> ImageSet:
@@ -231,8 +246,8 @@ def _same_data(found: DataUsed, expected: DataUsed, *, whose: str) -> None:
 # Fitting
 
 
-def _go_on(run: RunFolder, working: Session) -> Path:
-    """Finish the newest unfinished head; returns its folder."""
+def _go_on(run: RunFolder, working: Session) -> Path | None:
+    """Finish the newest unfinished head; returns what `_fit` does."""
     unfinished = unfinished_probes(run)
     if not unfinished:
         raise invalid(f"run {run.id} has no unfinished head", "robust-linear and finetune can be resumed")
@@ -251,17 +266,22 @@ def _fit(
     transfer: bool = False,
     limit: int | None = None,
     begun: Path | None = None,
-) -> Path:
-    """Fit a head, a new one or one that was begun, and keep it; returns its folder."""
+) -> Path | None:
+    """Fit a head, a new one or one that was begun, and keep it; returns its folder, in the leading process alone."""
     from cfamc_cli.engine.device import out_of_memory
+    from cfamc_cli.engine.distributed import peers
     from cfamc_cli.engine.heads.classifier import load_encoder
     from cfamc_cli.engine.heads.frozen import Task, fit_on_features
     from cfamc_cli.engine.heads.supervised import SupervisedTrainer
 
     started, settings, talk, signals = time.monotonic(), recipe.probe, working.talk, working.signals
+    if isinstance(settings, RobustLinear | Finetune) and among_others():
+        if not leads():
+            return None
+        talk.warning(f"{settings.head} is trained by one process: the others of torchrun leave")
     if (status := run.record().status) != "finished":
         talk.warning(f"run {run.id} is not finished but {status}: reading its newest checkpoint")
-    with out_of_memory(), ExitStack() as held:
+    with peers(working.world, hint=SAME_COMMAND), out_of_memory(), ExitStack() as held:
         loaded = loaded or load_encoder(run.checkpoints, recipe.model, device=working.device, talk=talk)
         if loaded.backbone_only and settings.features == "pre_feature":
             raise invalid(
@@ -269,7 +289,7 @@ def _fit(
                 "read the backbone instead: cfamc probe --features backbone",
             )
         train, test = _load_splits(run, recipe, transfer=transfer, limit=limit, talk=talk)
-        task = Task(loaded, recipe, train, test, talk)
+        task = Task(loaded, recipe, train, test, talk, working.world)
         if isinstance(settings, RobustLinear | Finetune):
             folder = begun or _begin(run, task, transfer=transfer, limit=limit)
             pending = load_record(folder / PENDING, PendingProbe)
@@ -290,8 +310,10 @@ def _fit(
                 raise Interrupted(signal)
             fitted = trainer.judged()
         else:
-            fitted = fit_on_features(task, settings)
-            folder = new_item(run.probes, settings.head)
+            found = fit_on_features(task, settings)
+            if found is None:
+                return None
+            fitted, folder = found, new_item(run.probes, settings.head)
         _keep(folder, run, task, fitted, seconds=time.monotonic() - started)
         (folder / PENDING).unlink(missing_ok=True)
         shutil.rmtree(RunFolder(folder).checkpoints, ignore_errors=True)

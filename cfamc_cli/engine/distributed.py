@@ -48,6 +48,9 @@ class World:
         return [after - start for start, after in pairwise(starts)]
 
 
+ALONE = World()
+
+
 def join(device: torch.device) -> World:
     """Enter the process group that torchrun's environment describes; without torchrun, a world of one.
 
@@ -55,7 +58,7 @@ def join(device: torch.device) -> World:
         CfamcError: The others cannot be reached.
     """
     if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
-        return World()
+        return ALONE
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         try:
@@ -282,9 +285,9 @@ def pooled_texts(own: str, world: World) -> list[str]:
 
 
 def pooled(own: Tensor, world: World) -> list[Tensor]:
-    """Every process's rows (n, ...), by rank, on the CPU; n may differ, all else is alike."""
+    """Every process's rows (n, ...), by rank, on the device of `own`; n may differ, all else is alike."""
     if world.size == 1:
-        return [own.cpu()]
+        return [own]
     counts = [torch.empty((), dtype=torch.int64) for _ in range(world.size)]
     dist.all_gather(counts, torch.tensor(len(own)), group=world.control)
     longest = int(max(counts))
@@ -292,7 +295,7 @@ def pooled(own: Tensor, world: World) -> list[Tensor]:
     padded[: len(own)] = own
     parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded, group=world.control)
-    return [part[: int(count)] for part, count in zip(parts, counts, strict=True)]
+    return [part[: int(count)].to(own.device) for part, count in zip(parts, counts, strict=True)]
 
 
 def _letters(text: str) -> Tensor:

@@ -7,6 +7,8 @@ Pintor et al., arXiv:2106.09947 (indicators of attack failure). `cheap_checks` c
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +22,7 @@ from cfamc_cli.engine.attacks.pgd import fgsm, pgd
 from cfamc_cli.engine.attacks.plan import Plan, run_stage
 from cfamc_cli.engine.attacks.search import Predict, Region, climb, fooled, logits_at
 from cfamc_cli.engine.attacks.square import square
+from cfamc_cli.engine.distributed import ALONE, World, pooled_texts
 from cfamc_cli.engine.evaluation.verify import Traces, in_region
 from cfamc_cli.engine.randomness import addressed_generator
 from cfamc_cli.recipe.schema import EmbeddingAttack, Norm, SquareAttack
@@ -118,6 +121,7 @@ def full_checks(
     places: Tensor,
     settings: AuditSettings,
     seed: int,
+    world: World = ALONE,
 ) -> list[Flag]:
     """The checks that attack again.
 
@@ -130,18 +134,25 @@ def full_checks(
         places: Their places in the order of the evaluation, (N,).
         settings: How much to spend.
         seed: Of everything random.
+        world: The processes that share the checks, each called with the same arguments; each gets them all.
     """
     if len(x) == 0:
         return [skipped("audit", "no image is classified right and steady")]
     audit = _Audit(predict, x, y, places.cpu(), plan.norm, seed, settings)
-    checks, eps = [audit.identity(plan)], plan.eps
+    eps = plan.eps
     if eps == 0:
-        return [*checks, skipped("audit", "a ball of radius 0 leaves nothing to attack again")]
-    checks += audit.curve(eps)
-    checks += audit.strength(eps)
-    checks += audit.black_box(eps, broken, blinded=all(isinstance(s, SquareAttack) for s in plan.stages))
-    checks.append(audit.ascent(eps))
-    return checks
+        return [audit.identity(plan), skipped("audit", "a ball of radius 0 leaves nothing to attack again")]
+    parts: list[Callable[[], list[Flag]]] = [
+        lambda: [audit.identity(plan)],
+        lambda: audit.curve(eps),
+        lambda: audit.strength(eps),
+        lambda: audit.black_box(eps, broken, blinded=all(isinstance(s, SquareAttack) for s in plan.stages)),
+        lambda: [audit.ascent(eps)],
+    ]
+    own = [[flag.model_dump() for flag in part()] for part in parts[world.rank :: world.size]]
+    everyones = [json.loads(text) for text in pooled_texts(json.dumps(own), world)]  # by rank, and by turn
+    flags = [flag for place in range(len(parts)) for flag in everyones[place % world.size][place // world.size]]
+    return [Flag.model_validate(flag) for flag in flags]
 
 
 @dataclass(frozen=True)

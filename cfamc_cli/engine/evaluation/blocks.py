@@ -2,15 +2,17 @@
 
 Samples come in a fixed order and are cut into blocks; each block goes through the stages in order, and only what still
 stands goes into the next stage. A finished stage of a block is committed whole and never run again. Everything random
-is drawn from (seed, block, stage), so an evaluation that was cut and resumed equals one that was not.
+is drawn from (seed, block, stage), so an evaluation that was cut and resumed, or whose blocks several processes shared,
+equals one that was not.
 """
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import assert_never
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, assert_never
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from torch import Tensor
 from cfamc_cli.engine.attacks.plan import Plan, passes, run_stage, stage_name
 from cfamc_cli.engine.attacks.search import fooled, logits_at, rows_where
 from cfamc_cli.engine.device import in_tf32
+from cfamc_cli.engine.distributed import ALONE, World, pooled, pooled_texts, told
 from cfamc_cli.engine.evaluation.audit import AuditSettings, cheap_checks, full_checks, judge, trace_checks
 from cfamc_cli.engine.evaluation.verify import BATCHES, Meter, Predictor, in_region, look, undisturbed
 from cfamc_cli.engine.randomness import addressed_generator, addressed_seed
@@ -39,6 +42,7 @@ class Examples:
 
 
 Commit = Callable[[Outcome, Examples], None]
+Place = tuple[int, int]  # block and stage
 
 
 @dataclass(frozen=True)
@@ -86,12 +90,13 @@ class _Pace:
         seen = 1 + len(BATCHES)  # passes with which an evaluator looks at a point, at most
         self._costs = [seen, *(seen + passes(stage, eot=plan.eot) for stage in plan.stages)]  # of one sample
         self._first = self._stage = 0
-        self._standing = 1.0
+        self._blocks, self._standing, self._attacked = 1, 1.0, 0
         self._last = time.monotonic()
 
-    def begin(self, first: int, stage: int, standing: Mask) -> None:
-        """A stage of the block that begins at sample `first` is next."""
-        self._first, self._stage, self._standing = first, stage, sum(standing) / len(standing)
+    def begin(self, first: int, stage: int, standing: Mask, *, blocks: int = 1) -> None:
+        """A stage of some blocks is next, the first of which begins at sample `first`; `standing` is of those here."""
+        self._first, self._blocks, self._stage = first, blocks, stage
+        self._attacked, self._standing = sum(standing), sum(standing) / len(standing)
         self._report()
 
     def end(self) -> None:
@@ -105,8 +110,8 @@ class _Pace:
 
     def _report(self) -> None:
         self._last = time.monotonic()
-        size = min(self._block_size, self._n - self._first)
-        expected = self._costs[self._stage] * self._standing * size
+        size = min(self._block_size * self._blocks, self._n - self._first)
+        expected = self._costs[self._stage] * self._attacked
         within = min(self.meter.forward / max(1.0, expected), 0.99)
         share = (sum(self._costs[: self._stage]) + within * self._costs[self._stage]) / sum(self._costs)
         at = min(self._first + int(share * size), self._n - 1)
@@ -123,6 +128,7 @@ class _Work:
     seed: int
     block_size: int
     device: torch.device
+    world: World
 
 
 def evaluate(
@@ -139,6 +145,7 @@ def evaluate(
     audit: AuditSettings | None,
     label: str,
     talk: Talk,
+    world: World = ALONE,
 ) -> Evaluation:
     """Attack samples in fixed blocks and keep a ledger of what happened to each.
 
@@ -152,21 +159,24 @@ def evaluate(
             alone is done again, and all others are taken from `finished`.
         device: Where the attacks compute.
         finished: Outcomes committed earlier for the same predictor, data, plan, seed and block size. Those that do
-            not fit the blocks at hand are left unused; a stage that is missing among them is done again by itself.
-        commit: Called with each newly finished stage of a block and its verified examples, in order.
+            not fit the blocks at hand are left unused; a stage that is missing among them is done again by itself. Of
+            several processes, those that the leading one has count.
+        commit: Called with each newly finished stage of a block and its verified examples, a block's stages in order
+            and each stage's blocks too; in every process, with what all have found.
         audit: What the full audit spends; None for the cheap checks alone.
         label: What progress is reported under.
         talk: Hears of it.
+        world: The processes that share the blocks, each called with the same arguments.
 
     Returns:
-        The ledger, equal to that of an uncut evaluation except for times.
+        The ledger, in every process, equal to that of an uncut evaluation except for times.
 
     Raises:
         ValueError: There is no sample, the images are not float32 in [0, 1], or labels and logits do not fit.
     """
     _require(x, y, block_size)
     pace = _Pace(talk, label, plan, n=len(x), block_size=block_size)
-    work = _Work(pace.meter.watched(predictor), pace, plan, seed, block_size, device)
+    work = _Work(pace.meter.watched(predictor), pace, plan, seed, block_size, device, world)
     predict = work.predictor.logits
     with undisturbed(predictor.modules, device) as traces:
         torch.manual_seed(addressed_seed("predictor", seed))
@@ -176,7 +186,8 @@ def evaluate(
             raise ValueError(f"labels reach from {int(y.min())} to {int(y.max())}, but there are {classes} logits")
         checks = cheap_checks(predict, head, head_labels)
         pace.meter.read()
-        outcomes = _all_blocks(work, x, y, {(o.block, o.stage): o for o in finished}, commit)
+        known = _outcomes_in(told(_text_of(finished), world)) if world.size > 1 else finished
+        outcomes = _all_blocks(work, x, y, {(o.block, o.stage): o for o in known}, commit)
         checks += _ledger_checks(outcomes)
         if audit is not None:
             checks += _audited(work, x, y, outcomes, audit)
@@ -194,38 +205,88 @@ def _require(x: Tensor, y: Tensor, block_size: int) -> None:
         raise ValueError(f"a block holds at least one sample, not {block_size}")
 
 
-def _all_blocks(
-    work: _Work, x: Tensor, y: Tensor, known: dict[tuple[int, int], Outcome], commit: Commit
-) -> list[Outcome]:
-    """Every stage of every block, from `known` where it is there."""
-    outcomes: list[Outcome] = []
+def _all_blocks(work: _Work, x: Tensor, y: Tensor, known: Mapping[Place, Outcome], commit: Commit) -> list[Outcome]:
+    """Every stage of every block, from `known` where it is there; the processes share what is missing."""
     names = ("clean", *(stage_name(stage) for stage in work.plan.stages))
-    for block, first in enumerate(range(0, len(x), work.block_size)):
-        images = x[first : first + work.block_size].to(work.device)
-        labels = y[first : first + work.block_size].to(work.device)
-        standing: Mask = (True,) * len(images)
+    firsts = range(0, len(x), work.block_size)
+    outcomes: dict[Place, Outcome] = {}
+
+    def standing(block: int, number: int) -> Mask:
+        size = min(work.block_size, len(x) - firsts[block])
+        return outcomes[block, number - 1].standing if number else (True,) * size
+
+    def taken(block: int, number: int) -> bool:
+        outcome = known.get((block, number))
+        if outcome is None or not _follows(outcome, names[number], standing(block, number)):
+            return False
+        outcomes[block, number] = outcome
+        return True
+
+    unfinished = [b for b in range(len(firsts)) if not all(taken(b, number) for number in range(len(names)))]
+    # A stage of as many blocks as there are processes, then the next: no block gets ahead of one before it.
+    for at in range(0, len(unfinished), work.world.size):
+        wave = unfinished[at : at + work.world.size]
         for number, name in enumerate(names):
-            work.pace.begin(first, number, standing)
-            outcome = known.get((block, number))
-            if outcome is None or not _follows(outcome, name, standing):
-                began, again = time.perf_counter(), 0
-                torch.manual_seed(addressed_seed("predictor", work.seed, block, number))
-                if number == 0:
-                    fates, examples = _predicted(work, images, labels, block), _no_examples(images)
-                else:
-                    before = torch.tensor(standing, device=work.device)
-                    fates, examples, again = _attacked(work, images, labels, before, block, number, first)
-                standing, broken, not_finite, unsteady, invalid = (tuple(bits) for bits in fates.tolist())
-                passed = work.pace.meter.read()
-                seconds = time.perf_counter() - began
-                outcome = Outcome(
-                    block, number, name, standing, broken, not_finite, unsteady, invalid, *passed, seconds, again
-                )
-                commit(outcome, examples)
-            standing = outcome.standing
-            outcomes.append(outcome)
+            missing = [block for block in wave if not taken(block, number)]
+            if not missing:
+                continue
+            own = missing[work.world.rank :: work.world.size]
+            before = [standing(block, number) for block in own or missing]
+            work.pace.begin(firsts[missing[0]], number, sum(before, ()), blocks=len(missing))
+            began = time.perf_counter()
+            done = [_stage(work, x, y, firsts[block], standing(block, number), block, number, name) for block in own]
+            everyones = _pooled(done, x, work.world)
+            seconds = (time.perf_counter() - began) / len(missing)
+            for outcome, examples in everyones:
+                timed = replace(outcome, seconds=seconds)
+                commit(timed, examples)
+                outcomes[timed.block, number] = timed
     work.pace.end()
-    return outcomes
+    return [outcomes[place] for place in sorted(outcomes)]
+
+
+def _stage(
+    work: _Work, x: Tensor, y: Tensor, first: int, standing: Mask, block: int, number: int, name: str
+) -> tuple[Outcome, Examples]:
+    """One stage of the block that begins at sample `first`, and its verified examples; times are left at 0."""
+    own = slice(first, first + len(standing))
+    images, labels = x[own].to(work.device), y[own].to(work.device)
+    torch.manual_seed(addressed_seed("predictor", work.seed, block, number))
+    if number == 0:
+        fates, examples, again = _predicted(work, images, labels, block), _no_examples(images), 0
+    else:
+        before = torch.tensor(standing, device=work.device)
+        fates, examples, again = _attacked(work, images, labels, before, block, number, first)
+    standing, broken, not_finite, unsteady, invalid = (tuple(bits) for bits in fates.tolist())
+    passed = work.pace.meter.read()
+    return Outcome(block, number, name, standing, broken, not_finite, unsteady, invalid, *passed, 0.0, again), examples
+
+
+def _pooled(own: Sequence[tuple[Outcome, Examples]], x: Tensor, world: World) -> list[tuple[Outcome, Examples]]:
+    """What every process found, in the order of the blocks."""
+    if world.size == 1:
+        return list(own)
+    images = pooled(torch.cat([_no_examples(x).images, *(examples.images for _, examples in own)]), world)
+    places = [(examples.positions, examples.labels) for _, examples in own]
+    texts = pooled_texts(_text_of([outcome for outcome, _ in own]), world), pooled_texts(json.dumps(places), world)
+    found = []
+    for rest, outcomes, where in zip(images, *texts, strict=True):
+        for outcome, (positions, labels) in zip(_outcomes_in(outcomes), json.loads(where), strict=True):
+            found.append((outcome, Examples(tuple(positions), rest[: len(positions)], tuple(labels))))
+            rest = rest[len(positions) :]
+    return sorted(found, key=lambda item: item[0].block)
+
+
+def _text_of(outcomes: Sequence[Outcome]) -> str:
+    return json.dumps([asdict(outcome) for outcome in outcomes])
+
+
+def _outcomes_in(text: str) -> list[Outcome]:
+    """What `_text_of` wrote."""
+    rows: list[dict[str, Any]] = json.loads(text)
+    for row in rows:
+        row |= {key: tuple(value) for key, value in row.items() if isinstance(value, list)}
+    return [Outcome(**row) for row in rows]
 
 
 def _follows(outcome: Outcome, name: str, standing: Mask) -> bool:
@@ -331,4 +392,5 @@ def _audited(work: _Work, x: Tensor, y: Tensor, outcomes: Sequence[Outcome], aud
         places=rows,
         settings=audit,
         seed=work.seed,
+        world=work.world,
     )

@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 
 from cfamc_cli.engine.checkpoint import read_tensors, write_tensors
-from cfamc_cli.engine.evaluation.blocks import Examples
+from cfamc_cli.engine.evaluation.blocks import Examples, Place
 from cfamc_cli.errors import CfamcError
 from cfamc_cli.store.records import Outcome
-
-Place = tuple[int, int]  # block and stage
 
 
 class Gallery:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cfamc_cli.engine.data.sets import ImageSet
 from cfamc_cli.engine.device import Precision, full_precision, move
+from cfamc_cli.engine.distributed import ALONE, World, pooled
 from cfamc_cli.engine.encoder import Encoder
 from cfamc_cli.engine.heads.classifier import (
     Classifier,
@@ -53,6 +54,7 @@ class Task:
     train: ImageSet  # labelled
     test: ImageSet  # labelled
     talk: Talk  # hears progress, and of a head that did not converge
+    world: World = ALONE  # the processes that share the reading of features
 
     def labels(self) -> Tensor:
         """(N,) int64 of the training images, where the encoder is."""
@@ -74,8 +76,11 @@ class Fitted:
     precision: Precision = "float32"  # of the passes that it was fitted by
 
 
-def fit_on_features(task: Task, settings: Linear | AggregatedCrops | Knn) -> Fitted:
+def fit_on_features(task: Task, settings: Linear | AggregatedCrops | Knn) -> Fitted | None:
     """Extract the features of whole splits once, and fit the head of `settings` to them.
+
+    Returns:
+        The head; None in processes that do not lead: they read features, and one of them fits.
 
     Raises:
         CfamcError: Exit 3; the head diverged.
@@ -92,9 +97,12 @@ def fit_on_features(task: Task, settings: Linear | AggregatedCrops | Knn) -> Fit
             features=settings.features,
             crops=crops[part.split],
             each=task.progress(f"features of {part.split}"),
+            world=task.world,
         )
         for part in (task.train, task.test)
     )
+    if not task.world.leads:
+        return None
     labels, each = task.labels(), task.progress(f"fitting the {settings.head} head")
     if isinstance(settings, Knn):
         k, temperature = settings.k, settings.temperature
@@ -123,6 +131,7 @@ def extract_features(
     features: Features = "pre_feature",
     crops: CropSource | None = None,
     each: Each = _silent,
+    world: World = ALONE,
 ) -> Tensor:
     """Features of images, in eval mode and float32; the encoder is left as it was.
 
@@ -133,18 +142,25 @@ def extract_features(
         features: Which layer to read.
         crops: Read the mean over these crops of each image; None reads the whole image.
         each: Told after each chunk how many of N samples are done.
+        world: The processes that share the chunks, each called with the same arguments.
 
     Returns:
-        (N, F) float32 on `device`.
+        (N, F) float32 on `device`, in every process.
     """
     training = encoder.training
     encoder.eval()
     read = torch.empty(len(images), feature_dim(encoder, features), device=device)  # filled in place: no room for two
     size = _CHUNK if crops is None else max(1, _CHUNK // crops.group.count)
     with full_precision(device):
-        for x, indices in _chunks(images, size, device=device, each=each):
-            part = read_features(encoder, x, indices, features=features, crops=crops)
-            read[indices[0] : indices[-1] + 1] = part
+        for first in range(0, len(images), size * world.size):
+            last = min(first + size * world.size, len(images))
+            own = torch.arange(first, last)[world.rank * size :][:size]  # the same chunks however many share them
+            part = read[:0]
+            if len(own):
+                x = _as_floats(images[own[0] : own[-1] + 1], device=device)
+                part = read_features(encoder, x, own, features=features, crops=crops)
+            read[first:last] = torch.cat(pooled(part, world))
+            each(last, len(images))
     encoder.train(training)
     return read
 
@@ -153,8 +169,13 @@ def _chunks(images: Tensor, size: int, *, device: torch.device, each: Each) -> I
     """Images (n, 3, S, S) in [0, 1] and their indices (n,), n of them at most `size`."""
     for indices in torch.arange(len(images)).split(size):
         first, last = int(indices[0]), int(indices[-1]) + 1
-        yield move(images[first:last], device).float() / 255, indices
+        yield _as_floats(images[first:last], device=device), indices
         each(last, len(images))
+
+
+def _as_floats(images: Tensor, *, device: torch.device) -> Tensor:
+    """Images of uint8 in [0, 1], on the device."""
+    return move(images, device).float() / 255
 
 
 @torch.no_grad()
