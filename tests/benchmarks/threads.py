@@ -23,6 +23,7 @@ WAITS = {  # for how long libgomp lets an idle thread spin before it sleeps
     "spin 1,000": ["GOMP_SPINCOUNT=1000"],
     "passive": ["OMP_WAIT_POLICY=passive"],
 }
+NEVER_RESTS = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"
 SETTINGS = ["train.epochs=1000", "train.evaluate_every=0"]
 
 
@@ -48,7 +49,7 @@ def main() -> None:
 
     sides = [contestant(1, "spin"), *(contestant(options.threads, waits) for waits in WAITS)]
     idle = alternate(sides, warmup=options.warmup, turns=options.turns)
-    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(options.others)]
+    others = [subprocess.Popen([sys.executable, "-c", NEVER_RESTS]) for _ in range(options.others)]
     try:
         busy = alternate(sides, warmup=options.warmup, turns=options.turns)
     finally:
