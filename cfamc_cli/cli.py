@@ -85,6 +85,28 @@ def pretrain(
 
 
 @app.command()
+def bench(
+    recipe: Annotated[str, Argument(metavar="RECIPE", help="A TOML file, or a shipped recipe's name.")],
+    overrides: Annotated[
+        Texts, Option("--set", metavar="KEY=VALUE", help="Such as train.batch_size=50; repeatable.")
+    ] = None,
+    seconds: Annotated[float, Option(min=0, max=3600, metavar="N", help="Time for each variant of settings.")] = 10.0,
+    alone: Annotated[bool, Option("--alone", help="Measure the recipe's own settings, and no others.")] = False,
+    attack: Annotated[bool, Option("--attack", help="Measure the recipe's attacks too.")] = False,
+    device: DeviceOption = "auto",
+    runs: RunsOption = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Measure what a recipe costs on this machine, and which settings it should use; needs no data."""
+    from cfamc_cli.commands.bench import bench as measure
+    from cfamc_cli.commands.common import Options
+
+    options = Options(device=device, runs=runs, quiet=quiet, as_json=json)
+    measure(recipe, overrides=overrides or [], seconds=seconds, alone=alone, attack=attack, options=options)
+
+
+@app.command()
 def probe(
     run: Annotated[
         Text, Argument(metavar="RUN", help="A run: its id, path or latest; else the newest finished one.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import assert_never
 
@@ -12,8 +11,10 @@ from cfamc_cli.comparison.selection import Filter, filtered, row_filter, sort_ke
 from cfamc_cli.comparison.tables import ComparedTable, Entry, find_superseded, tabulate
 from cfamc_cli.errors import CfamcError, invalid
 from cfamc_cli.report import sheets, terminal
+from cfamc_cli.report.bench import side_by_side
 from cfamc_cli.report.sheets import Format, Sheet
 from cfamc_cli.store.files import write_bytes, write_text
+from cfamc_cli.store.records import BenchRecord
 from cfamc_cli.store.runs import default_store, find_run
 
 _PICTURES = (".png", ".svg", ".pdf")
@@ -85,7 +86,7 @@ def compare(
     console = terminal.talk()
     for what, why in left_out:
         console.say(f"left out: {what}: {why}")
-    if not entries:
+    if not entries and not found.benches:
         console.say("nothing to compare: no finished run with a measured result")
     if plot is not None:  # files first: where one cannot be written, stdout has nothing but the error
         write_bytes(plot, draw(list(panels(tables, curves).values()), plot.suffix))
@@ -93,7 +94,7 @@ def compare(
         from cfamc_cli.report.page import page
 
         write_text(html, page(tables, found, curves, left_out, with_published=published))
-    _write(tables, left_out, output=output, published=published, limit=limit)
+    _write(tables, left_out, found.benches, output=output, published=published, limit=limit)
 
 
 def _baseline_id(reference: str | None, found: Gathered, store: Path) -> str | None:
@@ -120,15 +121,24 @@ def _no_row(baseline: str, found: Gathered, passing: Sequence[Entry], left_out: 
 
 
 def _write(
-    tables: Sequence[ComparedTable], left_out: Sequence[LeftOut], *, output: Format, published: bool, limit: int
+    tables: Sequence[ComparedTable],
+    left_out: Sequence[LeftOut],
+    benches: Sequence[BenchRecord],
+    *,
+    output: Format,
+    published: bool,
+    limit: int,
 ) -> None:
-    told = partial(sheets.sheets, tables, with_published=published)
+    def told(limit: int = 0) -> list[Sheet]:
+        made = sheets.sheets(tables, with_published=published, limit=limit)
+        return made + ([side_by_side(benches, limit=limit)] if benches else [])
+
     match output:
         case "rich":
-            for sheet in told(limit=limit):
+            for sheet in told(limit):
                 _print(sheet)
         case "json":
-            terminal.print_json(sheets.as_json(tables, left_out, with_published=published))
+            terminal.print_json(sheets.as_json(tables, left_out, benches, with_published=published))
         case "csv":
             terminal.write_out(sheets.comma_separated(tables, with_published=published))
         case "markdown":

@@ -22,6 +22,7 @@ from cfamc_cli.recipe.schema import Outside, as_before, outside
 from cfamc_cli.store.files import explained, read_bytes
 from cfamc_cli.store.records import (
     AttackResult,
+    BenchRecord,
     DataUsed,
     Environment,
     Outcomes,
@@ -33,7 +34,7 @@ from cfamc_cli.store.records import (
     read_metrics,
     read_timing,
 )
-from cfamc_cli.store.runs import OUTCOMES, RECORD, RunFolder, find_run, list_runs
+from cfamc_cli.store.runs import BENCHES, OUTCOMES, RECORD, RunFolder, find_run, list_runs
 
 _SCALAR = (str, int, float, type(None))
 Result = TypeVar("Result", ProbeResult, AttackResult)
@@ -51,6 +52,7 @@ class Gathered:
     entries: list[Entry] = field(default_factory=list)  # every result of every run that can be read
     left_out: list[LeftOut] = field(default_factory=list)
     folders: dict[str, RunFolder] = field(default_factory=dict)  # by id of the run
+    benches: list[BenchRecord] = field(default_factory=list)  # of the stores that were named, newest first
 
 
 def gather(references: Sequence[str], store: Path, *, keys: Collection[str] = ()) -> Gathered:
@@ -70,6 +72,7 @@ def gather(references: Sequence[str], store: Path, *, keys: Collection[str] = ()
         for reference in references or [str(store)]:
             for run in _runs(reference, store):
                 reader.read(run)
+            reader.read_benches(Path(reference) / BENCHES)
     finally:
         gc.freeze()
         gc.enable()
@@ -151,6 +154,15 @@ class _Reader:
         self._attacks(folder, run, record, heads)
         if len(self.found.entries) == before:
             self._online(record, run)
+
+    def read_benches(self, folder: Path) -> None:
+        """Read what lies in a store's folder of benches; a run has none."""
+        for path in folder.glob(f"*/{RECORD}"):
+            try:
+                self.found.benches.append(load_record(path, BenchRecord))
+            except CfamcError as error:
+                self._leave_out(f"{BENCHES}/{path.parent.name}", error.message)
+        self.found.benches.sort(key=lambda bench: (bench.created, bench.id), reverse=True)
 
     def _run(self, folder: RunFolder, record: RunRecord) -> Run:
         imported = record.imported is not None  # its recipe says how to read it, not how it was trained

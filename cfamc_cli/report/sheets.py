@@ -13,6 +13,7 @@ from cfamc_cli.comparison.published import Published, published
 from cfamc_cli.comparison.statistics import Figure, probability
 from cfamc_cli.comparison.tables import ComparedTable, Condition, Row, Which
 from cfamc_cli.report.terminal import clean, duration, percent
+from cfamc_cli.store.records import BenchRecord
 
 Format = Literal["rich", "json", "csv", "markdown", "latex"]
 MOST_KEYS = 6  # recipe keys that a cell spells out
@@ -113,7 +114,11 @@ def csv_text(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def as_json(
-    tables: Sequence[ComparedTable], left_out: Sequence[tuple[str, str]], *, with_published: bool
+    tables: Sequence[ComparedTable],
+    left_out: Sequence[tuple[str, str]],
+    benches: Sequence[BenchRecord],
+    *,
+    with_published: bool,
 ) -> dict[str, object]:
     """The whole comparison as plain JSON values; fractions and seconds."""
     made: dict[str, object] = {
@@ -131,6 +136,7 @@ def as_json(
             for table in tables
         ],
         "left_out": [{"what": what, "why": why} for what, why in left_out],
+        "benches": [bench.model_dump(mode="json") for bench in benches],
     }
     if with_published:
         made["published"] = [

@@ -390,6 +390,94 @@ class Outcomes(Record):
     predictions: StageOutcome | None = None  # clean ones in the form of a stage: those right, finite and steady stand
 
 
+class Spread(Part):
+    """An expected time with its 95 % interval, which a single measurement does not have."""
+
+    seconds: Seconds
+    low: Seconds | None
+    high: Seconds | None
+
+
+class SectionTime(Part):
+    """A part of a batch of training, without the parts within it: medians over the batches, in seconds."""
+
+    name: str
+    host: Seconds
+    device: Seconds | None  # where the device's time can be told from the host's
+
+
+class TrainingCost(Part):
+    """What training costs with certain settings, measured on the loop itself."""
+
+    batches: Annotated[int, Field(ge=1)]  # that were timed
+    batch_seconds: Seconds  # of one, the median
+    sections: tuple[SectionTime, ...]
+    launches: Count | None  # of kernels in a batch, and waits of the host for the device, where a profiler tells
+    waits: Count | None
+    views_per_second: float  # forward and backward passes of single views, those of the adversary counted
+    flops_per_second: float  # by the plan's count of operations
+    peak_memory: Count | None  # bytes: of the device's allocator on CUDA, elsewhere of the whole process
+    warmup_seconds: Seconds  # that the first batches take longer than the others: compiling, choosing kernels
+    evaluation_seconds: Seconds  # of one online evaluation; 0 where the recipe has none
+    checkpoint_seconds: Seconds  # of one checkpoint
+    predicted: Spread  # the whole run
+
+
+class Variant(Part):
+    """Settings that a bench tried, by dotted key, as they come out on its device."""
+
+    settings: dict[str, str | bool]
+    skipped: str  # why they were not measured; empty where they were
+    cost: TrainingCost | None
+
+    @property
+    def words(self) -> str:
+        """Such as "float32 eager full"."""
+        spelled = {True: "compiled", False: "eager"}
+        return " ".join(spelled[value] if isinstance(value, bool) else value for value in self.settings.values())
+
+
+class PeakRate(Part):
+    """What a device reaches in one precision: floating-point operations a second."""
+
+    precision: Literal["float32", "bfloat16"]
+    matrix_product: float
+    convolution: float  # 3x3, of the size that the recipe's second stage has
+
+
+class AttackCost(Part):
+    """What an attack costs for samples that no stage of it breaks, which is the most it can."""
+
+    name: str
+    threat: ThreatModel
+    samples: Count  # that were timed
+    seconds_per_1000: Seconds
+    forward: float  # passes of a sample; `backward` likewise
+    backward: float
+    test_images: Count | None  # of the whole test set, where their number is known
+    predicted: Seconds | None  # for all of them
+
+
+class BenchRecord(Record):
+    """benches/<id>/record.json: what a recipe costs on one machine, measured on random images."""
+
+    id: str
+    created: AwareDatetime
+    name: str  # of the recipe
+    recipe_digest: Hex
+    environment: Environment
+    images: Count  # training images that the predictions refer to
+    batches: Count  # of the whole run
+    weight_updates: Count
+    flops: Count  # of the whole run
+    planned_memory: Count  # the plan's estimate, bytes
+    peaks: tuple[PeakRate, ...]
+    variants: tuple[Variant, ...]  # the recipe's own settings first
+    recommended: dict[str, str | bool]  # settings that are faster here than the recipe's own; empty where those are
+    attacks: tuple[AttackCost, ...]
+    wall_seconds: Seconds
+
+
 class Written(Part):
     """One file of an export."""
 

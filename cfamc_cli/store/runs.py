@@ -24,6 +24,7 @@ LATEST = "latest"
 RECORD = "record.json"  # what makes a probe or an attack one
 HEAD, PENDING = "head.safetensors", "pending.json"  # of a probe
 OUTCOMES, EXAMPLES = "outcomes.json", "examples.safetensors"  # of an attack; below, its pictures
+BENCHES = "benches"  # in the store, beside the runs; a bench is a folder with a record
 SHEET, LOSS, ACCURACY = "examples.png", "loss.png", "accuracy.png"
 _SLUG_LENGTH = 48
 _ID = re.compile(r"\d{8}-\d{6}-[a-z0-9-]+-[0-9a-f]{6}")
@@ -160,14 +161,14 @@ def new_item(folder: Path, kind: str) -> Path:
 
 
 def list_runs(store: Path) -> list[RunFolder]:
-    """Return the folders of a store, oldest run first, without opening them; hidden ones are left out.
+    """Return the folders of a store, oldest run first, without opening them; hidden ones and benches are left out.
 
     Raises:
         CfamcError: The store cannot be read.
     """
     with explained(store), os.scandir(store) as entries:
         names = sorted(entry.name for entry in entries if not entry.name.startswith(".") and _is_folder(entry))
-    return [RunFolder(store / name) for name in names]
+    return [RunFolder(store / name) for name in names if name != BENCHES]
 
 
 def find_run(store: Path, reference: str, *, accept: Callable[[RunFolder], bool] = lambda _run: True) -> RunFolder:
