@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from on_meta import META, watched
 from PIL import Image, ImageDraw, ImageFont
 from stages import apgd, embedding, ensemble, pgd
 from torch import Tensor, nn
@@ -787,6 +788,14 @@ def test_other_batches_are_for_a_few_of_the_right_and_of_the_wrong_until_one_is_
 
     whole = [n, *[1] * n, *[7] * 35, 5, 64, 64, 64, 58]
     assert [size for size, _ in seen_by(0, in_sevens)] == [n, *[1] * 12, *[7] * 4, 64, *whole[1:]]
+
+
+def test_a_look_waits_for_an_accelerator_once() -> None:
+    net = copy.deepcopy(NET).to(META)
+    x, y = torch.empty((70, *X.shape[1:]), device=META), torch.empty(70, dtype=torch.int64, device=META)
+    with watched(answer=0.0) as seen:
+        assert look(net, x, y, generator=torch.Generator()).label.shape == (70,)
+    assert ([line.split(":")[0] for line in seen.copies], len(seen.waits)) == (["device.py"], 1)
 
 
 def test_what_is_found_and_left_in_the_modules_is_counted() -> None:
