@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from on_meta import META, watched
 from sklearn.linear_model import LogisticRegression
 from tiny import tiny_recipe
 from torch import Tensor
 from torchvision.transforms.v2.functional import resized_crop
 
 from cfamc_cli.engine import checkpoint
-from cfamc_cli.engine.crops import CropParameters
+from cfamc_cli.engine.crops import CropParameters, crop_batch
 from cfamc_cli.engine.data.sets import ImageSet
 from cfamc_cli.engine.encoder import Encoder, build_encoder
 from cfamc_cli.engine.heads import classifier as heads
@@ -421,6 +422,31 @@ def test_gradients_pass_through_crops_also_when_computed_again(monkeypatch: pyte
     assert (together.flatten(1).abs().amax(1) > 0).all()
     monkeypatch.setattr(heads, "_VIEWS", 4)  # one crop number a pass
     torch.testing.assert_close(gradient(), together, rtol=1e-3, atol=1e-6)
+
+
+def test_the_crops_of_a_head_are_packed_once_for_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    classifier, x = crops_classifier().requires_grad_(False), images(4).float() / 255
+    assert classifier.crops is not None
+    monkeypatch.setattr(heads, "_VIEWS", 8)  # two crop numbers of three in a pass
+    drawn = vars(classifier.crops.parameters(x, None)).values()
+    expected = torch.zeros(4, 16)
+    for first in (0, 2):
+        crops = crop_batch(x, CropParameters(*(part[first : first + 2] for part in drawn)), size=8)
+        features = classifier.encoder.features(crops.flatten(0, 1), features="pre_feature")
+        expected += features.unflatten(0, crops.shape[:2]).sum(0)
+    assert torch.equal(classifier.read(x), expected / 3)
+    heads._packed.cache_clear()
+    net, x = classifier.to(META), x.to(META)
+    for copies in (1, 0, 0):
+        moved = x.clone().requires_grad_()
+        with watched() as seen:
+            torch.autograd.grad(net(moved, torch.zeros(4, dtype=torch.int64)).sum(), moved)
+        assert len(seen.copies) == copies
+    other = heads._packed.cache_info().misses
+    with watched():
+        net(x[:3], torch.zeros(3, dtype=torch.int64))
+        net(x, torch.arange(4))
+    assert heads._packed.cache_info().misses == other + 2
 
 
 def test_features_leave_the_encoder_as_it_was() -> None:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from cfamc_cli.engine import checkpoint as checkpoints
-from cfamc_cli.engine.crops import CropParameters, crop_batch, sample_parameters
+from cfamc_cli.engine.crops import CropParameters, crop_batch, cut, sample_parameters
+from cfamc_cli.engine.device import move_together
 from cfamc_cli.engine.encoder import Encoder
 from cfamc_cli.engine.randomness import addressed_generator
 from cfamc_cli.engine.sink import Talk
@@ -59,11 +60,34 @@ class CropSource:
 
     def parameters(self, x: Tensor, indices: Tensor | None) -> CropParameters:
         """The crops of the images `x` (N, 3, H, W), which lie at `indices` (N,) of the split; None: at 0 to N - 1."""
-        indices = torch.arange(len(x)) if indices is None else indices.cpu()
-        blocks, place = torch.unique(indices // _BLOCK, return_inverse=True)
-        drawn = [vars(_draw(self, int(block), x.shape[-2], x.shape[-1])).values() for block in blocks]
-        columns = place * _BLOCK + indices % _BLOCK
-        return CropParameters(*(torch.cat(parts, 1)[:, columns] for parts in zip(*drawn, strict=True)))
+        return _crops_at(self, _places(x, indices), x.shape[-2], x.shape[-1])
+
+    def packed(self, x: Tensor, indices: Tensor | None) -> list[list[Tensor]]:
+        """The same as `cut` reads them, on the device of `x`: so many crops at a time as a forward pass holds."""
+        places, rows = tuple(_places(x, indices).tolist()), max(1, _VIEWS // len(x))
+        return _packed(self, places, x.shape[-2], x.shape[-1], rows, x.device)
+
+
+def _places(x: Tensor, indices: Tensor | None) -> Tensor:
+    """Where images lie in the split, (N,) on the CPU: as said, else at 0 to N - 1."""
+    return torch.arange(len(x)) if indices is None else indices.cpu()
+
+
+def _crops_at(source: CropSource, indices: Tensor, height: int, width: int) -> CropParameters:
+    blocks, place = torch.unique(indices // _BLOCK, return_inverse=True)
+    drawn = [vars(_draw(source, int(block), height, width)).values() for block in blocks]
+    columns = place * _BLOCK + indices % _BLOCK
+    return CropParameters(*(torch.cat(parts, 1)[:, columns] for parts in zip(*drawn, strict=True)))
+
+
+@lru_cache(maxsize=8)  # an attack reads the same crops of an image at every step
+def _packed(
+    source: CropSource, indices: tuple[int, ...], height: int, width: int, rows: int, device: torch.device
+) -> list[list[Tensor]]:
+    whole = vars(_crops_at(source, torch.tensor(indices), height, width)).values()
+    firsts = range(0, source.group.count, rows)
+    parts = [CropParameters(*(drawn[first : first + rows] for drawn in whole)) for first in firsts]
+    return move_together([part.lists() for part in parts], device)
 
 
 @lru_cache(maxsize=256)
@@ -141,18 +165,15 @@ def read_features(
     """
     if crops is None:
         return encoder.features(x, features=features)
-    parameters, size = crops.parameters(x, indices), crops.group.size
-    views, rows = crops.group.count, max(1, _VIEWS // len(x))  # crop numbers of one forward pass
+    parts, size = crops.packed(x, indices), crops.group.size
 
-    def part(x: Tensor, first: int) -> Tensor:
-        own = CropParameters(*(drawn[first : first + rows] for drawn in vars(parameters).values()))
-        return _sum_over_crops(encoder, crop_batch(x, own, size=size), features=features)
+    def part(x: Tensor, lists: list[Tensor]) -> Tensor:
+        return _sum_over_crops(encoder, cut(x, lists, size=size), features=features)
 
     # the activations of all crops would be too much to keep for a backward pass: compute them again
     again = partial(recomputed, part, use_reentrant=False, preserve_rng_state=False)
-    read = again if torch.is_grad_enabled() and rows < views else part
-    sums = torch.stack([read(x, first) for first in range(0, views, rows)]).sum(0)
-    return sums / views
+    read = again if torch.is_grad_enabled() and len(parts) > 1 else part
+    return torch.stack([read(x, lists) for lists in parts]).sum(0) / crops.group.count
 
 
 def _sum_over_crops(encoder: Encoder, crops: Tensor, *, features: Features) -> Tensor:
