@@ -95,6 +95,7 @@ class _Work:
 
     def __init__(self, run: RunFolder, recipe: Recipe, flags: Flags, working: Session) -> None:
         from cfamc_cli.commands.probe import ensure_head, load_test_images
+        from cfamc_cli.engine.distributed import first_on_each_node
         from cfamc_cli.engine.evaluation.predictor import as_predictor
         from cfamc_cli.engine.heads.classifier import load_classifier, load_encoder
         from cfamc_cli.engine.randomness import balanced_order
@@ -111,7 +112,7 @@ class _Work:
                 f"name one with --head, or fit one with: cfamc probe {working.options.reference(run)} --head crops",
             )
         self.classifier = load_classifier(loaded, self.probe, folder / HEAD, recipe)
-        self.data = load_test_images(run, self.probe, talk=self.talk)
+        self.data = first_on_each_node(lambda: load_test_images(run, self.probe, talk=self.talk), self.world)
         self.n = len(self.data) if flags.limit is None else flags.limit
         if self.n > len(self.data):
             raise invalid(f"--limit: {self.n:,} is more than the {len(self.data):,} test images of {self.data.dataset}")

@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -269,16 +270,12 @@ def _fit(
 ) -> Path | None:
     """Fit a head, a new one or one that was begun, and keep it; returns its folder, in the leading process alone."""
     from cfamc_cli.engine.device import out_of_memory
-    from cfamc_cli.engine.distributed import peers
+    from cfamc_cli.engine.distributed import first_on_each_node, peers
     from cfamc_cli.engine.heads.classifier import load_encoder
     from cfamc_cli.engine.heads.frozen import Task, fit_on_features
     from cfamc_cli.engine.heads.supervised import SupervisedTrainer
 
     started, settings, talk, signals = time.monotonic(), recipe.probe, working.talk, working.signals
-    if isinstance(settings, RobustLinear | Finetune) and among_others():
-        if not leads():
-            return None
-        talk.warning(f"{settings.head} is trained by one process: the others of torchrun leave")
     if (status := run.record().status) != "finished":
         talk.warning(f"run {run.id} is not finished but {status}: reading its newest checkpoint")
     with peers(working.world, hint=SAME_COMMAND), out_of_memory(), ExitStack() as held:
@@ -288,9 +285,14 @@ def _fit(
                 f"run {run.id} was imported without a pre_feature layer",
                 "read the backbone instead: cfamc probe --features backbone",
             )
-        train, test = _load_splits(run, recipe, transfer=transfer, limit=limit, talk=talk)
+        splits = partial(_load_splits, run, recipe, transfer=transfer, limit=limit, talk=talk)
+        train, test = first_on_each_node(splits, working.world)
+        if isinstance(settings, RobustLinear | Finetune) and not working.world.leads:
+            return None
         task = Task(loaded, recipe, train, test, talk, working.world)
         if isinstance(settings, RobustLinear | Finetune):
+            if among_others():
+                talk.warning(f"{settings.head} is trained by one process: the others of torchrun leave")
             folder = begun or _begin(run, task, transfer=transfer, limit=limit)
             pending = load_record(folder / PENDING, PendingProbe)
             if loaded.digest != pending.encoder_digest:
