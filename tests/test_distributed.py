@@ -8,18 +8,21 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
 from tiny import tiny_recipe
 from torch import Tensor
 
-from cfamc_cli.engine import distributed
+from cfamc_cli.engine import distributed, monitor
 from cfamc_cli.engine.batch_norm import synchronise
+from cfamc_cli.engine.data.sets import ImageSet
 from cfamc_cli.engine.distributed import Agreement, GradientSum, World, first_on_each_node
 from cfamc_cli.engine.encoder import build_encoder
+from cfamc_cli.engine.pretrain import Trainer
 from cfamc_cli.engine.randomness import addressed_generator
+from cfamc_cli.engine.sink import NullLedger, NullTalk
 from cfamc_cli.errors import CfamcError, ExitCode
 
 
@@ -79,6 +82,36 @@ def test_ranks_share_a_batch_without_overlap() -> None:
         shares = [World(rank, 4).share(batch_size) for rank in range(4)]
         assert [index for share in shares for index in range(batch_size)[share]] == list(range(batch_size))
         assert [share.stop - share.start for share in shares] == counts == World(2, 4).shares(batch_size)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "images", "counts"), [(92.0, (8, 8, 8), [8, 8, 8]), (3000.0, (10, 11, 11), [10, 11, 11])]
+)
+def test_adversaries_are_compared_on_whole_shares_or_on_equal_parts_of_them(
+    epochs: float, images: tuple[int, ...], counts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut: list[int] = []
+
+    def measure_grip(_loss_of: object, crops: list[Tensor], *_: object, **__: object) -> NoReturn:
+        cut.append(crops[0].shape[1])
+        raise StopIteration
+
+    monkeypatch.setattr(monitor, "measure_grip", measure_grip)
+    data = ImageSet(torch.zeros(64, 3, 8, 8, dtype=torch.uint8), None, (), "0" * 64, "folder", "train", "")
+    for rank in range(3):
+        trainer = Trainer(
+            tiny_recipe(train={"batch_size": 32, "epochs": epochs}),
+            data,
+            device=torch.device("cpu"),
+            world=World(rank, 3),
+            talk=NullTalk(),
+            ledger=NullLedger(),
+        )
+        crops = [torch.zeros(4, trainer.shares[rank], 3, 8, 8)]
+        with pytest.raises(StopIteration):
+            trainer.journal._watch_grip(crops, crops, lambda groups: groups[0].sum(), step=0)
+        assert trainer._counts(cut[rank]) == counts
+    assert tuple(cut) == images
 
 
 def test_gradients_are_added_in_buckets_while_the_backward_pass_runs(monkeypatch: pytest.MonkeyPatch) -> None:
