@@ -90,7 +90,7 @@ def first_images(trainer: Trainer, ranks: int) -> float:
     """The loss of the first image of each of `ranks` shares, as an adversary of so many processes sees it."""
     groups, labels = trainer.crops_of(0)
     if trainer.world.size == ranks:
-        return trainer.attacked_loss([group[:, :1] for group in groups], labels).item()
+        return trainer.attacked_loss([group[:, :1] for group in groups], still=[], labels=labels).item()
     assert labels is not None
     first = [rank * BATCH // ranks for rank in range(ranks)]
     z = trainer.encoder.embed([group[:, first] for group in groups])

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -109,7 +110,7 @@ def test_adversaries_are_compared_on_whole_shares_or_on_equal_parts_of_them(
         )
         crops = [torch.zeros(4, trainer.shares[rank], 3, 8, 8)]
         with pytest.raises(StopIteration):
-            trainer.journal._watch_grip(crops, crops, lambda groups: groups[0].sum(), step=0)
+            trainer.journal._watch_grip(crops, crops, partial(trainer.loss_beside, labels=None), step=0)
         assert trainer._counts(cut[rank]) == counts
     assert tuple(cut) == images
 
