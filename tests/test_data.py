@@ -631,11 +631,20 @@ def test_damaged_archives_are_named(tmp_path: Path, content: bytes) -> None:
 # Batches, orders, splits
 
 
-def test_batches_keep_the_order_of_the_indices() -> None:
+def test_batches_keep_the_order_of_the_indices(monkeypatch: pytest.MonkeyPatch) -> None:
     images = torch.arange(20, dtype=torch.uint8).view(20, 1, 1, 1).expand(20, 3, 2, 2).contiguous()
     indices = torch.tensor([7, 3, 19, 3, 0])
     assert to_device(images, device=CPU) is images
     assert batch(images, indices, device=CPU)[:, 0, 0, 0].tolist() == [7, 3, 19, 3, 0]
+    to_meta: list[Tensor] = []
+
+    def noted(rows: Tensor, _: torch.device) -> Tensor:
+        to_meta.append(rows)
+        return rows
+
+    monkeypatch.setattr(data, "move", noted)
+    batch(images, indices, device=torch.device("meta"))
+    assert [rows[:, 0, 0, 0].tolist() for rows in to_meta] == [[7, 3, 19, 3, 0]], "in order already, in one copy"
 
 
 def test_addresses_are_distinct_and_frozen() -> None:
@@ -654,6 +663,7 @@ def test_epoch_orders() -> None:
     assert all(torch.equal(order.sort().values, torch.arange(100)) for order in orders)
     assert len({tuple(order.tolist()) for order in orders}) == 4
     assert torch.equal(torch.get_rng_state(), state), "the caller's stream is untouched"
+    assert epoch_order(0, 1, 100) is epoch_order(0, 1, 100), "drawn once for all batches of an epoch"
     first, second = (torch.rand(3, generator=addressed_generator("x", 1)) for _ in range(2))
     assert torch.equal(first, second)
 

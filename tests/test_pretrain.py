@@ -463,6 +463,22 @@ def test_a_weight_update_is_that_of_the_recipes_objective_and_optimizer(tiny_ima
         torch.testing.assert_close(trainer.encoder.state_dict()[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
+class DeviceEvent:
+    """An event of a device on which 250 ms pass between any two."""
+
+    now = 0
+
+    def __init__(self, *, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        DeviceEvent.now += 250
+        self.at = DeviceEvent.now
+
+    def elapsed_time(self, end: DeviceEvent) -> int:
+        return end.at - self.at
+
+
 class Clock:
     """A clock that moves when it is told."""
 
@@ -470,6 +486,28 @@ class Clock:
 
     def perf_counter(self) -> float:
         return self.now
+
+
+def test_on_cuda_the_share_of_data_is_what_the_device_waited(
+    tiny_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two pauses a batch, to take its crops and to begin those of the next; there are none after the last."""
+    monkeypatch.setattr(torch.cuda, "Event", DeviceEvent)
+    monkeypatch.setattr(journal, "peak_memory", lambda _: 0)
+    monkeypatch.setattr(journal, "time", clock := Clock())
+    sink = Listener()
+    trainer = trainer_of(tiny_recipe(train={"epochs": 0.5, "log_every": 2}), tiny_images, sink)
+    trainer.journal.device = torch.device("cuda", 0)
+    step = trainer.optimizer.step
+
+    def slow_step(*, lr: float) -> Tensor:
+        clock.now += 1  # three updates a batch
+        return step(lr=lr)
+
+    monkeypatch.setattr(trainer.optimizer, "step", slow_step)
+    monkeypatch.setattr(trainer, "save", lambda _: None)
+    trainer.train(tmp_path, stop=never)
+    assert [cost.data_share for cost in sink.costs] == pytest.approx([4 * 0.25 / 6, 3 * 0.25 / 6])
 
 
 @pytest.mark.parametrize("adversary", ["none", "pgd", "free"])

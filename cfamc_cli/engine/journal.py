@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -101,7 +102,8 @@ class Journal:
             Diverged: A loss or gradient since the last record, or a weight or buffer now, is not finite.
         """
         rows = self.rows().cpu()
-        finite = torch.stack([torch.isfinite(tensor).all() for tensor in encoder.state_dict().values()])
+        state = [tensor for tensor in encoder.state_dict().values() if tensor.is_floating_point()]
+        finite = torch.stack(torch._foreach_norm(state, math.inf)).isfinite()  # the largest of each, or what is none
         bad = (~torch.isfinite(rows[:, 1:3])).any(1).nonzero()
         if len(bad) or not bool(finite.all()):
             at = int(bad[0]) if len(bad) else len(rows) - 1
@@ -146,11 +148,12 @@ class Journal:
     def _write(self, rows: Tensor, z: Tensor, delta: Groups, *, step: int) -> None:
         means = dict(zip(self._names, rows.double().mean(0).tolist(), strict=True)) | {"lr": float(rows[-1, 0])}
         where = self._where(step)
-        shape = {"effective_rank": float(effective_rank(z[-1])), "feature_std": float(feature_std(z[-1]))}
+        scalars = {"effective_rank": effective_rank(z[-1]), "feature_std": feature_std(z[-1])}
         if delta:
             size = torch.cat([part.abs().flatten() for part in delta])
-            shape |= {"delta_mean": float(size.mean())}
-            shape |= {"delta_at_bound": float((size >= 0.999 * self._eps).float().mean())}
+            at_bound = (size >= 0.999 * self._eps).float().mean()
+            scalars |= {"delta_mean": size.mean(), "delta_at_bound": at_bound}
+        shape = dict(zip(scalars, torch.stack([*scalars.values()]).tolist(), strict=True))  # read at once
         self.ledger.metrics(TrainLine.model_validate({**where, **means, **shape}))
 
         seconds = max(time.perf_counter() - self._since, 1e-9)
