@@ -74,7 +74,7 @@ def plan(recipe: Recipe, images: int | None = None) -> Plan:
             attacked = steps * sum(group.count for group in moved)
             attack_cost = steps * sum(costs[recipe.spared_groups :]) * 2 // 3  # no gradient of a weight is computed
         case _ as never:
-            assert_never(never)  # type: ignore[arg-type]
+            assert_never(never)
 
     parameters, backbone_parameters = parameter_counts(recipe.model)
     precision: Precision = "float32" if recipe.train.precision == "float32" else "bfloat16"
