@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_recipe
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -30,6 +29,7 @@ from cfamc_cli.engine.distributed import World, peers
 from cfamc_cli.engine.evaluation import audit, verify
 from cfamc_cli.engine.heads import frozen
 from cfamc_cli.engine.heads.classifier import LinearHead
+from cfamc_cli.engine.sink import NullTalk
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.recipe import file
 
@@ -218,17 +218,35 @@ def test_other_errors_of_the_communication_library_keep_their_own_words(text: st
         raise RuntimeError(text)
 
 
-def test_long_runs_on_cuda_are_compiled() -> None:
+def test_long_runs_on_cuda_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[torch.device] = []
+    monkeypatch.setattr(torch, "ones", lambda _, *, device: device)
+    monkeypatch.setattr(torch, "compile", lambda _: tried.append)
     cpu, mps, cuda = (torch.device(name) for name in ("cpu", "mps", "cuda"))
-    long = file.load("cifar10")
-    short = file.load("cifar10", overrides=["train.epochs=5"])
-    asked = [pick_compile(recipe, 50_000, device) for recipe in (long, short) for device in (cpu, mps, cuda)]
-    assert asked == [False, False, True, False, False, False]
-    assert not pick_compile(long, 25_000, cuda), "the images that were found count"
-    assert not pick_compile(file.load("cifar10", overrides=["train.memory=recompute"]), 50_000, cuda)
-    for wanted in (True, False):
-        assert pick_compile(tiny_recipe(train={"compile": wanted}), 64, cpu) is wanted
-        assert pick_compile(file.load("cifar10", overrides=[f"train.compile={wanted}".lower()]), 50_000, cuda) is wanted
+
+    def picked(*overrides: str, images: int = 50_000, device: torch.device = cuda) -> bool:
+        return pick_compile(file.load("cifar10", overrides=overrides), images, device, talk=NullTalk())
+
+    assert [picked(device=device) for device in (cpu, mps, cuda)] == [False, False, True]
+    assert tried == [cuda]
+    assert not picked("train.epochs=5")
+    assert not picked(images=25_000), "the images that were found count"
+    assert not picked("train.memory=recompute")
+    assert picked("train.compile=true", "train.epochs=1", device=cpu)
+    assert not picked("train.compile=false")
+    assert tried == [cuda], "it is tried where it would be used, and where nobody asked for it"
+
+
+def test_a_run_goes_on_where_nothing_can_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[str] = []
+    monkeypatch.setattr(NullTalk, "warning", lambda _, text: heard.append(text))
+    monkeypatch.setattr(torch, "ones", lambda _, *, device: device)
+    monkeypatch.setattr(torch, "compile", lambda _: lambda _: int("no compiler"))
+    assert not pick_compile(file.load("cifar10"), 50_000, torch.device("cuda"), talk=NullTalk())
+    assert heard == [
+        "the run is not compiled, which would make it faster: torch.compile does not work here (invalid literal for "
+        "int() with base 10: 'no compiler')"
+    ]
 
 
 @pytest.mark.parametrize(("capability", "has"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])

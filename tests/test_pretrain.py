@@ -7,6 +7,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 from fixed_inputs import checksum, crops, fill
 from tiny import tiny_recipe
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cfamc_cli.engine import checkpoint, journal, monitor, randomness
@@ -985,3 +986,47 @@ def test_a_compiled_encoder_trains_alike(adversary: str, tiny_images: ImageSet, 
     assert int(trainer.encoder.state_dict()["backbone.bn1.num_batches_tracked"]) == trainer.updates
     path, saved, _ = checkpoint.newest_valid(tmp_path / "compiled")
     trainer_of(recipe, tiny_images).load(saved, path=path)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("objective", "adversary", "graphs"),
+    [
+        ("emp-ssl", "none", 1),
+        ("emp-ssl", "free", 1),
+        ("emp-ssl", "pgd", 2),  # the attack, which leaves statistics alone, and the update
+        ("simclr", "free", 2),  # the view that is perturbed, and the other
+        ("simclr", "pgd", 3),
+    ],
+)
+def test_a_whole_run_takes_few_compilations(
+    objective: str,
+    adversary: str,
+    graphs: int,
+    tiny_images: ImageSet,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    counted = pytest.importorskip("torch._dynamo.testing").CompileCounterWithBackend("eager")
+    torch._dynamo.reset()
+    compiled = partial(nn.Module.compile, backend=counted)
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **given: compiled(self, **given))
+    changed = {"epochs": 40.0, "batch_size": 32, "compile": True}
+    _, sink = trained(tiny_recipe(objective, adversary, train=changed), tiny_images, tmp_path)
+    compared = [record for record in sink.records if record["kind"] == "grip"]
+    assert bool(compared) == (adversary != "none"), "other shapes, which are not compiled"
+    assert counted.frame_count == graphs
+    assert not torch._dynamo.utils.counters["graph_break"]  # which a reset clears
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("training", [True, False])
+def test_encoder_and_features_are_one_graph_each(training: bool) -> None:
+    pytest.importorskip("torch._dynamo")
+    encoder = Encoder(tiny_recipe().model).train(training)
+    for function in (encoder.forward, encoder.features):
+        torch._dynamo.reset()
+        found = torch._dynamo.explain(function)(torch.zeros(4, 3, 8, 8))
+        assert (found.graph_count, found.break_reasons) == (1, [])

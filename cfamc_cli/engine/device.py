@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cfamc_cli.engine.sink import Talk
 from cfamc_cli.errors import CfamcError, invalid
 from cfamc_cli.recipe.plan import compiling_pays, plan
 from cfamc_cli.recipe.schema import Recipe
@@ -124,12 +125,20 @@ def pick_precision(wanted: Literal["auto", "float32", "bfloat16"], device: torch
     return "bfloat16" if fast else "float32"
 
 
-def pick_compile(recipe: Recipe, images: int, device: torch.device) -> bool:
-    """Whether a training run on that many images is compiled; "auto" is never, but on CUDA where it pays."""
+def pick_compile(recipe: Recipe, images: int, device: torch.device, *, talk: Talk) -> bool:
+    """Whether a training run on that many images is compiled; "auto" is never, but on CUDA where it pays and works."""
     train = recipe.train
     if train.compile != "auto":
         return train.compile
-    return device.type == "cuda" and train.memory == "full" and compiling_pays(plan(recipe, images))
+    if device.type != "cuda" or train.memory != "full" or not compiling_pays(plan(recipe, images)):
+        return False
+    try:
+        torch.compile(torch.relu)(torch.ones(2, device=device))
+    except Exception as error:
+        why = " ".join(str(error).split())[:200]
+        talk.warning(f"the run is not compiled, which would make it faster: torch.compile does not work here ({why})")
+        return False
+    return True
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:

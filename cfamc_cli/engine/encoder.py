@@ -193,6 +193,16 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
             norm.track_running_stats = track
 
 
+@contextmanager
+def uncompiled(module: nn.Module) -> Iterator[None]:
+    """Within, a compiled module runs as it is written: for what is seldom done, such as other shapes."""
+    compiled, module._compiled_call_impl = module._compiled_call_impl, None
+    try:
+        yield
+    finally:
+        module._compiled_call_impl = compiled
+
+
 def _norms(module: nn.Module) -> list[_BatchNorm]:
     return [part for part in module.modules() if isinstance(part, _BatchNorm)]
 

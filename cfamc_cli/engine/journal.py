@@ -14,7 +14,7 @@ from cfamc_cli.engine import monitor
 from cfamc_cli.engine.adversary import Groups, LossBeside
 from cfamc_cli.engine.data.sets import ImageSet, batch, class_balanced_split
 from cfamc_cli.engine.device import peak_memory
-from cfamc_cli.engine.encoder import Encoder
+from cfamc_cli.engine.encoder import Encoder, uncompiled
 from cfamc_cli.engine.monitor import Where
 from cfamc_cli.engine.objectives import Terms, effective_rank, feature_std
 from cfamc_cli.engine.randomness import addressed_generator
@@ -143,7 +143,8 @@ class Journal:
         if full:
             self._write(rows, z, delta, step=step)
         if compared:
-            self._watch_grip(crops, delta, loss_beside, step=step)
+            with uncompiled(encoder):
+                self._watch_grip(crops, delta, loss_beside, step=step)
 
     def _write(self, rows: Tensor, z: Tensor, delta: Groups, *, step: int) -> None:
         means = dict(zip(self._names, rows.double().mean(0).tolist(), strict=True)) | {"lr": float(rows[-1, 0])}

@@ -61,7 +61,7 @@ class Trainer:
         self.labels = data.require_labels().to(device) if recipe.objective.name == "supcon" else None
         self.precision = pick_precision(recipe.train.precision, device)
         prepare(device, deterministic=recipe.train.deterministic, precision=self.precision)
-        compiled = pick_compile(recipe, len(data.images), device)
+        compiled = pick_compile(recipe, len(data.images), device, talk=talk)
         self.computation = computation(device, precision=self.precision, compiled=compiled)
         self.recipe, self.device, self.world, self.ledger = recipe, device, world, ledger
         self.share, self.shares = world.share(batch_size), world.shares(batch_size)
@@ -74,7 +74,7 @@ class Trainer:
         if recipe.train.batch_norm == "synchronised":
             synchronise(self.encoder, device=device, world=world)
         if compiled:
-            self.encoder.compile()
+            self.encoder.compile(dynamic=False)  # crops of a group have one shape all along
         self.gradients = GradientSum(list(self.encoder.parameters()), world)
         self.signals = Agreement(world)
         self.optimizer = LarsOptimizer(list(self.encoder.parameters()), recipe.optimizer)
@@ -292,4 +292,4 @@ class Trainer:
 def _channels_last(crops: Tensor) -> Tensor:
     """The same (V, B, C, S, S) values, laid out as the convolutions want them."""
     flat = crops.flatten(0, 1).contiguous(memory_format=torch.channels_last)
-    return flat.view(crops.shape)
+    return flat.view(crops.shape).detach()  # what is compiled would tell views from others, and be compiled for each

@@ -168,14 +168,11 @@ def _parts(model: Model, *, size: int) -> Iterator[_Part]:
             strided = stage > 0 and place == 0
             before, side = side, _halved(side) if strided else side
             if model.backbone == "resnet50":
-                main = (
-                    *(_Conv(inputs, width, 1, before), _Conv(width, width, 3, side)),
-                    _Conv(width, outputs, 1, side),
-                )
+                main = [_Conv(inputs, width, 1, before), _Conv(width, width, 3, side), _Conv(width, outputs, 1, side)]
             else:
-                main = (_Conv(inputs, width, 3, side), _Conv(width, width, 3, side))
-            shortcut = strided or inputs != outputs
-            yield _Part((*main, _Conv(inputs, outputs, 1, side)) if shortcut else main, shortcut=shortcut)
+                main = [_Conv(inputs, width, 3, side), _Conv(width, width, 3, side)]
+            shortcut = [_Conv(inputs, outputs, 1, side)] if strided or inputs != outputs else []
+            yield _Part((*main, *shortcut), shortcut=bool(shortcut))
             inputs = outputs
 
 
