@@ -88,13 +88,13 @@ def test_activations_are_what_autograd_keeps(backbone: Backbone, stem: Literal["
 
 
 # Peaks of the training loop in MiB, "full" and "recompute", counted by PyTorch's allocator for CUDA (2.14) with the
-# kernels left out: two batches on 5,000 images, of imagenet100 on 1,000 of 256 pixels.
+# kernels left out: three batches on 5,000 images, of imagenet100 on 1,000 of 256 pixels.
 COUNTED = {
-    ("cifar10",): (4_155, 2_105),
-    ("imagenet100",): (11_054, 7_440),
-    ("cifar10-simclr-crop-pgd",): (2_700, 1_377),
-    ("cifar10-laptop",): (314, 186),
-    ("cifar10", "model.backbone=resnet50"): (20_318, 6_924),
+    ("cifar10",): (4_206, 2_136),
+    ("imagenet100",): (11_168, 7_471),
+    ("cifar10-simclr-crop-pgd",): (2_769, 1_319),
+    ("cifar10-laptop",): (348, 218),
+    ("cifar10", "model.backbone=resnet50"): (20_370, 6_956),
 }
 
 
@@ -113,7 +113,7 @@ def test_every_count_of_a_small_run_by_hand() -> None:
         encoder = Encoder(recipe.model)
     parameters = sum(p.numel() for p in encoder.parameters())
     view, kept = flops_per_view(recipe.model, size=8), activations_per_view(recipe.model, size=8)
-    others = 3 * 4 * parameters + 4 * 4 * 8 * 4 * 3 * 8 * 8 + 32 * 2**20
+    others = 3 * 4 * parameters + 4 * 4 * 8 * 4 * 3 * 8 * 8 + 64 * 2**20
     assert plan(recipe, 70) == Plan(
         images=70,
         per_thousand=False,
@@ -225,7 +225,7 @@ def test_memory_has_its_parts() -> None:
     free = plan(load("cifar10"))
     for shown in (clean, free):
         parts = shown.weight_bytes + shown.activation_bytes + shown.data_bytes + shown.crop_bytes
-        assert shown.memory == shown.memory_full == parts + 32 * 2**20
+        assert shown.memory == shown.memory_full == parts + 64 * 2**20
     pixels = 100 * 16 * 3 * 32 * 32
     assert clean.activation_bytes == 2 * (free.activation_bytes - 2 * pixels)  # crops are cast to bfloat16
     assert free.crop_bytes == 2 * clean.crop_bytes == 4 * 4 * pixels

@@ -997,7 +997,7 @@ def test_a_compiled_encoder_trains_alike(adversary: str, tiny_images: ImageSet, 
         ("emp-ssl", "free", 1),
         ("emp-ssl", "pgd", 2),  # the attack, which leaves statistics alone, and the update
         ("simclr", "free", 2),  # the view that is perturbed, and the other
-        ("simclr", "pgd", 3),
+        ("simclr", "pgd", 2),
     ],
 )
 def test_a_whole_run_takes_few_compilations(

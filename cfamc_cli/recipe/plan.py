@@ -18,7 +18,7 @@ Precision: TypeAlias = Literal["float32", "bfloat16"]
 PER_IMAGES = 1_000  # what counts refer to where the number of images is unknown
 _FLOAT = 4  # bytes of a float32
 _PLACE = 8  # bytes of a place that max-pooling chose
-_WORKSPACE = 32 * 2**20  # bytes that PyTorch lends cuBLAS on an H100
+_WORKSPACES = 2 * 32 * 2**20  # bytes that PyTorch lends cuBLAS on an H100, for training and for the next crops
 _PAYS = 6e16  # floating-point operations of a run from which on it is compiled
 
 
@@ -37,7 +37,7 @@ class Plan:
     backbone_parameters: int  # those of the backbone
     flops_per_view: float  # forward and backward of one view, 2 per multiply-add, averaged over the groups of crops
     flops: int  # the run's, attack included, in whole floating-point operations
-    memory: int  # an estimate of the peak in bytes, as PyTorch counts on CUDA: the parts below and a workspace
+    memory: int  # an estimate of the peak in bytes, as PyTorch counts on CUDA: the parts below and workspaces
     weight_bytes: int  # weights, gradients and momentum
     activation_bytes: int  # what one step keeps for its backward pass, and what that pass works on
     data_bytes: int  # the resident images; 0 where their size is unknown
@@ -84,7 +84,7 @@ def plan(recipe: Recipe, images: int | None = None) -> Plan:
     known = KNOWN_SETS.get(recipe.data.dataset)
     size = recipe.data.size or (known.size if known else 0)
     weight_bytes, data_bytes, crop_bytes = 3 * _FLOAT * parameters, count * 3 * size**2, _FLOAT * kept_pixels * pixels
-    others = weight_bytes + data_bytes + crop_bytes + _WORKSPACE
+    others = weight_bytes + data_bytes + crop_bytes + _WORKSPACES
     return Plan(
         images=count,
         per_thousand=counted is None,
