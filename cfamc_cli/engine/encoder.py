@@ -88,7 +88,7 @@ class ResNet(nn.Module):
 
     Attributes:
         memory: "recompute" keeps of each block only what goes into it while training, and makes the rest again in the
-            backward pass: half of the memory, a third more arithmetic, and the same bits.
+            backward pass: less memory, a third more arithmetic, and the same bits.
     """
 
     memory: Literal["full", "recompute"] = "full"
