@@ -182,6 +182,12 @@ def measured_as(monkeypatch: pytest.MonkeyPatch, seconds: dict[tuple[str, bool, 
             ("bfloat16", False, "full"),
             {},
         ),
+        (  # what is compiled is not recomputed
+            {("float32", False, "full"): 20.0, ("bfloat16", False, "full"): 10.0, ("bfloat16", True, "full"): 5.0}
+            | {("bfloat16", False, "recompute"): 12.0},
+            ("bfloat16", True, "full"),
+            {},
+        ),
         (  # what does not fit is a row, and not the end
             {
                 ("float32", False, "full"): torch.OutOfMemoryError("CUDA out of memory."),

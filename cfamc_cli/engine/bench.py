@@ -72,7 +72,7 @@ def variants(recipe: Recipe, *, device: torch.device, seconds: float, alone: boo
     """
     costs = plan(recipe)
     data = random_images(recipe, costs.images)
-    own = resolved_settings(recipe, costs.images, device=device)
+    own = resolved_settings(recipe, costs.images, device=device, talk=talk)
 
     def measured(settings: Settings) -> Variant:
         variant = Variant(settings=settings, skipped="", cost=None)
@@ -85,10 +85,16 @@ def variants(recipe: Recipe, *, device: torch.device, seconds: float, alone: boo
         for value in values:
             kept = best(made)
             if value != kept.settings[key]:
-                made.append(measured(kept.settings | {key: value}))
+                made.append(measured(_changed(kept.settings, key, value)))
     if all(variant.cost is None for variant in made):
         raise CfamcError(made[0].skipped, hint="lower train.batch_size, crops.0.count or model.width")
     return made
+
+
+def _changed(settings: Settings, key: str, value: str | bool) -> Settings:
+    """Other settings; what is compiled cannot be recomputed, so that one gives way to the other."""
+    way = {"train.compile": False} if value == "recompute" else {"train.memory": "full"} if value is True else {}
+    return settings | way | {key: value}
 
 
 def _tried(
@@ -131,11 +137,11 @@ def _below(cost: TrainingCost, other: TrainingCost) -> bool:
     return (mine.seconds if mine.high is None else mine.high) < (its.seconds if its.low is None else its.low)
 
 
-def resolved_settings(recipe: Recipe, images: int, *, device: torch.device) -> Settings:
+def resolved_settings(recipe: Recipe, images: int, *, device: torch.device, talk: Talk) -> Settings:
     """What the recipe's "auto" comes to on a device."""
     return {
         "train.precision": pick_precision(recipe.train.precision, device),
-        "train.compile": pick_compile(recipe, images, device),
+        "train.compile": pick_compile(recipe, images, device, talk=talk),
         "train.memory": recipe.train.memory,
     }
 
