@@ -14,7 +14,7 @@ import torch
 from tiny import recipe_text, tiny_recipe
 
 from cfamc_cli import cli
-from cfamc_cli.engine import bench, bench_attacks, journal, sections
+from cfamc_cli.engine import bench, bench_attacks, journal, monitor, sections
 from cfamc_cli.engine.attacks.plan import plan as attack_plan
 from cfamc_cli.engine.data.sets import ImageSet
 from cfamc_cli.engine.distributed import World
@@ -324,3 +324,47 @@ def test_attacks_that_are_not_there_are_an_error(tiny_file: Path, capsys: pytest
     tiny_file.write_text("attack = []\n" + recipe_text())
     assert cli.run(["bench", str(tiny_file), "--attack"]) == 2
     assert capsys.readouterr().err.splitlines()[0] == "error: tiny has no [[attack]] to measure"
+
+
+class Heard(NullTalk):
+    """Keeps the messages."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+
+@pytest.mark.parametrize(
+    ("evaluate_every", "said"),
+    [
+        (0, "about 1 min 40 s for the 30 updates left"),
+        (1, "about 1 min 40 s for the 30 updates left, and 1 min 40 s for evaluations"),
+    ],
+)
+def test_training_says_once_what_the_rest_will_take(
+    evaluate_every: int, said: str, tiny_images: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches of ten seconds after a first of 1,000; in the middle of it all an evaluation of 50 s, and two to come."""
+    seconds = 0.0
+    monkeypatch.setattr(time, "perf_counter", lambda: seconds)
+    recipe = tiny_recipe(train={"epochs": 2.0, "log_every": 2, "evaluate_every": evaluate_every})  # 16 batches
+    talk = Heard()
+    trainer = Trainer(recipe, tiny_images, device=CPU, world=World(), talk=talk, ledger=NullLedger())
+    log = trainer.journal
+    monkeypatch.setattr(log, "_write", lambda *_, **__: None)
+    z = torch.zeros(1)
+
+    def evaluation(*_: object, **__: object) -> None:
+        nonlocal seconds
+        seconds += 50.0
+
+    monkeypatch.setattr(journal, "HELD_OUT", 16)
+    monkeypatch.setattr(monitor, "evaluate", evaluation)
+    for batch in range(1, 17):
+        seconds += 1000.0 if batch == 1 else 10.0
+        log.after_batch(trainer.encoder, z, [], [], lambda *_: lambda *_: z, step=3 * batch)
+        if evaluate_every and batch == 3:
+            log.evaluate(trainer.encoder, tiny_images.images, step=9, stop=lambda: 0)
+    assert talk.messages == [said]

@@ -16,6 +16,7 @@ import pytest
 
 from cfamc_cli.engine.sink import Talk
 from cfamc_cli.errors import CfamcError, ExitCode
+from cfamc_cli.recipe.plan import duration
 from cfamc_cli.report import terminal as render
 from cfamc_cli.store.records import Accuracy
 
@@ -84,7 +85,7 @@ def test_numbers() -> None:
         "nan",
         "-inf",
     ]
-    assert [render.duration(value) for value in (0.4, 59.6, 185, 5820)] == [
+    assert [duration(value) for value in (0.4, 59.6, 185, 5820)] == [
         "0 s",
         "1 min 00 s",
         "3 min 05 s",

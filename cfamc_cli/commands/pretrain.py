@@ -15,7 +15,7 @@ from cfamc_cli.commands.common import Options, Session, interruption, session
 from cfamc_cli.engine.sink import NullLedger
 from cfamc_cli.errors import CfamcError, Interrupted, bad_data, invalid
 from cfamc_cli.recipe import file
-from cfamc_cli.recipe.plan import Plan, plan
+from cfamc_cli.recipe.plan import Plan, duration, plan
 from cfamc_cli.recipe.schema import Recipe
 from cfamc_cli.report import terminal
 from cfamc_cli.store.files import sweep
@@ -266,7 +266,7 @@ def _progress(trainer: Trainer) -> Progress:
 def _tell(record: RunRecord, run: RunFolder, session: Session) -> None:
     """Say how the run ended and what can be done with it."""
     say = session.talk.message
-    say(f"trained {record.totals.steps} updates in {terminal.duration(record.wall_seconds)}: {run.path}")
+    say(f"trained {record.totals.steps} updates in {duration(record.wall_seconds)}: {run.path}")
     for label, evaluation in (("untrained", record.untrained), ("trained", record.evaluation)):
         if evaluation is not None and evaluation.clean and evaluation.robust and evaluation.knn:
             say(

@@ -29,6 +29,7 @@ from cfamc_cli.commands.common import (
 from cfamc_cli.datasets import KNOWN_SETS
 from cfamc_cli.errors import Interrupted, bad_data, invalid
 from cfamc_cli.recipe import file
+from cfamc_cli.recipe.plan import duration
 from cfamc_cli.recipe.schema import Data, Finetune, Recipe, RobustLinear
 from cfamc_cli.report import terminal
 from cfamc_cli.store.environment import capture_environment
@@ -432,7 +433,7 @@ def _show(record: ProbeRecord) -> None:
         "-" if record.train_accuracy is None else terminal.percent(record.train_accuracy.value),
         f"{record.test.dataset}, {record.test.n:,}",
         terminal.interval(record.test_accuracy),
-        terminal.duration(record.wall_seconds),
+        duration(record.wall_seconds),
     ]
     columns = ("head", "features", "train images", "train %", "test images", "test % [95 %]", "time")
     terminal.print_rows(f"Clean accuracy, run {record.run}", columns, [row], right=(3, 5, 6))

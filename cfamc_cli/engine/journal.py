@@ -21,9 +21,11 @@ from cfamc_cli.engine.randomness import addressed_generator
 from cfamc_cli.engine.sections import section
 from cfamc_cli.engine.sink import Ledger, Talk
 from cfamc_cli.errors import CfamcError, ExitCode
+from cfamc_cli.recipe.plan import duration
 from cfamc_cli.recipe.schema import EmpSsl, NoAdversary, PgdAdversary, Recipe, number
 from cfamc_cli.store.records import TimingLine, TrainLine
 
+_PREDICTED_FROM = 5  # batches after the first, on which a prediction rests at least
 HELD_OUT = 1000  # training images that the online evaluation asks about
 
 
@@ -60,6 +62,9 @@ class Journal:
         few = self._grip_plan.images
         self._few = slice(few if few < share else None)  # images of a batch; of each process's share, or all of them
         self._accuracy: dict[str, float] = {}
+        self._first: tuple[int, float] | None = None  # update and time at the end of this sitting's first batch
+        self._evaluation = 0.0  # seconds of the last one
+        self._predicted = False
         self.start(0)
 
     def start(self, step: int) -> None:
@@ -135,6 +140,8 @@ class Journal:
         Raises:
             Diverged: As `check_finite`.
         """
+        if self._first is None:
+            self._first = step, time.perf_counter()
         full = step // self.recipe.replays % self.recipe.train.log_every == 0 or step == self.updates
         every = self._grip_plan.every if delta else 0
         compared = every > 0 and step // every > (step - self.recipe.replays) // every
@@ -142,6 +149,7 @@ class Journal:
             rows = self.check_finite(encoder, step=step)
         if full:
             self._write(rows, z, delta, step=step)
+            self._predict(step)
         if compared:
             with uncompiled(encoder):
                 self._watch_grip(crops, delta, loss_beside, step=step)
@@ -169,6 +177,20 @@ class Journal:
         self.talk.progress("train", step, self.updates, shown)
         self._rows = []
         self.start(step)
+
+    def _predict(self, step: int) -> None:
+        """Say once what the rest will take, by the batches after the first, in which things are compiled and chosen."""
+        assert self._first is not None, "a batch is over"
+        (first, began), left = self._first, self.updates - step
+        if self._predicted or not left or step - first < _PREDICTED_FROM * self.recipe.replays:
+            return
+        self._predicted = True
+        said = f"about {duration((time.perf_counter() - began) / (step - first) * left)} for the {left:,} updates left"
+        if self._evaluation:
+            batches, every = self.updates // self.recipe.replays, self.recipe.train.evaluate_every * self.per_epoch
+            coming = -(-batches // every) - step // self.recipe.replays // every
+            said += f", and {duration(self._evaluation * coming)} for evaluations"
+        self.talk.message(said)
 
     def _where(self, step: int) -> Where:
         batch = step // self.recipe.replays
@@ -224,7 +246,10 @@ class Journal:
             stop=stop,
             where=self._where(step),
         )
-        self._since += time.perf_counter() - began  # no part of the rate of training
+        self._evaluation = time.perf_counter() - began
+        self._since += self._evaluation  # no part of the rate of training
+        if self._first is not None:
+            self._first = self._first[0], self._first[1] + self._evaluation
         if line is None:
             return False
         self.ledger.metrics(line)

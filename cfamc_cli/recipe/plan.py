@@ -118,6 +118,16 @@ def compiling_pays(costs: Plan) -> bool:
     return costs.flops >= _PAYS
 
 
+def duration(seconds: float) -> str:
+    """Such as 12 s, 3 min 05 s or 1 h 37 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
 class _Conv(NamedTuple):
     """A convolution without bias and the batch norm behind it."""
 

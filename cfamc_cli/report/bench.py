@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import cast
 
+from cfamc_cli.recipe.plan import duration
 from cfamc_cli.report.sheets import Sheet, compact
-from cfamc_cli.report.terminal import duration, number
+from cfamc_cli.report.terminal import number
 from cfamc_cli.store.records import AttackCost, BenchRecord, Spread, TrainingCost, Variant
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from cfamc_cli.recipe import file as recipe_file
+from cfamc_cli.recipe.plan import duration
 from cfamc_cli.recipe.schema import DEPTHS, Recipe, number
 from cfamc_cli.report import terminal
 from cfamc_cli.report.sheets import markdown_table, markdown_text
@@ -20,7 +21,7 @@ def card(made: ExportRecord, recipe: Recipe, run: RunRecord) -> str:
     Text of recipes and data sets is escaped, so that no reader takes it for markup.
     """
     environment = terminal.templates()
-    environment.filters |= {"plain": markdown_text, "duration": terminal.duration}
+    environment.filters |= {"plain": markdown_text, "duration": duration}
     read = [probe.features for probe in made.probes if probe.id == made.source.head]
     written = [(file.name, f"{file.size:,}", file.sha256) for file in made.files]
     toml = "\n".join(terminal.clean(line) for line in recipe_file.to_toml(recipe).splitlines())

@@ -12,7 +12,8 @@ from typing import Any, Literal
 from cfamc_cli.comparison.published import Published, published
 from cfamc_cli.comparison.statistics import Figure, probability
 from cfamc_cli.comparison.tables import ComparedTable, Condition, Row, Which
-from cfamc_cli.report.terminal import clean, duration, percent
+from cfamc_cli.recipe.plan import duration
+from cfamc_cli.report.terminal import clean, percent
 from cfamc_cli.store.records import BenchRecord
 
 Format = Literal["rich", "json", "csv", "markdown", "latex"]

@@ -25,6 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cfamc_cli.errors import CfamcError, ExitCode
+from cfamc_cli.recipe.plan import duration
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -181,16 +182,6 @@ def percent(share: float) -> str:
 def interval(accuracy: Accuracy) -> str:
     """Such as 75.9 [75.0, 76.7], in percent."""
     return f"{percent(accuracy.value)} [{percent(accuracy.low)}, {percent(accuracy.high)}]"
-
-
-def duration(seconds: float) -> str:
-    """Such as 12 s, 3 min 05 s or 1 h 37 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 def templates() -> Environment:
