@@ -20,6 +20,7 @@ from torchvision.transforms.v2.functional import resized_crop
 from cfamc_cli.engine import checkpoint
 from cfamc_cli.engine.crops import CropParameters, crop_batch
 from cfamc_cli.engine.data.sets import ImageSet
+from cfamc_cli.engine.device import Precision
 from cfamc_cli.engine.encoder import Encoder, build_encoder
 from cfamc_cli.engine.heads import classifier as heads
 from cfamc_cli.engine.heads import frozen
@@ -646,6 +647,26 @@ def test_training_says_how_far_it_is_and_keeps_its_newest_states(tmp_path: Path)
     assert again.step == 6
     assert [text.rpartition("; ")[2] for text in heard.warnings] == ["going back to step-00000006"]
     assert "step-00000009" in heard.warnings[0]
+
+
+@pytest.mark.parametrize(("precision", "short"), [("float32", False), ("bfloat16", True)])
+def test_a_head_trained_in_float32_is_not_shortened_to_tf32(
+    precision: Precision, short: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = trainer(Finetune(head="finetune", epochs=1, batch_size=24, objective="clean"))
+    whole.precision = precision
+    loss_of, seen = whole._loss, list[bool]()
+
+    def watched(*arguments: Any) -> torch.Tensor:
+        seen.append(torch.backends.cudnn.allow_tf32)
+        loss = loss_of(*arguments)
+        loss.register_hook(lambda _: seen.append(torch.backends.cudnn.allow_tf32))
+        return loss
+
+    monkeypatch.setattr(whole, "_loss", watched)
+    assert torch.backends.cudnn.allow_tf32
+    train(whole, tmp_path)
+    assert seen == [short, short]
 
 
 def test_a_head_that_diverges_in_training_is_never_kept(tmp_path: Path) -> None:

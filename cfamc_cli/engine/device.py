@@ -158,6 +158,11 @@ def full_precision(device: torch.device) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = short
 
 
+def held_to(device: torch.device, precision: Precision) -> AbstractContextManager[None]:
+    """Within, passes of a precision are no shorter than that, backward passes included."""
+    return full_precision(device) if precision == "float32" else nullcontext()
+
+
 def has_tf32(device: torch.device) -> bool:
     """Whether the device has products that read float32 as TF32, with 10 bits of 23."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
@@ -212,7 +217,7 @@ def describe(device: torch.device) -> str:
 def computation(device: torch.device, *, precision: Precision, compiled: bool = False) -> Computation:
     """What moves the last bits of numbers computed on `device` in `precision`, for records."""
     cuda = device.type == "cuda"
-    with full_precision(device) if precision == "float32" else nullcontext():
+    with held_to(device, precision):
         products, convolutions = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     return Computation(
         precision=precision,

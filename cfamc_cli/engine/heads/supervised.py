@@ -22,7 +22,7 @@ from cfamc_cli.engine.adversary import ascend_loss
 from cfamc_cli.engine.checkpoint import Checkpoint
 from cfamc_cli.engine.data.sets import batch as gather
 from cfamc_cli.engine.data.sets import to_device
-from cfamc_cli.engine.device import autocast, pick_precision
+from cfamc_cli.engine.device import autocast, held_to, pick_precision
 from cfamc_cli.engine.heads.classifier import Classifier, feature_dim, stored
 from cfamc_cli.engine.heads.frozen import Fitted, Task, classify, new_head
 from cfamc_cli.engine.optim import learning_rate
@@ -87,9 +87,10 @@ class SupervisedTrainer:
                 falling = Cosine(name="cosine")
                 rate = learning_rate(self.step, base=self.settings.lr, schedule=falling, updates=self.updates)
                 self.optimizer.param_groups[0]["lr"] = rate
-            loss = self._loss(x, y, addressed_generator("finetune-delta", self.seed, epoch, index))
-            self.optimizer.zero_grad()
-            loss.backward()
+            with held_to(self.device, self.precision):
+                loss = self._loss(x, y, addressed_generator("finetune-delta", self.seed, epoch, index))
+                self.optimizer.zero_grad()
+                loss.backward()
             self.optimizer.step()
             self.step += 1
             signal = stop() if self.step < self.updates else 0
