@@ -152,6 +152,7 @@ def test_dry_run_prints_a_recipe_that_loads(capsys: pytest.CaptureFixture[str], 
     assert (code, err) == (0, "")
     for word in ("parameters", "weight updates", "view passes", "FLOP", "memory"):
         assert word in out
+    assert "# memory          about 4.2 GiB in bfloat16, 2.2 with train.memory = recompute\n" in out
     (tmp_path / "resolved.toml").write_text(out)
     resolved = file.load(str(tmp_path / "resolved.toml"))
     assert resolved == file.load("cifar10", overrides=["train.epochs=2"], seed=7)

@@ -232,6 +232,7 @@ def test_long_runs_on_cuda_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None
     assert not picked("train.epochs=5")
     assert not picked(images=25_000), "the images that were found count"
     assert not picked("train.memory=recompute")
+    assert not picked("train.batch_norm=synchronised")
     assert picked("train.compile=true", "train.epochs=1", device=cpu)
     assert not picked("train.compile=false")
     assert tried == [cuda], "it is tried where it would be used, and where nobody asked for it"

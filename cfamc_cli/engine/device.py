@@ -130,7 +130,8 @@ def pick_compile(recipe: Recipe, images: int, device: torch.device, *, talk: Tal
     train = recipe.train
     if train.compile != "auto":
         return train.compile
-    if device.type != "cuda" or train.memory != "full" or not compiling_pays(plan(recipe, images)):
+    whole = train.memory == "full" and train.batch_norm == "local"  # else what is compiled falls into many graphs
+    if device.type != "cuda" or not whole or not compiling_pays(plan(recipe, images)):
         return False
     try:
         torch.compile(torch.relu)(torch.ones(2, device=device))
