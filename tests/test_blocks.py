@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import io
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from cfamc_cli.engine.attacks.plan import Plan, run_stage, stage_name
 from cfamc_cli.engine.attacks.search import Predict, logits_at
+from cfamc_cli.engine.attacks.together import Member, side_by_side
 from cfamc_cli.engine.ball import norms
 from cfamc_cli.engine.checkpoint import read_tensors, write_tensors
 from cfamc_cli.engine.encoder import build_encoder
@@ -195,6 +197,57 @@ def test_examples_are_verified_and_complete() -> None:
     assert sorted(seen) == [
         i for i, (c, r) in enumerate(zip(evaluation.clean, evaluation.robust, strict=True)) if c and not r
     ]
+
+
+@pytest.mark.parametrize("attack", [None, embedding(EPS, steps=3), pgd(EPS, steps=3, restarts=2)])
+def test_blocks_that_make_their_passes_together_leave_the_same_ledger(
+    attack: Stage | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone, together = Ledger(), Ledger()
+    expected = run(alone, attack=attack)
+    sizes = []
+
+    def counted(attacks: Sequence[Callable[[Callable[[Predict], Member]], Tensor]]) -> list[Tensor]:
+        sizes.append(len(attacks))
+        return side_by_side(attacks)
+
+    monkeypatch.setattr(module, "_blocks_at_once", lambda search, sample, block_size: 3)
+    monkeypatch.setattr(module, "side_by_side", counted)
+    found = run(together, attack=attack)
+    assert sizes == [3] * (len(ENSEMBLE.stages) if attack is None else 1)
+    assert timeless(found.outcomes) == timeless(expected.outcomes)
+    assert [(o.stage, o.block) for o in together.outcomes] == sorted((o.stage, o.block) for o in alone.outcomes)
+    examples = {o.block + o.stage * 10: e for o, e in zip(alone.outcomes, alone.examples, strict=True)}
+    for outcome, own in zip(together.outcomes, together.examples, strict=True):
+        other = examples[outcome.block + outcome.stage * 10]
+        assert (own.positions, own.labels) == (other.positions, other.labels)
+        torch.testing.assert_close(own.images, other.images, atol=1e-6, rtol=0)
+
+
+def test_an_attack_that_fails_beside_others_ends_them_all() -> None:
+    def endless(member: Callable[[Predict], Member]) -> Tensor:
+        search = member(pixels)
+        while True:
+            logits_at(search, X[:2])
+
+    def failing(member: Callable[[Predict], Member]) -> Tensor:
+        logits_at(member(pixels), X[:2])
+        raise CutError
+
+    before = threading.active_count()
+    with pytest.raises(CutError):
+        side_by_side([endless, failing, endless])
+
+    def broken(_: Tensor) -> Tensor:
+        raise CutError
+
+    with pytest.raises(CutError):  # in the pass itself, which the caller makes
+        side_by_side([lambda member: logits_at(member(broken), X[:2])])
+    assert threading.active_count() == before
+
+
+def pixels(x: Tensor) -> Tensor:
+    return x.flatten(1)
 
 
 @pytest.mark.parametrize("cut", [1, 2, 5, 6, 9, 14])

@@ -14,6 +14,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from cfamc_cli.engine.attacks.together import Member
 from cfamc_cli.engine.ball import norms, per_sample, project
 from cfamc_cli.recipe.schema import Norm
 
@@ -141,7 +142,7 @@ def climb(
             logits = predict(points)
             values = objective(logits)
         if values.requires_grad:
-            (grad,) = torch.autograd.grad(values.sum(), points, allow_unused=True)
+            grad = _gradient(predict, values, logits, points)
             if grad is not None:
                 grad = grad.contiguous()  # convolutions may return another layout, which slows whatever follows
                 grad_sum = grad if passes == 1 else grad_sum + grad
@@ -149,6 +150,13 @@ def climb(
         logits_sum = logits.detach() if logits_sum is None else logits_sum + logits.detach()
     assert logits_sum is not None, "passes must be at least 1"
     return logits_sum / passes, values_sum / passes, grad_sum / passes if passes > 1 else grad_sum
+
+
+def _gradient(predict: Predict, values: Tensor, logits: Tensor, points: Tensor) -> Tensor | None:
+    """The gradient of the sum of `values` at the points; None where they have no part in it."""
+    if isinstance(predict, Member):
+        return predict.back(*torch.autograd.grad(values.sum(), logits))
+    return torch.autograd.grad(values.sum(), points, allow_unused=True)[0]
 
 
 def fooled(logits: Tensor, y: Tensor) -> Tensor:

@@ -12,13 +12,15 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, assert_never
 
 import torch
 from torch import Tensor
 
 from cfamc_cli.engine.attacks.plan import Plan, passes, run_stage, stage_name
-from cfamc_cli.engine.attacks.search import fooled, logits_at, rows_where
+from cfamc_cli.engine.attacks.search import Predict, climb, fooled, logits_at, rows_where
+from cfamc_cli.engine.attacks.together import Member, side_by_side
 from cfamc_cli.engine.device import in_tf32
 from cfamc_cli.engine.distributed import ALONE, World, pooled, pooled_texts, told
 from cfamc_cli.engine.evaluation.audit import AuditSettings, cheap_checks, full_checks, judge, trace_checks
@@ -28,6 +30,7 @@ from cfamc_cli.engine.sink import Talk
 from cfamc_cli.store.records import Flag, Mask, Outcome, Stage
 
 BLOCK = 250  # samples; divides 500, 1,000 and 10,000, and its gradients fit a laptop
+_MOST_TOGETHER = 8  # blocks that make their passes together
 _PROBED = 64  # samples that the cheap checks look at
 _HEARTBEAT = 1.0  # seconds between two reports within a stage
 
@@ -129,6 +132,30 @@ class _Work:
     block_size: int
     device: torch.device
     world: World
+    together: int  # blocks that make their passes together
+
+
+@dataclass
+class _Piece:
+    """A block before a stage, on the device."""
+
+    block: int
+    first: int  # its first sample
+    x: Tensor
+    y: Tensor
+    alive: Tensor  # which of them still stand
+    forward: int = 0  # passes that the stage has made for it
+    backward: int = 0
+
+    @property
+    def given(self) -> tuple[Tensor, Tensor]:
+        """Images and labels of those that still stand."""
+        return self.x[self.alive], self.y[self.alive]
+
+    def pay(self, forward: int, backward: int) -> tuple[int, int]:
+        """Count passes; returns all so far."""
+        self.forward, self.backward = self.forward + forward, self.backward + backward
+        return self.forward, self.backward
 
 
 def evaluate(
@@ -176,8 +203,8 @@ def evaluate(
     """
     _require(x, y, block_size)
     pace = _Pace(talk, label, plan, n=len(x), block_size=block_size)
-    work = _Work(pace.meter.watched(predictor), pace, plan, seed, block_size, device, world)
-    predict = work.predictor.logits
+    watched = pace.meter.watched(predictor)
+    predict = watched.logits
     with undisturbed(predictor.modules, device) as traces:
         torch.manual_seed(addressed_seed("predictor", seed))
         head, head_labels = x[:_PROBED].to(device), y[:_PROBED].to(device)
@@ -185,6 +212,8 @@ def evaluate(
         if not 0 <= int(y.min()) <= int(y.max()) < classes:
             raise ValueError(f"labels reach from {int(y.min())} to {int(y.max())}, but there are {classes} logits")
         checks = cheap_checks(predict, head, head_labels)
+        together = _blocks_at_once(watched.search, head, block_size)
+        work = _Work(watched, pace, plan, seed, block_size, device, world, together)
         pace.meter.read()
         known = _outcomes_in(told(_text_of(finished), world)) if world.size > 1 else finished
         outcomes = _all_blocks(work, x, y, {(o.block, o.stage): o for o in known}, commit)
@@ -193,6 +222,19 @@ def evaluate(
             checks += _audited(work, x, y, outcomes, audit)
         checks += trace_checks(traces())
     return Evaluation(tuple(outcomes), tuple(checks))
+
+
+def _blocks_at_once(search: Predict, sample: Tensor, block_size: int) -> int:
+    """How many blocks make their passes together: as many as half of a card's free memory takes; one on a CPU."""
+    device = sample.device
+    if device.type != "cuda":
+        return 1
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    climb(search, sample, lambda outputs: outputs.sum(1))
+    needed = (torch.cuda.max_memory_allocated(device) - before) / len(sample) * block_size
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return max(1, min(_MOST_TOGETHER, int(free / 2 / needed)))
 
 
 def _require(x: Tensor, y: Tensor, block_size: int) -> None:
@@ -223,9 +265,10 @@ def _all_blocks(work: _Work, x: Tensor, y: Tensor, known: Mapping[Place, Outcome
         return True
 
     unfinished = [b for b in range(len(firsts)) if not all(taken(b, number) for number in range(len(names)))]
-    # A stage of as many blocks as there are processes, then the next: no block gets ahead of one before it.
-    for at in range(0, len(unfinished), work.world.size):
-        wave = unfinished[at : at + work.world.size]
+    # A stage of as many blocks as are worked on at once, then the next: no block gets ahead of one before it.
+    at_once = work.world.size * work.together
+    for at in range(0, len(unfinished), at_once):
+        wave = unfinished[at : at + at_once]
         for number, name in enumerate(names):
             missing = [block for block in wave if not taken(block, number)]
             if not missing:
@@ -234,7 +277,8 @@ def _all_blocks(work: _Work, x: Tensor, y: Tensor, known: Mapping[Place, Outcome
             before = [standing(block, number) for block in own or missing]
             work.pace.begin(firsts[missing[0]], number, sum(before, ()), blocks=len(missing))
             began = time.perf_counter()
-            done = [_stage(work, x, y, firsts[block], standing(block, number), block, number, name) for block in own]
+            pieces = [_piece(work, x, y, block, firsts[block], standing(block, number)) for block in own]
+            done = _stage(work, pieces, number, name)
             everyones = _pooled(done, x, work.world)
             seconds = (time.perf_counter() - began) / len(missing)
             for outcome, examples in everyones:
@@ -245,21 +289,29 @@ def _all_blocks(work: _Work, x: Tensor, y: Tensor, known: Mapping[Place, Outcome
     return [outcomes[place] for place in sorted(outcomes)]
 
 
-def _stage(
-    work: _Work, x: Tensor, y: Tensor, first: int, standing: Mask, block: int, number: int, name: str
-) -> tuple[Outcome, Examples]:
-    """One stage of the block that begins at sample `first`, and its verified examples; times are left at 0."""
+def _piece(work: _Work, x: Tensor, y: Tensor, block: int, first: int, standing: Mask) -> _Piece:
+    """The block that begins at sample `first`, on the device."""
     own = slice(first, first + len(standing))
-    images, labels = x[own].to(work.device), y[own].to(work.device)
-    torch.manual_seed(addressed_seed("predictor", work.seed, block, number))
-    if number == 0:
-        fates, examples, again = _predicted(work, images, labels, block), _no_examples(images), 0
-    else:
-        before = torch.tensor(standing, device=work.device)
-        fates, examples, again = _attacked(work, images, labels, before, block, number, first)
-    standing, broken, not_finite, unsteady, invalid = (tuple(bits) for bits in fates.tolist())
-    passed = work.pace.meter.read()
-    return Outcome(block, number, name, standing, broken, not_finite, unsteady, invalid, *passed, 0.0, again), examples
+    alive = rows_where(torch.tensor(standing, device=work.device))
+    return _Piece(block, first, x[own].to(work.device), y[own].to(work.device), alive)
+
+
+def _stage(work: _Work, pieces: Sequence[_Piece], number: int, name: str) -> list[tuple[Outcome, Examples]]:
+    """One stage of some blocks, and its verified examples; times are left at 0."""
+    done = []
+    ends = _searched(work, [piece for piece in pieces if len(piece.alive)], number) if number else {}
+    for piece in pieces:
+        if number == 0:
+            torch.manual_seed(addressed_seed("predictor", work.seed, piece.block, 0))
+            fates, examples, again = _predicted(work, piece.x, piece.y, piece.block), _no_examples(piece.x), 0
+        else:
+            points, again = ends.get(piece.block, (piece.x[:0], 0))
+            fates, examples = _judged(work, piece, points, number)
+        standing, broken, not_finite, unsteady, invalid = (tuple(bits) for bits in fates.tolist())
+        forward, backward = piece.pay(*work.pace.meter.read())
+        masks = (standing, broken, not_finite, unsteady, invalid)
+        done.append((Outcome(piece.block, number, name, *masks, forward, backward, 0.0, again), examples))
+    return done
 
 
 def _pooled(own: Sequence[tuple[Outcome, Examples]], x: Tensor, world: World) -> list[tuple[Outcome, Examples]]:
@@ -309,55 +361,76 @@ def _predicted(work: _Work, x: Tensor, y: Tensor, block: int) -> Tensor:
     return torch.stack((right & seen.finite & seen.steady, ~right, ~seen.finite, unsteady, torch.zeros_like(right)))
 
 
-def _attacked(
-    work: _Work, x: Tensor, y: Tensor, standing: Tensor, block: int, number: int, first: int
-) -> tuple[Tensor, Examples, int]:
-    """One stage on the samples of a block that still stand.
-
-    Returns:
-        The five masks of its outcome, (5, N), its examples, and how many samples were attacked again in float32.
-    """
-    plan, target, alive = work.plan, work.predictor, rows_where(standing)
-    fates = torch.zeros((5, len(x)), dtype=torch.bool, device=x.device)
+def _judged(work: _Work, piece: _Piece, points: Tensor, number: int) -> tuple[Tensor, Examples]:
+    """What became of the samples that stood, at the points of a stage: the masks of its outcome, and its examples."""
+    plan, target, alive = work.plan, work.predictor, piece.alive
+    fates = torch.zeros((5, len(piece.x)), dtype=torch.bool, device=piece.x.device)
     if not len(alive):
-        return fates, _no_examples(x), 0
-    given, labels = x[alive], y[alive]
-    points, again = _searched(work, given, labels, block, number)
+        return fates, _no_examples(piece.x)
+    given, labels = piece.given
     valid = in_region(given, points, eps=plan.eps, norm=plan.norm)
     points = torch.where(valid[:, None, None, None], points, given) if points.shape == given.shape else given
-    seen = look(target.logits, points, labels, generator=addressed_generator("look", work.seed, block, number))
+    seen = look(target.logits, points, labels, generator=addressed_generator("look", work.seed, piece.block, number))
     shown = torch.where(seen.label != labels, seen.label, seen.other)  # as wrong as it is at any batch size
     broken = valid & seen.finite & (shown != labels)
     fates[:, alive] = torch.stack((~broken & seen.finite, broken, ~seen.finite, seen.moved > 0, ~valid))
     hits = rows_where(broken)
-    places, classes = (alive[hits] + first).tolist(), shown[hits].tolist()
-    return fates, Examples(tuple(places), points[hits].cpu(), tuple(classes)), again
+    places, classes = (alive[hits] + piece.first).tolist(), shown[hits].tolist()
+    return fates, Examples(tuple(places), points[hits].cpu(), tuple(classes))
 
 
-def _searched(work: _Work, x: Tensor, y: Tensor, block: int, number: int) -> tuple[Tensor, int]:
-    """The points at which a stage ends, and how many of them it found in a second run, in float32.
+def _searched(work: _Work, pieces: Sequence[_Piece], number: int) -> dict[int, tuple[Tensor, int]]:
+    """By block, the points at which a stage ends, and how many of them it found in a second run, in float32.
 
     Those are the samples that a shorter search has misclassified and the evaluator has not.
     """
-    plan, target, stage = work.plan, work.predictor, work.plan.stages[number - 1]
-
-    def run(x: Tensor, y: Tensor, *address: str) -> Tensor:
-        generator = addressed_generator("attack", work.seed, block, number, *address)
-        return run_stage(stage, target.search, x, y, embed=target.embed, eot=plan.eot, generator=generator)
-
-    match stage.search_precision:
+    target, precision = work.predictor, work.plan.stages[number - 1].search_precision
+    match precision:
         case "float32":
-            return run(x, y), 0
+            return {piece.block: (points, 0) for piece, points in zip(pieces, _run(work, pieces, number), strict=True)}
         case "tf32":
+            found = {}
             with in_tf32():
-                points = run(x, y)
-                claimed = fooled(logits_at(target.search, points), y)
-            rows = rows_where(claimed & ~fooled(logits_at(target.logits, points), y))
-            if len(rows):
-                points[rows] = run(x[rows], y[rows], "again")
-            return points, len(rows)
+                ends = _run(work, pieces, number)
+            for piece, points in zip(pieces, ends, strict=True):
+                x, y = piece.given
+                with in_tf32():
+                    claimed = fooled(logits_at(target.search, points), y)
+                rows = rows_where(claimed & ~fooled(logits_at(target.logits, points), y))
+                if len(rows):
+                    points[rows] = _attack(work, target, x[rows], y[rows], piece.block, number, "again")
+                piece.pay(*work.pace.meter.read())
+                found[piece.block] = points, len(rows)
+            return found
         case _:
-            assert_never(stage.search_precision)
+            assert_never(precision)
+
+
+def _run(work: _Work, pieces: Sequence[_Piece], number: int) -> list[Tensor]:
+    """The points at which a stage ends, for each block; several blocks make their passes together."""
+    if pieces:
+        torch.manual_seed(addressed_seed("predictor", work.seed, pieces[0].block, number))
+    if len(pieces) < 2:
+        return [_attack(work, work.predictor, *piece.given, piece.block, number) for piece in pieces]
+
+    def attack(piece: _Piece, member: Callable[[Predict], Member]) -> Tensor:
+        search, embed = member(work.predictor.search), work.predictor.embed
+        embedded = None if embed is None else member(embed)
+        own = replace(work.predictor, search=search, embed=embedded)
+        points = _attack(work, own, *piece.given, piece.block, number)
+        for part in (search, *([embedded] if embedded else [])):
+            piece.pay(part.forward, part.backward)
+        return points
+
+    ends = side_by_side([partial(attack, piece) for piece in pieces])
+    work.pace.meter.read()  # of all of them; each has paid its own
+    return ends
+
+
+def _attack(work: _Work, target: Predictor, x: Tensor, y: Tensor, block: int, number: int, *address: str) -> Tensor:
+    generator = addressed_generator("attack", work.seed, block, number, *address)
+    stage, eot = work.plan.stages[number - 1], work.plan.eot
+    return run_stage(stage, target.search, x, y, embed=target.embed, eot=eot, generator=generator)
 
 
 def _ledger_checks(outcomes: Sequence[Outcome]) -> list[Flag]:
