@@ -137,6 +137,9 @@ def test_every_count_of_a_small_run_by_hand() -> None:
         memory_recompute=others + 4 * 8 * 4 * (2 + 4 + 2) * 8 * 8 * 8,
         precision="float32",
     )
+    pooled = tiny_recipe(model={"stem": "imagenet"})  # 8 channels of 2 x 2 pixels, whose places take 8 bytes each
+    kept = activations_per_view(pooled.model, size=8)
+    assert plan(pooled, 70).activation_bytes == 8 * 4 * (4 * kept + 8 * 8 * 2 * 2)
     resized = tiny_recipe(data={"size": 12}, train={"epochs": 2.5})
     assert plan(resized, 70).data_bytes == 70 * 3 * 12 * 12
     assert plan(resized, 70).weight_updates == 20 * 3
