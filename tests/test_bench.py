@@ -198,8 +198,8 @@ def measured_as(monkeypatch: pytest.MonkeyPatch, seconds: dict[tuple[str, bool, 
             | {("bfloat16", True, "full"): RuntimeError("no compiler"), ("bfloat16", False, "recompute"): 9.5},
             ("bfloat16", False, "full"),
             {
-                "float32 eager full": "out of memory: CUDA out of memory.",
-                "bfloat16 compiled full": "it cannot be compiled here: RuntimeError: no compiler",
+                "float32": "out of memory: CUDA out of memory.",
+                "bfloat16 compiled": "it cannot be compiled here: RuntimeError: no compiler",
             },
         ),
     ],
@@ -215,6 +215,7 @@ def test_the_faster_of_each_choice_is_kept(
     assert [tuple(variant.settings.values()) for variant in made] == list(seconds)
     assert tuple(bench.best(made).settings.values()) == chosen
     assert {variant.words: variant.skipped for variant in made if variant.skipped} == skipped
+    assert made[-1].words == "bfloat16 recompute"
 
 
 def test_where_nothing_fits_the_reason_is_the_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -432,9 +432,9 @@ class Variant(Part):
 
     @property
     def words(self) -> str:
-        """Such as "float32 eager full"."""
-        spelled = {True: "compiled", False: "eager"}
-        return " ".join(spelled[value] if isinstance(value, bool) else value for value in self.settings.values())
+        """Such as "float32", "bfloat16 compiled" or "bfloat16 recompute"; eager and full go without saying."""
+        spelled = {True: "compiled", False: "", "full": ""}
+        return " ".join(filter(None, (str(spelled.get(value, value)) for value in self.settings.values())))
 
 
 class PeakRate(Part):
