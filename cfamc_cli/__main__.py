@@ -8,6 +8,9 @@ import sys
 
 def main() -> None:
     """Run the command line and exit."""
+    # Read when torch is loaded. By GNU's default, threads that wait for work spin 300,000 rounds: others have to wait.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         from cfamc_cli.cli import run
 

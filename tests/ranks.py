@@ -146,7 +146,7 @@ def main(own: Path, other: Path) -> None:
         if objective == "supcon":
             sizes = (2, 3) if world.size == 1 else (world.size,)
             found["first images"] = {str(ranks): first_images(trainer, ranks) for ranks in sizes}
-    for objective, adversary in (("simclr", "pgd"), ("emp-ssl", "none")):
+    for objective, adversary in (("simclr", "pgd"), ("emp-ssl", "none"), ("emp-ssl", "free")):
         name = f"{objective} {adversary} synchronised"
         found[name] = outcome(*trained(objective, adversary, own / name, world=world, norm="synchronised"))
     found["norm error"] = norm_error(world)

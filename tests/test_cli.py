@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import typer
 from process import cfamc, environment
 from tiny import recipe_text
 
-from cfamc_cli import __version__, cli
+from cfamc_cli import __main__, __version__, cli
 from cfamc_cli.recipe import file
 
 SURFACE = {
@@ -280,6 +281,18 @@ __main__.main()
         [sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stderr) == (130, "")
+
+
+@pytest.mark.parametrize("own", [{}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "active"}])
+def test_threads_spin_for_a_short_time_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch, own: dict[str, str]
+) -> None:
+    variables = dict(own)
+    monkeypatch.setattr(os, "environ", variables)
+    monkeypatch.setattr(cli, "run", lambda _: 7)  # all of the program; torch comes with it
+    with pytest.raises(SystemExit, match="7"):
+        __main__.main()
+    assert variables == (own or {"GOMP_SPINCOUNT": "10000"})
 
 
 def test_the_program_is_installed_under_its_name(tmp_path: Path) -> None:

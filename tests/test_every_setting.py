@@ -387,6 +387,7 @@ def test_an_exemption_is_needed_and_the_setting_is_heeded(path: str, workshop: W
     with (
         mock.patch.object(torch, "use_deterministic_algorithms") as deterministic,
         mock.patch.object(nn.Module, "compile") as compiled,
+        mock.patch("cfamc_cli.engine.pretrain.synchronise", autospec=True) as synchronised,
     ):
         after = workshop.weights(other)
     match path:
@@ -401,6 +402,10 @@ def test_an_exemption_is_needed_and_the_setting_is_heeded(path: str, workshop: W
             assert other.digest() != recipe.digest()
             assert after == before
             compiled.assert_called_once_with(dynamic=False)
+        case "train.batch_norm":  # tests/test_distributed.py says what it does for several processes
+            assert other.digest() != recipe.digest()
+            assert after == before
+            synchronised.assert_called_once()
         case _:
             raise AssertionError(f"{path} is exempt, and nothing shows that it is heeded")
 
