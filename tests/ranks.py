@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import weakref
 from pathlib import Path
 from typing import Literal
 
@@ -152,7 +153,9 @@ def main(own: Path, other: Path) -> None:
     found["norm error"] = norm_error(world)
     if world.leads:
         print(json.dumps(found))
+    control = None if world.control is None else weakref.ref(world.control)
     distributed.leave(world)
+    assert control is None or control() is None, "threads of gloo may outlive Python"
 
 
 if __name__ == "__main__":

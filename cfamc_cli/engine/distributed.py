@@ -25,7 +25,7 @@ Made = TypeVar("Made")
 _BUCKET = 25 * 2**20  # bytes of gradients that travel as one message, as in DistributedDataParallel
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class World:
     """This process among all; one process is a world of its own."""
 
@@ -75,8 +75,13 @@ def join(device: torch.device) -> World:
 
 
 def leave(world: World) -> None:
-    """Leave the process group."""
+    """Leave the process group.
+
+    Nothing may hold on to a group of gloo: its threads let go of the last message when they like, and where they do so
+    after Python has begun to end, the process is aborted. With the last reference they are waited for.
+    """
     if world.size > 1 and dist.is_initialized():
+        world.control = None
         dist.destroy_process_group()
 
 
