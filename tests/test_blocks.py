@@ -460,15 +460,17 @@ def test_what_cannot_be_folded_is_not() -> None:
 HALF = torch.full((8, 3, 8, 8), 0.5)
 
 
-def judge_half(predict: Predict, *, plan: Plan, images: Tensor = HALF) -> Evaluation:
+def judge_half(
+    predict: Predict, *, plan: Plan, images: Tensor = HALF, seed: int = 0, block_size: int = 8
+) -> Evaluation:
     """Evaluate a function on eight images of the first of two classes."""
     return evaluate(
         Predictor(predict, predict, (nn.Identity(),)),
         images,
         torch.zeros(8, dtype=torch.int64),
         plan=plan,
-        seed=0,
-        block_size=8,
+        seed=seed,
+        block_size=block_size,
         device=CPU,
         finished=(),
         commit=Ledger().commit,
@@ -609,20 +611,7 @@ def test_whatever_a_predictor_draws_itself_is_addressed_by_block_and_stage() -> 
             seeds.append(torch.initial_seed())
         return two_classes(1 - 1e-6 * x.flatten(1).sum(1))
 
-    evaluate(
-        Predictor(predict, predict, (nn.Identity(),)),
-        HALF,
-        torch.zeros(8, dtype=torch.int64),
-        plan=Plan((pgd(EPS, steps=1),)),
-        seed=7,
-        block_size=5,
-        device=CPU,
-        finished=(),
-        commit=Ledger().commit,
-        audit=None,
-        label="attack",
-        talk=NullTalk(),
-    )
+    judge_half(predict, plan=Plan((pgd(EPS, steps=1),)), seed=7, block_size=5)
     places = [(), (0, 0), (0, 1), (1, 0), (1, 1)]
     assert seeds == [addressed_seed("predictor", 7, *place) for place in places]
 

@@ -50,6 +50,17 @@ def torchrun(
             process.wait()
 
 
+def kill_one(launcher: subprocess.Popen[bytes], rank: int, folder: Path) -> None:
+    """Kill a rank, and hold that the others and the launcher end by themselves, not well."""
+    pids = ranks(launcher)
+    os.kill(pids[rank], signal.SIGKILL)
+    started = time.monotonic()
+    while any(map(alive, pids)):
+        assert time.monotonic() - started < 60, (folder / "err").read_text()
+        time.sleep(0.05)
+    assert launcher.wait(60) != 0
+
+
 def ranks(launcher: subprocess.Popen[bytes]) -> list[int]:
     """The processes that train, by rank."""
     found = {}
@@ -143,13 +154,7 @@ def test_kill_9_of_one_rank_ends_the_other(rank: int, tmp_path: Path) -> None:
     prepare(tmp_path, epochs=8.0)
     with torchrun(tmp_path, "recipe.toml") as process:
         until(lambda: saved(tmp_path), process, tmp_path)
-        pids = ranks(process)
-        os.kill(pids[rank], signal.SIGKILL)
-        started = time.monotonic()
-        while any(map(alive, pids)):
-            assert time.monotonic() - started < 60, (tmp_path / "err").read_text()
-            time.sleep(0.05)
-        assert process.wait(60) != 0
+        kill_one(process, rank, tmp_path)
     run = only_run(tmp_path)
     assert saved(tmp_path)
     assert json.loads((run / "run.json").read_text())["status"] != "finished"
@@ -254,13 +259,7 @@ def test_an_evaluation_goes_on_after_kill_9_of_one_rank(rank: int, trained: Path
 
     with torchrun(tmp_path, *words, "--runs", str(cut), command="attack") as process:
         until(lambda: stages() >= 2, process, tmp_path)
-        pids = ranks(process)
-        os.kill(pids[rank], signal.SIGKILL)
-        started = time.monotonic()
-        while any(map(alive, pids)):
-            assert time.monotonic() - started < 60, (tmp_path / "err").read_text()
-            time.sleep(0.05)
-        assert process.wait(60) != 0
+        kill_one(process, rank, tmp_path)
     assert 2 <= (kept := stages()) < 6
     assert not list(run.glob("attacks/*/record.json"))
     if rank == 0:

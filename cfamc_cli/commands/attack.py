@@ -168,7 +168,7 @@ class _Work:
                 told(_AUDITED if audit else _PLAIN, self.world)
                 planned = self._plan(table)
                 finished = [outcome for place, outcome in ledger.outcomes.items() if place not in again]
-                evaluation = self._evaluate(table, finished, commit, audit=audit)
+                evaluation = self._evaluate(table, planned, finished, commit, audit=audit)
                 if not audit:
                     evaluation = Evaluation(evaluation.outcomes, (*evaluation.checks, NOT_AUDITED))
                 record = self._record(table, ledger.folder.name, evaluation, planned.notes)
@@ -183,9 +183,11 @@ class _Work:
         from cfamc_cli.engine.distributed import told
 
         if asked := told("", self.world):
-            self._evaluate(table, (), lambda _outcome, _examples: None, audit=asked == _AUDITED)
+            self._evaluate(table, self._plan(table), (), lambda _outcome, _examples: None, audit=asked == _AUDITED)
 
-    def _evaluate(self, table: Attack, finished: Sequence[Outcome], commit: Commit, *, audit: bool) -> Evaluation:
+    def _evaluate(
+        self, table: Attack, planned: Plan, finished: Sequence[Outcome], commit: Commit, *, audit: bool
+    ) -> Evaluation:
         from cfamc_cli.engine.evaluation.audit import AuditSettings
         from cfamc_cli.engine.evaluation.blocks import BLOCK, evaluate
 
@@ -193,7 +195,7 @@ class _Work:
             self.target,
             self.x,
             self.y,
-            plan=self._plan(table),
+            plan=planned,
             seed=self.recipe.seed,
             block_size=BLOCK,
             device=self.device,

@@ -36,7 +36,7 @@ from cfamc_cli.engine.sections import Clock, Lap, Section
 from cfamc_cli.engine.sink import NullLedger, NullTalk, Talk
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.recipe.plan import Plan, plan
-from cfamc_cli.recipe.schema import NoAdversary, PgdAdversary, Recipe
+from cfamc_cli.recipe.schema import NoAdversary, Recipe
 from cfamc_cli.store.records import PeakRate, SectionTime, Spread, TrainingCost, Variant
 
 Settings = dict[str, str | bool]
@@ -148,7 +148,10 @@ def resolved_settings(recipe: Recipe, images: int, *, device: torch.device, talk
 
 def with_settings(recipe: Recipe, settings: Mapping[str, str | bool]) -> Recipe:
     """The recipe with other values of [train]."""
-    changes = {key.removeprefix("train."): value for key, value in settings.items()}
+    return _with_train(recipe, {key.removeprefix("train."): value for key, value in settings.items()})
+
+
+def _with_train(recipe: Recipe, changes: Mapping[str, object]) -> Recipe:
     return recipe.model_copy(update={"train": recipe.train.model_copy(update=changes)})
 
 
@@ -189,8 +192,7 @@ def measure(
         CfamcError: As `Trainer.train`.
     """
     warm = 3 if device.type == "cuda" else 1  # choosing kernels, filling the allocator
-    changes = _ENDLESS | {"evaluate_every": 100_000 if recipe.train.evaluate_every else 0}
-    endless = recipe.model_copy(update={"train": recipe.train.model_copy(update=changes)})
+    endless = _with_train(recipe, _ENDLESS | {"evaluate_every": 100_000 if recipe.train.evaluate_every else 0})
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     trainer = Trainer(endless, data, device=device, world=World(), talk=NullTalk(), ledger=NullLedger())
@@ -299,8 +301,7 @@ def predict(
 
 def _share_of_comparisons(recipe: Recipe, costs: Plan) -> float:
     """What the monitor of catastrophic overfitting adds to the passes of a run."""
-    passes = 1 + (recipe.adversary.steps if isinstance(recipe.adversary, PgdAdversary) else 0)
-    size = recipe.train.batch_size
+    size, passes = recipe.train.batch_size, 1 + recipe.ascent_steps
     planned = monitor.schedule(updates=costs.weight_updates, batch_size=size, passes_per_update=passes)
     return monitor.COST if planned.every else 0.0
 

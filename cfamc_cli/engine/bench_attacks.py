@@ -51,9 +51,7 @@ def attacks(recipe: Recipe, *, device: torch.device, talk: Talk) -> tuple[Attack
     for attack in recipe.attack:
         talk.message(f"measuring: {attack.name} {attack.norm} {attack.eps}")
         whole = plan(attack, classes=len(images.classes))
-        brief, longer = (
-            _spent(predictor, x, _cut(whole, length), recipe.seed, device) for length in (_LENGTHS[0], _LENGTHS[1])
-        )
+        brief, longer = (_spent(predictor, x, _cut(whole, length), recipe.seed, device) for length in _LENGTHS)
         spent = _extended(whole, brief, longer)
         seconds = sum(stage.seconds for stage in spent)
         made.append(

@@ -22,7 +22,7 @@ from cfamc_cli.engine.sections import section
 from cfamc_cli.engine.sink import Ledger, Talk
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.recipe.plan import duration
-from cfamc_cli.recipe.schema import EmpSsl, NoAdversary, PgdAdversary, Recipe, number
+from cfamc_cli.recipe.schema import EmpSsl, NoAdversary, Recipe, number
 from cfamc_cli.store.records import TimingLine, TrainLine
 
 _PREDICTED_FROM = 5  # batches after the first, on which a prediction rests at least
@@ -55,9 +55,8 @@ class Journal:
         self._names = ["lr", "loss", "gradient_norm", *parts]
         self._rows: list[Tensor] = []
         self._eps = 0.0 if isinstance(recipe.adversary, NoAdversary) else number(recipe.adversary.eps)
-        steps = recipe.adversary.steps if isinstance(recipe.adversary, PgdAdversary) else 0
-        moved = sum(group.count for group in recipe.crops[recipe.spared_groups :])
-        self._passes_per_update = (recipe.views + steps * moved) * recipe.train.batch_size
+        steps = recipe.ascent_steps
+        self._passes_per_update = (recipe.views + steps * recipe.moved_views) * recipe.train.batch_size
         self._grip_plan = monitor.schedule(updates=updates, batch_size=share, passes_per_update=1 + steps)
         few = self._grip_plan.images
         self._few = slice(few if few < share else None)  # images of a batch; of each process's share, or all of them

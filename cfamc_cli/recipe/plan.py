@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeAlias, assert_never
+from typing import Literal, NamedTuple, TypeAlias
 
 from cfamc_cli.datasets import KNOWN_SETS
-from cfamc_cli.recipe.schema import DEPTHS, FreeAdversary, Model, NoAdversary, PgdAdversary, Recipe
+from cfamc_cli.recipe.schema import DEPTHS, Model, NoAdversary, Recipe
 
 Precision: TypeAlias = Literal["float32", "bfloat16"]
 PER_IMAGES = 1_000  # what counts refer to where the number of images is unknown
@@ -66,15 +66,11 @@ def plan(recipe: Recipe, images: int | None = None) -> Plan:
 
     # Per image: arithmetic of all its crops, and of those that a PGD step passes.
     costs = [group.count * flops_per_view(recipe.model, size=group.size) for group in recipe.crops]
-    match recipe.adversary:
-        case NoAdversary() | FreeAdversary():
-            attacked, attack_cost = 0, 0  # a free adversary lives on the passes that train the weights
-        case PgdAdversary(steps=steps):
-            moved = recipe.crops[recipe.spared_groups :]  # what is spared is embedded by the pass that trains on it
-            attacked = steps * sum(group.count for group in moved)
-            attack_cost = steps * sum(costs[recipe.spared_groups :]) * 2 // 3  # no gradient of a weight is computed
-        case _ as never:
-            assert_never(never)
+    # A free adversary lives on the passes that train the weights, and what is spared is embedded by them.
+    attacked = recipe.ascent_steps * recipe.moved_views
+    attack_cost = (
+        recipe.ascent_steps * sum(costs[recipe.spared_groups :]) * 2 // 3
+    )  # no gradient of a weight is computed
 
     parameters, backbone_parameters = parameter_counts(recipe.model)
     precision: Precision = "float32" if recipe.train.precision == "float32" else "bfloat16"

@@ -578,9 +578,19 @@ class Recipe(Table):
         return sum(group.count for group in self.crops)
 
     @property
+    def ascent_steps(self) -> int:
+        """Steps of the adversary that train no weight, before each weight update: K of PGD, else 0."""
+        return self.adversary.steps if isinstance(self.adversary, PgdAdversary) else 0
+
+    @property
     def spared_groups(self) -> int:
         """How many groups of crops, the first ones, the adversary leaves clean."""
         return 0 if isinstance(self.adversary, NoAdversary) or self.adversary.views == "all" else 1
+
+    @property
+    def moved_views(self) -> int:
+        """The crops of one image in the groups that are not spared."""
+        return sum(group.count for group in self.crops[self.spared_groups :])
 
     @property
     def replays(self) -> int:

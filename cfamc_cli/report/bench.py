@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import cast
 
 from cfamc_cli.recipe.plan import duration
 from cfamc_cli.report.sheets import Sheet, compact
@@ -13,8 +12,7 @@ from cfamc_cli.store.records import AttackCost, BenchRecord, Spread, TrainingCos
 
 def spelled_out(record: BenchRecord) -> Iterator[Sheet]:
     """The sections of a batch, the variants of the settings, and the attacks where they were measured."""
-    measured = next(variant for variant in record.variants if variant.cost is not None)
-    yield _sections(record, measured, cast(TrainingCost, measured.cost))
+    yield _sections(record, *_measured(record))
     yield _variants(record)
     if record.attacks:
         yield _attacks(record.attacks)
@@ -24,8 +22,7 @@ def side_by_side(records: Sequence[BenchRecord], *, limit: int) -> Sheet:
     """All benches of a store, a row each for the recipe's own settings, or the first that could be measured."""
     rows = []
     for record in records[: limit or None]:
-        made = next(variant for variant in record.variants if variant.cost is not None)
-        cost = cast(TrainingCost, made.cost)
+        made, cost = _measured(record)
         rows.append(
             (
                 record.id,
@@ -38,6 +35,11 @@ def side_by_side(records: Sequence[BenchRecord], *, limit: int) -> Sheet:
     columns = ("bench", "device", "settings", "views/s", "whole run")
     title = "Benches: what recipes cost, measured on random images"
     return Sheet(title, columns, (3, 4), tuple(rows), more=len(records) - len(rows))
+
+
+def _measured(record: BenchRecord) -> tuple[Variant, TrainingCost]:
+    """The recipe's own settings, or the first that could be measured; a bench without any leaves no record."""
+    return next((variant, variant.cost) for variant in record.variants if variant.cost is not None)
 
 
 def expected(spread: Spread) -> str:
@@ -102,10 +104,9 @@ def _variants(record: BenchRecord) -> Sheet:
         notes.append(f"Peak in {peak.precision}: matrix product {product}FLOP/s, convolution {convolution}FLOP/s.")
     notes.append(f"GiB: the most that the {whole} held; the plan says {record.planned_memory / 2**30:.2g}.")
     notes.append("+-: half of the bootstrap 95 % interval of the mean batch, on a machine as it was.")
-    own = next((variant.cost for variant in record.variants if variant.settings == record.variants[0].settings), None)
     if record.recommended:
         chosen = " ".join(f"--set {key}={str(value).lower()}" for key, value in record.recommended.items())
-        notes.append(f"Faster here: {chosen}" if own else f"Possible here: {chosen}")
+        notes.append(f"Faster here: {chosen}" if record.variants[0].cost else f"Possible here: {chosen}")
     elif len(record.variants) > 1:
         notes.append("None was measured to be faster than the recipe's own settings.")
     title = f"{record.batches:,} batches, {record.weight_updates:,} weight updates, {record.images:,} images"

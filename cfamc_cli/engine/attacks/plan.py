@@ -99,21 +99,21 @@ def plan(attack: Attack, *, classes: int) -> Plan:
 
 def _ensemble(attack: AutoAttackAttack) -> tuple[Stage, ...]:
     """The stages of the ensemble, for any number of classes."""
-    eps, norm, short = attack.eps, attack.norm, attack.search_precision
+    stages: tuple[Stage, ...]
     match attack.version:
         case "standard":
-            return (
-                ApgdAttack(name="apgd-ce", eps=eps, norm=norm, search_precision=short),
-                TargetedApgdAttack(name="apgd-t", eps=eps, norm=norm, search_precision=short),
-                FabAttack(name="fab", eps=eps, norm=norm, search_precision=short),
-                SquareAttack(name="square", eps=eps, norm=norm, search_precision=short),
+            stages = (
+                ApgdAttack(name="apgd-ce"),
+                TargetedApgdAttack(name="apgd-t"),
+                FabAttack(name="fab"),
+                SquareAttack(name="square"),
             )
         case "rand":
-            return ApgdAttack(name="apgd-ce", eps=eps, norm=norm, search_precision=short), ApgdAttack(
-                name="apgd-dlr", eps=eps, norm=norm, search_precision=short
-            )
+            stages = ApgdAttack(name="apgd-ce"), ApgdAttack(name="apgd-dlr")
         case _:
             assert_never(attack.version)
+    shared = {"eps": attack.eps, "norm": attack.norm, "search_precision": attack.search_precision}
+    return tuple(stage.model_copy(update=shared) for stage in stages)
 
 
 def passes(stage: Stage, *, eot: int) -> int:
