@@ -145,6 +145,15 @@ def test_what_compares_adversaries_is_counted() -> None:
     assert found.seconds == pytest.approx(0.5 * costs.batches * 1.02)
 
 
+@pytest.mark.parametrize(("epochs", "compared"), [(8.0, 0.0), (16.0, 0.02)])
+def test_comparisons_are_counted_by_the_passes_of_the_attack_too(epochs: float, compared: float) -> None:
+    """With 6 passes an update, 1,024 images over the run are enough for one comparison, and 512 are not."""
+    recipe = tiny_recipe("emp-ssl", "pgd", train={"epochs": epochs, "batch_size": 8}, adversary={"steps": 5})
+    costs = plan(recipe, images=64)
+    found = bench.predict([0.5], recipe, costs, warmup=0.0, evaluation=0.0, checkpoint=0.0)
+    assert found.seconds == pytest.approx(0.5 * costs.batches * (1 + compared))
+
+
 def a_cost(low: float, high: float) -> TrainingCost:
     return TrainingCost(
         batches=3,

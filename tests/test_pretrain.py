@@ -726,6 +726,18 @@ def test_divergence_is_told_with_the_first_bad_update_or_the_last(
     assert error.exit_code == ExitCode.DIVERGED
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_every_weight_and_buffer_is_asked_whether_it_is_finite(value: float, tiny_images: ImageSet) -> None:
+    trainer = trainer_of(tiny_recipe("simclr", "free"), tiny_images)
+    state = [tensor for tensor in trainer.encoder.state_dict().values() if tensor.is_floating_point()]
+    for tensor in state:
+        tensor[-1] = value
+        with pytest.raises(Diverged):
+            trainer.journal.check_finite(trainer.encoder, step=6)
+        tensor[-1] = 1.0
+        trainer.journal.check_finite(trainer.encoder, step=6)
+
+
 @pytest.mark.parametrize(
     ("labelled", "classes", "expected"),
     [(40, 4, True), (39, 4, False), (64, 2, True), (64, 1, False), (None, 4, False)],
