@@ -53,6 +53,7 @@ def trained(
             "epochs": 0.5,
             "batch_size": BATCH,
             "checkpoint_every": 1,
+            "average": 0.9,
             "batch_norm": "synchronised" if norm == "synchronised" else "local",
             "memory": "recompute" if norm == "synchronised" and world.size > 1 else "full",
         },
@@ -83,6 +84,7 @@ def outcome(trainer: Trainer, updates: list[list[float]]) -> dict[str, object]:
     return {
         "updates": updates,
         "weights": [float(part.detach().double().norm()) for part in trainer.encoder.state_dict().values()],
+        "average": [float(part.double().norm()) for part in trainer.average.encoder.state_dict().values()],
         "delta": [part.double().abs().mean((0, 2, 3, 4)).tolist() for part in delta],  # of each image
     }
 
@@ -138,8 +140,10 @@ def main(own: Path, other: Path) -> None:
         if name == "emp-ssl free":
             middle = f"{name}/step-{trainer.recipe.replays:08d}"
             again, _ = trained(objective, adversary, own / "again", world=world, start=own / middle)
-            pairs = zip(trainer.encoder.parameters(), again.encoder.parameters(), strict=True)
-            found["resumed is uncut"] = all(torch.equal(*pair) for pair in pairs)
+            parts = [
+                list(made.encoder.parameters()) + list(made.average.encoder.parameters()) for made in (trainer, again)
+            ]
+            found["resumed is uncut"] = all(torch.equal(*pair) for pair in zip(*parts, strict=True))
             if other.exists():
                 found["resumed"] = outcome(
                     *trained(objective, adversary, own / "resumed", world=world, start=other / middle)

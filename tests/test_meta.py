@@ -89,7 +89,7 @@ def watched_batches(images: ImageSet, objective: str, adversary: str, count: int
         adversary,
         adversary={} if adversary == "none" else {"start": start},
         augment={"flip": 0.5, "jitter_p": 0.8, "grayscale_p": 0.3, "blur_p": 0.3, "solarize_p": 0.3},
-        train={"epochs": 100.0, "log_every": 1000, "checkpoint_every": 1000},
+        train={"epochs": 100.0, "log_every": 1000, "checkpoint_every": 1000, "average": 0.99},
     )
     with without_autocast():
         trainer = Trainer(recipe, images, device=META, world=World(), talk=NullTalk(), ledger=NullLedger())

@@ -200,6 +200,8 @@ def _train(recipe: Recipe, data: ImageSet, run: RunFolder | None, session: Sessi
             parameters = checkpoint.count_parameters(trainer.encoder)
             totals = Totals(steps=trainer.updates, view_passes=passes, parameters=parameters)
             kept.begin(data.used(), totals, _progress(trainer), trainer.computation)
+            if decay := recipe.train.average:
+                session.talk.message(f"the average of the weights is evaluated and saved: train.average = {decay:g}")
         with session.signals.deferred():
             signal = trainer.train(Path() if run is None else run.checkpoints, stop=session.signals.pending)
         if kept is not None:

@@ -32,8 +32,8 @@ _MAX_HEADER = 100_000_000  # bytes, safetensors' own bound
 class Checkpoint:
     """What a checkpoint holds, on the CPU."""
 
-    model: dict[str, Tensor]  # the encoder's state dict
-    state: dict[str, Tensor]  # optimizer and adversary
+    model: dict[str, Tensor]  # the encoder's state dict, or that of its moving average
+    state: dict[str, Tensor]  # optimizer and adversary, and the trained weights where `model` is an average
     progress: dict[str, object]  # JSON values: step, batch and whatever the loop needs to go on
 
 

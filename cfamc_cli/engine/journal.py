@@ -99,14 +99,15 @@ class Journal:
         """Go on from a checkpoint's rows."""
         self._rows = list(rows.unbind())
 
-    def check_finite(self, encoder: Encoder, *, step: int) -> Tensor:
+    def check_finite(self, *encoders: Encoder, step: int) -> Tensor:
         """Wait for the device and return the rows on the CPU.
 
         Raises:
             Diverged: A loss or gradient since the last record, or a weight or buffer now, is not finite.
         """
         rows = self.rows().cpu()
-        state = [tensor for tensor in encoder.state_dict().values() if tensor.is_floating_point()]
+        tensors = [tensor for encoder in set(encoders) for tensor in encoder.state_dict().values()]
+        state = [tensor for tensor in tensors if tensor.is_floating_point()]
         finite = torch.stack(torch._foreach_norm(state, math.inf)).isfinite()  # the largest of each, or what is none
         bad = (~torch.isfinite(rows[:, 1:3])).any(1).nonzero()
         if len(bad) or not bool(finite.all()):

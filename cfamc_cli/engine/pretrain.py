@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cfamc_cli.engine import checkpoint as checkpoints
 from cfamc_cli.engine.adversary import Groups, LossOf, build_adversary
+from cfamc_cli.engine.average import Average
 from cfamc_cli.engine.batch_norm import synchronise
 from cfamc_cli.engine.checkpoint import Checkpoint
 from cfamc_cli.engine.crops import cut, sample_parameters
@@ -73,6 +74,7 @@ class Trainer:
         self.encoder.backbone.memory = recipe.train.memory
         if recipe.train.batch_norm == "synchronised":
             synchronise(self.encoder, device=device, world=world)
+        self.average = Average(self.encoder, decay=recipe.train.average)
         if compiled:
             self.encoder.compile(dynamic=False)  # crops of a group have one shape all along
         self.gradients = GradientSum(list(self.encoder.parameters()), world)
@@ -105,6 +107,8 @@ class Trainer:
             CfamcError: A checkpoint could not be written.
         """
         self.encoder.train()
+        if self.step == 0:
+            self.average.start()  # the first weights may be another run's, put in after this was made
         self.journal.start(self.step)
         prefetch = Prefetch(self.crops_of, self.device)
         while True:
@@ -133,6 +137,7 @@ class Trainer:
                 self.journal.add(terms, self.optimizer.step(lr=lr), lr=lr)
                 self.optimizer.zero_grad()
                 self.step += 1
+                self.average.update(self.step)
                 z = z.detach()
                 del still, moved, terms  # with the graph, which holds a replay's perturbation and its gradient
 
@@ -240,7 +245,7 @@ class Trainer:
         if not self.world.leads:
             return True
         cut_by = stop if self.world.size == 1 else lambda: 0  # the other processes are waiting
-        return self.journal.evaluate(self.encoder, self.images, step=self.step, stop=cut_by)
+        return self.journal.evaluate(self.average.encoder, self.images, step=self.step, stop=cut_by)
 
     @section("checkpoint")
     def save(self, folder: Path) -> None:
@@ -250,16 +255,16 @@ class Trainer:
             Diverged: The moment is not finite; nothing was written.
             CfamcError: It could not be written.
         """
-        self.journal.check_finite(self.encoder, step=self.step)
+        self.journal.check_finite(self.encoder, self.average.encoder, step=self.step)
         carried = self.adversary.delta if isinstance(self.recipe.adversary, FreeAdversary) else []
         delta = gather_images(carried, self.shares, self.world)
         if not self.world.leads:
             return
         state = {f"momentum.{index:04d}": buffer for index, buffer in enumerate(self.optimizer.momentum)}
         state |= {f"delta.{index:04d}": part for index, part in enumerate(delta)}
-        state["journal"] = self.journal.rows()
+        state |= {"journal": self.journal.rows()} | self.average.raw()
         progress = {"step": self.step, "recipe": self.recipe.digest(), "positions": self.ledger.positions()}
-        path = checkpoints.save(folder, self.step, Checkpoint(self.encoder.state_dict(), state, progress))
+        path = checkpoints.save(folder, self.step, Checkpoint(self.average.encoder.state_dict(), state, progress))
         checkpoints.prune(folder, newest=path, keep=self.recipe.train.keep)
 
     def load(self, saved: Checkpoint, *, path: Path) -> None:
@@ -268,7 +273,7 @@ class Trainer:
         Raises:
             CfamcError: Exit 4; the checkpoint does not fit the recipe.
         """
-        checkpoints.load_state(self.encoder, saved.model, path=path)
+        self.average.load(saved.model, saved.state, path=path)
         try:
             if saved.progress["recipe"] != self.recipe.digest():
                 raise ValueError("another recipe")

@@ -356,6 +356,8 @@ class Train(Table):
     init: PathText | None = None  # a run whose encoder is the start
     # Whose statistics batch norm takes with several processes: its own share's, or the whole batch's.
     batch_norm: Annotated[Literal["local", "synchronised"], Later()] = "local"
+    # Decay of a moving average over the weight updates, which then is the encoder for all but training; 0: none.
+    average: Annotated[float, Field(ge=0, lt=1), Later()] = 0.0
     deterministic: bool = False
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     # "auto": on CUDA, where the run is long enough for it (`plan.compiling_pays`).
