@@ -12,6 +12,7 @@ import socket
 import struct
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,16 +33,20 @@ from cfamc_cli.engine.data.sets import ImageSet, batch, class_balanced_split, lo
 from cfamc_cli.engine.randomness import addressed_generator, addressed_seed, epoch_order
 from cfamc_cli.engine.sink import NullTalk
 from cfamc_cli.errors import CfamcError, ExitCode
-from cfamc_cli.recipe.schema import Data
+from cfamc_cli.recipe.schema import Data, Split
 
 CPU = torch.device("cpu")
 Name = Literal["fashion-mini", "cifar10", "cifar100", "fashion-mnist", "svhn", "stl10", "folder"]
 
 
 def Settings(  # noqa: N802 - a [data] table, short
-    dataset: Name = "folder", root: str | None = None, size: int | None = None, limit: int | None = None
+    dataset: Name = "folder",
+    root: str | None = None,
+    size: int | None = None,
+    limit: int | None = None,
+    holdout: int = 0,
 ) -> Data:
-    return Data(dataset=dataset, root=root, size=size, limit=limit)
+    return Data(dataset=dataset, root=root, size=size, limit=limit, holdout=holdout)
 
 
 class Listener(NullTalk):
@@ -63,7 +68,7 @@ def _no_socket(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
-def read(settings: Data, cache: Path, split: Literal["train", "test"] = "train", *, seed: int = 0) -> ImageSet:
+def read(settings: Data, cache: Path, split: Split = "train", *, seed: int = 0) -> ImageSet:
     return load(settings, split, seed=seed, cache=cache, talk=NullTalk())
 
 
@@ -150,6 +155,79 @@ def test_size_and_limit(tmp_path: Path) -> None:
     with pytest.raises(CfamcError, match=r"data\.limit is 6,001 but fashion-mini has 6,000") as caught:
         read(Settings("fashion-mini", limit=6001), tmp_path)
     assert caught.value.exit_code == ExitCode.INVALID
+
+
+# Images that are held out
+
+
+def rows(images: ImageSet) -> Counter[tuple[bytes, int]]:
+    assert images.labels is not None
+    pairs = zip(images.images.numpy(), images.labels.tolist(), strict=True)
+    return Counter((image.tobytes(), label) for image, label in pairs)
+
+
+def test_held_out_images_are_even_and_the_same_for_every_seed(tmp_path: Path) -> None:
+    settings = Settings("fashion-mini", holdout=1000)
+    whole, held, left = (
+        read(Settings("fashion-mini"), tmp_path),
+        read(settings, tmp_path, "holdout"),
+        read(settings, tmp_path),
+    )
+    assert held.require_labels().bincount().tolist() == [100] * 10
+    assert left.require_labels().bincount().tolist() == [500] * 10
+    assert rows(held) + rows(left) == rows(whole)
+    shuffled = torch.randperm(6000, generator=addressed_generator("holdout"))
+    labels = whole.require_labels()
+    chosen = torch.cat([shuffled[labels[shuffled] == label][:100] for label in range(10)]).sort().values
+    assert held.fingerprint == whole.take(chosen).fingerprint
+    assert (held.split, left.split, held.used().split) == ("holdout", "train", "holdout")
+    few = {seed: Settings("fashion-mini", holdout=1000, limit=50) for seed in (0, 1)}
+    for seed, limited in few.items():
+        assert read(limited, tmp_path, "holdout", seed=seed).fingerprint == held.fingerprint
+        assert read(settings, tmp_path, seed=seed).fingerprint == left.fingerprint
+        assert rows(read(limited, tmp_path, seed=seed)) <= rows(left)
+        assert len(read(limited, tmp_path, seed=seed)) == 50
+    assert read(few[0], tmp_path, seed=0).fingerprint != read(few[1], tmp_path, seed=1).fingerprint
+    fewer = read(Settings("fashion-mini", holdout=13), tmp_path, "holdout")
+    assert sorted(fewer.require_labels().bincount().tolist()) == [1] * 7 + [2] * 3
+    assert rows(fewer) <= rows(held), "fewer are some of them"
+    assert read(settings, tmp_path, "test").fingerprint == read(Settings("fashion-mini"), tmp_path, "test").fingerprint
+    with pytest.raises(CfamcError, match=r"5,001 but fashion-mini has 5,000 training images beside those held out"):
+        read(Settings("fashion-mini", holdout=1000, limit=5001), tmp_path)
+
+
+def test_images_without_labels_are_held_out_by_a_plain_shuffle(tmp_path: Path) -> None:
+    for index in range(7):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        noise(seed=index).save(tmp_path / "images" / f"{index}.png")
+    whole, settings = Settings(root=str(tmp_path / "images")), Settings(root=str(tmp_path / "images"), holdout=3)
+    order = torch.randperm(7, generator=addressed_generator("holdout"))
+    for split, part in (("holdout", order[:3]), ("train", order[3:])):
+        expected = read(whole, tmp_path / "cache").take(part.sort().values)
+        for seed in (0, 1):
+            found = read(settings, tmp_path / "cache", split, seed=seed)  # type: ignore[arg-type]
+            assert found.labels is None
+            assert torch.equal(found.images, expected.images)
+
+
+@pytest.mark.parametrize(
+    ("holdout", "message"),
+    [
+        (9, "data.holdout is 9 but folder has 9 training images"),
+        (10, "data.holdout is 10 but folder has 9 training images"),
+        (2, "data.holdout is 2, fewer than one image of each of the 3 classes of folder"),
+        (5, "data.holdout is 5, which takes every training image of class cat"),
+    ],
+)
+def test_a_holdout_that_leaves_a_side_without_a_class_is_refused(tmp_path: Path, holdout: int, message: str) -> None:
+    root = make_folder(tmp_path / "images", classes=("ant", "bee", "cat"), per_class=4)
+    for index in (1, 2, 3):
+        (root / "train" / "cat" / f"{index}.png").unlink()
+    for split in ("train", "holdout"):
+        with pytest.raises(CfamcError) as caught:
+            read(Settings(root=str(root), holdout=holdout), tmp_path / "cache", split)
+        assert (caught.value.message, caught.value.exit_code) == (message, ExitCode.INVALID)
+        assert caught.value.hint
 
 
 # Image folders
@@ -586,6 +664,8 @@ def test_stl10_keeps_its_unlabelled_images(tmp_path: Path, monkeypatch: pytest.M
     labelled = found.labelled()
     assert labelled.require_labels().tolist() == list(range(10))
     assert torch.equal(labelled.images, found.images[:10])
+    with pytest.raises(CfamcError, match=r"data\.holdout is 10 but stl10 has 10 labelled training images"):
+        read(Settings("stl10", root=str(tmp_path), holdout=10), tmp_path / "cache")
 
 
 def test_offline_is_one_line_that_says_where_to_put_the_file(tmp_path: Path) -> None:

@@ -64,6 +64,7 @@ SHORT = {"epochs": 2, "batch_size": 8, "steps": 3, "crops": 2, "k": 5, "targets"
 OVERRIDES: dict[str, tuple[Any, ...]] = {
     "data.dataset": ("fashion-mini",),  # the others are downloaded
     "data.root": ("moved",),  # the same images elsewhere
+    "data.holdout": (4,),  # an image of each class
     "train.init": ("source",),  # a run of the store
 }
 

@@ -217,7 +217,15 @@ def test_a_folder_smaller_than_a_batch_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("overrides", "images"),
-    [([], 50_000), (["data.limit=5000"], 5_000), (["data.dataset=svhn"], 73_257), (["data.dataset=stl10"], 105_000)],
+    [
+        ([], 50_000),
+        (["data.limit=5000"], 5_000),
+        (["data.dataset=svhn"], 73_257),
+        (["data.dataset=stl10"], 105_000),
+        (["data.holdout=5000"], 45_000),
+        (["data.holdout=5000", "data.limit=45000"], 45_000),
+        (["data.holdout=5000", "data.limit=200"], 200),
+    ],
 )
 def test_sizes_of_known_sets_are_built_in(overrides: list[str], images: int) -> None:
     assert plan(load("cifar10", *overrides)).images == images

@@ -480,6 +480,13 @@ def test_missing_tables(write: Any) -> None:
             'schedule.name: "official-cosine" differs from "cosine" only in a free adversary of 2 or more replays',
         ),
         (["data.limit=60000"], "data.limit: cifar10 has 50000 training images, not 60000"),
+        (
+            ["data.holdout=5000", "data.limit=45001"],
+            "data.limit: cifar10 has 45000 training images beside those held out, not 45001",
+        ),
+        (["data.holdout=50000"], "data.holdout: cifar10 has 50000 training images, and 50000 held out leave none"),
+        (["data.holdout=9"], "data.holdout: cifar10 has 10 classes, so 9 images cannot be of all of them"),
+        (["data.holdout=49950"], "train.batch_size: 100 is more than the 50 training images"),
         (["train.batch_size=60000"], "train.batch_size: 60000 is more than the 50000 training images"),
         (["data.limit=64"], "train.batch_size: 100 is more than the 64 training images"),
         (["data={dataset='folder', root='x', limit=64}"], "train.batch_size: 100 is more than the 64 training images"),

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from cfamc_cli.engine.sink import NullTalk, Talk
 from cfamc_cli.errors import CfamcError, ExitCode, Interrupted
-from cfamc_cli.recipe.schema import Recipe
+from cfamc_cli.recipe.schema import Recipe, Split
 from cfamc_cli.report import terminal as render
 from cfamc_cli.store.runs import RunFolder, cache_folder, default_store
 
@@ -109,7 +109,7 @@ class Session:
 
         return join(self.device)
 
-    def load_images(self, recipe: Recipe, split: Literal["train", "test"]) -> ImageSet:
+    def load_images(self, recipe: Recipe, split: Split) -> ImageSet:
         """The images of a recipe, downloaded and packed by one process of each node."""
         from cfamc_cli.engine.distributed import first_on_each_node
 
@@ -167,7 +167,7 @@ def interruption(*, message: str = "interrupted", hint: Callable[[], str] = str)
         raise
 
 
-def load_images(recipe: Recipe, split: Literal["train", "test"], *, talk: Talk) -> ImageSet:
+def load_images(recipe: Recipe, split: Split, *, talk: Talk) -> ImageSet:
     """The images of a recipe; see `engine.data.sets.load`."""
     from cfamc_cli.engine.data.sets import load
 

@@ -22,6 +22,7 @@ from pydantic import ValidationError
 from cfamc_cli.datasets import KNOWN_SETS
 from cfamc_cli.errors import CfamcError, ExitCode, invalid
 from cfamc_cli.recipe.schema import (
+    Data,
     NoAdversary,
     Outside,
     PgdAdversary,
@@ -249,7 +250,7 @@ def _default(key: str) -> Any:
 
 def _across(recipe: Recipe) -> Iterator[tuple[set[str], Problem]]:
     """What no table shows by itself, each problem with the tables that it stands on."""
-    objective, adversary, limit = recipe.objective, recipe.adversary, recipe.data.limit
+    objective, adversary = recipe.objective, recipe.adversary
     if recipe.views < 2:
         if isinstance(objective, SimClr | SupCon):
             message = f"{objective.name} compares two views of an image, and this is one (set crops.0.count = 2)"
@@ -267,13 +268,29 @@ def _across(recipe: Recipe) -> Iterator[tuple[set[str], Problem]]:
     if recipe.schedule.name == "official-cosine" and recipe.replays < 2:
         message = '"official-cosine" differs from "cosine" only in a free adversary of 2 or more replays'
         yield {"schedule", "adversary"}, Problem("schedule.name", message)
-    known, images = KNOWN_SETS.get(recipe.data.dataset), recipe.data.known_images
-    if limit is not None and known is not None and limit > known.train:
-        message = f"{recipe.data.dataset} has {known.train} training images, not {limit}"
-        yield {"data"}, Problem("data.limit", message)
-    for key, message, _ in recipe.misfits(images) if images is not None else ():
+    if (problem := _beyond_the_known(recipe.data)) is not None:
+        yield {"data"}, problem
+    images = recipe.data.known_images
+    for key, message, _ in recipe.misfits(images) if images else ():
         needed = {"schedule", "adversary"} if key == "schedule.warmup" else set()
         yield {"data", "train"} | needed, Problem(key, message)
+
+
+def _beyond_the_known(data: Data) -> Problem | None:
+    """What a data set that is known by name has too few images for."""
+    if (known := KNOWN_SETS.get(data.dataset)) is None:
+        return None
+    left = known.train - data.holdout
+    if left < 1:
+        message = f"{data.dataset} has {known.train} training images, and {data.holdout} held out leave none"
+        return Problem("data.holdout", message)
+    if 0 < data.holdout < known.classes:
+        message = f"{data.dataset} has {known.classes} classes, so {data.holdout} images cannot be of all of them"
+        return Problem("data.holdout", message)
+    if data.limit is not None and data.limit > left:
+        beside = " beside those held out" if data.holdout else ""
+        return Problem("data.limit", f"{data.dataset} has {left} training images{beside}, not {data.limit}")
+    return None
 
 
 def differing_keys(a: Recipe, b: Recipe) -> list[str]:

@@ -130,6 +130,8 @@ def _no_number(value: object) -> object:
 Norm = Literal["linf", "l2"]
 SearchPrecision = Literal["float32", "tf32"]
 Features = Literal["pre_feature", "backbone"]  # what a head reads
+Judged = Literal["holdout", "test"]  # the images that results are measured on
+Split = Literal["train"] | Judged
 Exact = Annotated[str, BeforeValidator(exact)]
 Length = Annotated[str, BeforeValidator(length)]
 PathText = Annotated[str, Field(min_length=1), AfterValidator(_without_nul)]
@@ -208,7 +210,10 @@ class Data(Table):
     # The folder of "folder"; where the raw files of the others lie, else the cache.
     root: Annotated[PathText | None, Outside.RUN] = None
     size: Annotated[int, Field(ge=8, le=1024)] | None = None  # pixels; resize the shorter side, then centre crop
-    limit: Count | None = None  # the first images of a seeded shuffle of the training split
+    # Training images, evenly of all classes and the same for every seed, that are kept for choosing: training and heads
+    # never see them, and results are measured on them unless the test images are asked for.
+    holdout: Annotated[int, Field(ge=0, le=10**9), Later()] = 0
+    limit: Count | None = None  # the first images of a seeded shuffle of the training split, without those held out
 
     def fault(self) -> tuple[str, str] | None:
         missing = "root", 'missing; dataset "folder" needs the folder that holds train/ and test/'
@@ -216,11 +221,12 @@ class Data(Table):
 
     @property
     def known_images(self) -> int | None:
-        """Training images, as far as the recipe tells: None for a folder without a limit."""
+        """Images to train on, as far as the recipe tells: None for a folder without a limit."""
         known = KNOWN_SETS.get(self.dataset)
         if known is None:
             return self.limit  # a folder may have fewer
-        return known.train if self.limit is None else min(known.train, self.limit)
+        left = max(0, known.train - self.holdout)
+        return left if self.limit is None else min(left, self.limit)
 
 
 class Crops(Table):

@@ -12,7 +12,6 @@ import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -26,7 +25,7 @@ from cfamc_cli.engine.device import move
 from cfamc_cli.engine.randomness import addressed_generator, balanced_order
 from cfamc_cli.engine.sink import Talk
 from cfamc_cli.errors import bad_data, invalid
-from cfamc_cli.recipe.schema import Data
+from cfamc_cli.recipe.schema import Data, Split
 from cfamc_cli.store.records import DataUsed
 
 RESIDENT_SHARE = 0.25  # of the free device memory; the rest is for the encoder and its activations
@@ -43,7 +42,7 @@ class ImageSet(Pack):
     """The images of one split."""
 
     dataset: str  # as in the recipe
-    split: Literal["train", "test"]
+    split: Split
     licence: str  # what is known of the terms of use; empty where nothing is
 
     def __len__(self) -> int:
@@ -98,7 +97,7 @@ class ImageSet(Pack):
         return dataclasses.replace(self, images=images, labels=labels, fingerprint=mark)
 
 
-def load(data: Data, split: Literal["train", "test"], *, seed: int, cache: Path, talk: Talk) -> ImageSet:
+def load(data: Data, split: Split, *, seed: int, cache: Path, talk: Talk) -> ImageSet:
     """Load one split; download, decode and pack it before where that was not done yet.
 
     The training split of `stl10` is its 5,000 labelled images followed by its 100,000 unlabelled ones (label -1).
@@ -106,8 +105,8 @@ def load(data: Data, split: Literal["train", "test"], *, seed: int, cache: Path,
     or one whose data.root says where its files lie.
 
     Args:
-        data: The recipe's [data] table. `limit` applies to the training split: the first images of a shuffle.
-        split: Which part.
+        data: The recipe's [data] table. `holdout` is taken from the training split, and `limit` applies to the rest.
+        split: Which part; "holdout" are the training images that are held out, of a table that says how many.
         seed: The recipe's seed; shuffles before `limit` cuts.
         cache: Folder for downloads and packs.
         talk: Hears progress and messages.
@@ -117,26 +116,73 @@ def load(data: Data, split: Literal["train", "test"], *, seed: int, cache: Path,
 
     Raises:
         CfamcError: The data is missing, unreadable or unfit; exit code BAD_DATA. FAILED where the cache cannot be
-            written, INVALID where `limit` exceeds the images.
+            written, INVALID where `holdout` or `limit` do not fit the images.
     """
     root = None if data.root is None else Path(data.root).expanduser().absolute()
+    files: archives.Split = "test" if split == "test" else "train"
     match data.dataset:
         case "folder":
             assert root is not None, "the recipe asks for one"
-            pack = _folder(split, size=data.size, root=root, cache=cache, talk=talk)
+            pack = _folder(files, size=data.size, root=root, cache=cache, talk=talk)
         case "fashion-mini":
-            pack = _fashion_mini(split, size=data.size)
+            pack = _fashion_mini(files, size=data.size)
         case known:
-            pack = _known(known, split, size=data.size, root=root, cache=cache, talk=talk)
+            pack = _known(known, files, size=data.size, root=root, cache=cache, talk=talk)
     licence = _LICENCES.get(data.dataset, "")
     images = ImageSet(pack.images, pack.labels, pack.classes, pack.fingerprint, data.dataset, split, licence)
-    if data.limit is None or split == "test":
+    if split == "test" or (data.limit is None and not data.holdout):
         return images
-    if data.limit > len(images):
-        cause = f"data.limit is {data.limit:,} but {data.dataset} has {len(images):,} training images"
+    left, beside = torch.arange(len(images)), ""
+    if data.holdout:
+        held, left = _hold_out(images, data.holdout)
+        if split == "holdout":
+            return images.take(held)
+        beside = " beside those held out"
+    if data.limit is None:
+        return images.take(left)
+    if data.limit > len(left):
+        cause = f"data.limit is {data.limit:,} but {data.dataset} has {len(left):,} training images{beside}"
         raise invalid(cause, "lower data.limit or leave it out")
-    order = torch.randperm(len(images), generator=addressed_generator("limit", seed))
-    return images.take(order[: data.limit])
+    order = torch.randperm(len(left), generator=addressed_generator("limit", seed))
+    return images.take(left[order[: data.limit]])
+
+
+def _hold_out(images: ImageSet, count: int) -> tuple[Tensor, Tensor]:
+    """Draw the images to hold out: by no seed, so that results of all seeds are on the same ones and can be paired.
+
+    Args:
+        images: All training images. Labels serve only to draw evenly of all classes; unlabelled images of a set that
+            has labels are not drawn, for a head could not be judged on them.
+        count: How many, at least 1.
+
+    Returns:
+        Indices held out, (count,), and all others; both int64, ascending.
+
+    Raises:
+        CfamcError: INVALID where nothing is left, or a class has no image on one of the sides.
+    """
+    labels, name = images.labels, images.dataset
+    labelled = labels is not None and bool((labels >= 0).any())
+    if labels is not None and labelled:
+        order = balanced_order(labels, "holdout")
+    else:
+        order = torch.randperm(len(images), generator=addressed_generator("holdout"))
+    said = f"data.holdout is {count:,}"
+    if count >= len(order):
+        kind = "labelled training" if len(order) < len(images) else "training"
+        raise invalid(f"{said} but {name} has {len(order):,} {kind} images", "lower it: what it leaves is trained on")
+    if labels is not None and labelled:
+        whole, drawn = (torch.bincount(labels[part], minlength=len(images.classes)) for part in (order, order[:count]))
+        there = whole > 0
+        if count < (least := int(there.sum())):
+            cause = f"{said}, fewer than one image of each of the {least} classes of {name}"
+            raise invalid(cause, f"raise it to {least} or more")
+        if bool((gone := there & (drawn == whole)).any()):
+            cause = f"{said}, which takes every training image of class {images.classes[int(gone.int().argmax())]}"
+            raise invalid(cause, "lower data.holdout, or add images")
+    held = torch.zeros(len(images), dtype=torch.bool)
+    held[order[:count]] = True
+    return held.nonzero().flatten(), (~held).nonzero().flatten()
 
 
 def to_device(images: Tensor, *, device: torch.device) -> Tensor:
@@ -199,7 +245,7 @@ def class_balanced_split(labels: Tensor, count: int, *, seed: int) -> tuple[Tens
     return order[:count].sort().values, order[count:].sort().values
 
 
-def _fashion_mini(split: Literal["train", "test"], *, size: int | None) -> Pack:
+def _fashion_mini(split: archives.Split, *, size: int | None) -> Pack:
     stem = "train" if split == "train" else "t10k"
     files = tuple(FASHION_MINI_FOLDER / f"{stem}-{part}-ubyte.gz" for part in ("images-idx3", "labels-idx1"))
     raw = archives.read("fashion-mini", split, files)
@@ -236,7 +282,7 @@ def _known(
     return packed(cache / "packs", name, key=key, make=read, task=f"packing {known}", talk=talk)
 
 
-def _folder(split: Literal["train", "test"], *, size: int | None, root: Path, cache: Path, talk: Talk) -> Pack:
+def _folder(split: archives.Split, *, size: int | None, root: Path, cache: Path, talk: Talk) -> Pack:
     listing = folder.list_images(root, split)
     # One pack per (root, split, size): the pack of a folder that changed is replaced.
     name = _pack_name(f"folder-{split}", json.dumps([str(root), split, size]))
