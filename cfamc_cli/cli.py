@@ -33,6 +33,10 @@ RunsOption = Annotated[File, Option("--runs", metavar="FOLDER", help="The run st
 DeviceOption = Annotated[str, Option(metavar="NAME", help="auto, cpu, cuda, cuda:0 or mps.")]
 JsonOption = Annotated[bool, Option("--json", help="Print one JSON object to stdout, errors included.")]
 QuietOption = Annotated[bool, Option("--quiet", "-q", help="Say only warnings and errors.")]
+SplitOption = Annotated[
+    Literal["holdout", "test"] | None,
+    Option(help="Training images that the recipe holds out, or test images; the former where there are some."),
+]
 RecipeArgument = Annotated[str, Argument(metavar="NAME", help="A recipe's name, or a file.")]
 
 
@@ -121,6 +125,7 @@ def probe(
     ] = None,
     data: Annotated[Text, Option(metavar="NAME|FOLDER", help="Another data set than the one trained on.")] = None,
     limit: Annotated[Number, Option(min=1, metavar="N", help="Fit to N images, evenly of all classes.")] = None,
+    split: SplitOption = None,
     foreign: Annotated[
         File, Option("--import", metavar="FILE", help="Make a run of foreign weights: safetensors or .pt.")
     ] = None,
@@ -143,6 +148,7 @@ def probe(
         protocol=protocol,
         data=data,
         limit=limit,
+        split=split,
         overrides=tuple(overrides or ()),
     )
     options = Options(device=device, runs=runs, quiet=quiet, as_json=json)
@@ -168,9 +174,8 @@ def attack(
     search_precision: Annotated[
         Text, Option(metavar="NAME", help="float32, or tf32 on CUDA: what it finds must hold in float32.")
     ] = None,
-    limit: Annotated[
-        Number, Option(min=1, metavar="N", help="Attack the first N test images of a balanced order.")
-    ] = None,
+    limit: Annotated[Number, Option(min=1, metavar="N", help="Attack the first N images of a balanced order.")] = None,
+    split: SplitOption = None,
     head: Annotated[Text, Option(metavar="PROBE", help="Head to attack: a probe's id, or a kind of head.")] = None,
     space: Annotated[
         str, Option(metavar="NAME", help="image, or crops: each crop of the aggregated head by itself.")
@@ -200,6 +205,7 @@ def attack(
         norm=norm,
         search_precision=search_precision,
         limit=limit,
+        split=split,
         head=head,
         space=space,
         strict=strict,

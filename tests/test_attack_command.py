@@ -23,7 +23,7 @@ from cfamc_cli.commands.attack_report import Result, curves
 from cfamc_cli.commands.attack_settings import Flags, asked_attacks
 from cfamc_cli.commands.common import Options, session
 from cfamc_cli.commands.pretrain import pretrain
-from cfamc_cli.commands.probe import Request, ensure_head, load_test_images, probe
+from cfamc_cli.commands.probe import Request, ensure_head, load_judged_images, probe
 from cfamc_cli.engine.attacks import plan as autoattack
 from cfamc_cli.engine.attacks.plan import plan, run_stage, stage_name
 from cfamc_cli.engine.checkpoint import read_tensors
@@ -265,7 +265,7 @@ def test_an_evaluation(attack: Attack, store: Path) -> None:
 def judged(run: RunFolder, record: AttackRecord) -> tuple[Classifier, ImageSet, torch.Tensor, torch.Tensor]:
     """The classifier, its images and labels in the order of an evaluation, read without the command."""
     probe_record = load_record(run.probes / record.probe / "record.json", ProbeRecord)
-    data = load_test_images(run, probe_record, talk=NullTalk())
+    data = load_judged_images(run, probe_record, talk=NullTalk())
     order = balanced_order(data.require_labels(), "balanced order", data.fingerprint)[: record.data.n]
     classifier = classifier_in(run, run.probes / record.probe)
     return classifier, data, data.images[order].float() / 255, data.require_labels()[order]

@@ -25,11 +25,11 @@ SURFACE = {
     "cfamc pretrain": "RECIPE --device --dry-run --json --quiet/-q --resume --runs --seed --seeds --set",
     "cfamc probe": (
         "RUN --crops --data --device --epochs --features --head --import --json --limit "
-        "--protocol --quiet/-q --resume --runs --set"
+        "--protocol --quiet/-q --resume --runs --set --split"
     ),
     "cfamc attack": (
         "RUN --attack --audit --device --eps --head --json --limit --norm --plot --quiet/-q "
-        "--restarts --runs --save-examples --search-precision --space --step-size --steps --strict"
+        "--restarts --runs --save-examples --search-precision --space --split --step-size --steps --strict"
     ),
     "cfamc compare": (
         "REFERENCES --baseline --fold/--no-fold --format --html --json --limit --plot --published --runs --sort --where"

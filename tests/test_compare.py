@@ -146,7 +146,7 @@ def test_exact_numbers(text: str, number: float | None) -> None:
 
 
 def test_conditions_say_what_they_are_and_what_keeps_them_apart() -> None:
-    data = "cifar10 test (abababab), linear head on pre_feature"
+    data = "cifar10 test images (abababab), linear head on pre_feature"
     assert CLEAN.title() == f"{data}, clean images"
     assert PGD.title() == f"{data}, pgd (steps 20), linf 8/255 in image space"
     plain = replace(PGD, settings="", eps="0")

@@ -904,7 +904,7 @@ def test_markdown_and_latex_and_csv_have_a_cell_for_each_column(
 def test_cells_of_text_tables(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run([], store, output="markdown", baseline=A)
     title, _, head, _, first, second, *rest = capsys.readouterr().out.splitlines()
-    assert title.startswith("### cifar10 test (63696661), linear head on pre\\_feature, pgd (restarts 1, ")
+    assert title.startswith("### cifar10 test images (63696661), linear head on pre\\_feature, pgd (restarts 1, ")
     assert title.endswith("step\\_size 0.01, steps 20), linf 8/255 in image space")
     cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in (head, first, second)]
     assert dict(zip(cells[0], cells[1], strict=True)) == {

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from cfamc_cli import cli
 from cfamc_cli.commands.common import Options, session
-from cfamc_cli.commands.probe import ensure_head, load_test_images
+from cfamc_cli.commands.probe import ensure_head, load_judged_images
 from cfamc_cli.engine import checkpoint
 from cfamc_cli.engine.checkpoint import Checkpoint
 from cfamc_cli.engine.data.sets import load
@@ -152,7 +152,7 @@ def test_a_head_is_a_record_that_can_be_measured_again(probe: Command, kind: str
         assert refusal.value.exit_code == 2
         return
     assert record.head_digest == checkpoint.sha256((folder / "head.safetensors").read_bytes())
-    images = load_test_images(probe.run, record, talk=NullTalk())
+    images = load_judged_images(probe.run, record, talk=NullTalk())
     assert images.labels is not None
     classifier = classifier_in(probe.run, folder)
     assert not classifier.training
@@ -219,7 +219,7 @@ def test_options_lie_over_the_recipes_own(tmp_path: Path, capsys: pytest.Capture
     record = load_record(folder / "record.json", ProbeRecord)
     classifier = classifier_in(probe.run, folder)
     assert classifier.head.mean is not None
-    images = load_test_images(probe.run, record, talk=NullTalk())
+    images = load_judged_images(probe.run, record, talk=NullTalk())
     assert images.labels is not None
     right = int((classify(classifier, images.images, device=CPU) == images.labels).sum())
     assert right == record.test_accuracy.correct
@@ -261,7 +261,7 @@ def test_data_that_no_classifier_can_read(tmp_path: Path, capsys: pytest.Capture
     assert done.code == 0, done.err
     assert [part["name"] for part in done.json["classes"]] == ["x", "y"]
     record = load_record(odd.run.probes / "linear-001" / "record.json", ProbeRecord)
-    assert len(load_test_images(odd.run, record, talk=NullTalk())) == 10
+    assert len(load_judged_images(odd.run, record, talk=NullTalk())) == 10
 
 
 def test_what_changed_since_is_noticed(probe: Command, tmp_path: Path) -> None:
@@ -277,7 +277,7 @@ def test_what_changed_since_is_noticed(probe: Command, tmp_path: Path) -> None:
 
     Image.new("RGB", (12, 12)).save(tmp_path / "images/test/ant/000.png")
     with pytest.raises(CfamcError, match="data changed") as changed_test:
-        load_test_images(probe.run, record, talk=NullTalk())
+        load_judged_images(probe.run, record, talk=NullTalk())
     assert changed_test.value.exit_code == 4
     Image.new("RGB", (12, 12)).save(tmp_path / "images/train/ant/000.png")
     assert "data changed" in probe.refused(code=4)
@@ -299,7 +299,7 @@ def test_a_record_with_tables_of_something_else_is_one_line(probe: Command) -> N
         classifier_in(probe.run, folder)
     path.write_text(json.dumps(whole | {"data": {"root": "here"}}))
     with pytest.raises(CfamcError, match="crops-001: data: dataset: Field required") as data:
-        load_test_images(probe.run, load_record(path, ProbeRecord), talk=NullTalk())
+        load_judged_images(probe.run, load_record(path, ProbeRecord), talk=NullTalk())
     assert settings.value.exit_code == data.value.exit_code == 4
     assert standard_probe(probe.run, whole["encoder_digest"]) is None
 

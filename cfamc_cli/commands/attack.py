@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +30,7 @@ from cfamc_cli.store.records import (
     ProbeRecord,
     Space,
     ThreatModel,
+    images_of,
     load_record,
     now,
     save_record,
@@ -94,7 +96,7 @@ class _Work:
     """The evaluations of one command: run, head and samples are the same in all of them."""
 
     def __init__(self, run: RunFolder, recipe: Recipe, flags: Flags, working: Session) -> None:
-        from cfamc_cli.commands.probe import ensure_head, load_test_images
+        from cfamc_cli.commands.probe import ensure_head, load_attacked_images
         from cfamc_cli.engine.distributed import first_on_each_node
         from cfamc_cli.engine.evaluation.predictor import as_predictor
         from cfamc_cli.engine.heads.classifier import load_classifier, load_encoder
@@ -104,7 +106,7 @@ class _Work:
         self.talk, self.device, self.world = working.talk, working.device, working.world
         self.space: Space = "crops" if flags.space == "crops" else "image"
         loaded = load_encoder(run.checkpoints, recipe.model, device=self.device, talk=self.talk)
-        folder = ensure_head(run, loaded, working, probe=flags.head)
+        folder = ensure_head(run, loaded, working, probe=flags.head, split=flags.split)
         self.probe = load_record(folder / RECORD, ProbeRecord)
         if self.space == "crops" and self.probe.head != "crops":
             raise invalid(
@@ -112,10 +114,13 @@ class _Work:
                 f"name one with --head, or fit one with: cfamc probe {working.options.reference(run)} --head crops",
             )
         self.classifier = load_classifier(loaded, self.probe, folder / HEAD, recipe)
-        self.data = first_on_each_node(lambda: load_test_images(run, self.probe, talk=self.talk), self.world)
+        attacked = partial(load_attacked_images, run, self.probe, split=flags.split, talk=self.talk)
+        self.data = first_on_each_node(attacked, self.world)
+        self.images = images_of(self.data.split)
         self.n = len(self.data) if flags.limit is None else flags.limit
         if self.n > len(self.data):
-            raise invalid(f"--limit: {self.n:,} is more than the {len(self.data):,} test images of {self.data.dataset}")
+            what = f"{self.images} of {self.data.dataset}"
+            raise invalid(f"--limit: {self.n:,} is more than the {len(self.data):,} {what}")
         labels = self.data.require_labels()
         order = balanced_order(labels, "balanced order", self.data.fingerprint)
         self.order_digest = hashlib.sha256(order.numpy().tobytes()).hexdigest()
@@ -252,12 +257,13 @@ class _Work:
         from cfamc_cli.engine.device import computation, describe
 
         whole, probe, totals = len(self.data), self.probe, evaluation.totals()
-        subset = f"the first {self.n} of {whole} test images in an order balanced by class, fixed by the data"
+        subset = f"the first {self.n} of {whole} {self.images} in an order balanced by class, fixed by the data"
         if self.space == "crops":
             notes += ("each crop is perturbed by itself: not comparable with a perturbed image",)
         elif probe.head == "crops":
             notes += (
-                "every image is read through the same fixed crops, those of test image 0, and attacked through them",
+                f"every image is read through the same fixed crops, those of {self.data.split} image 0, "
+                "and attacked through them",
             )
 
         def share(bits: Sequence[bool], label: int) -> Accuracy | None:
@@ -282,8 +288,8 @@ class _Work:
             threat=self._threat(table),
             attack=self._name(table),
             settings=table.model_dump(mode="json"),
-            data=probe.test.model_copy(update={"n": self.n}),
-            subset=f"all {self.n} test images" if self.n == whole else subset,
+            data=self.data.used().model_copy(update={"n": self.n}),
+            subset=f"all {self.n} {self.images}" if self.n == whole else subset,
             notes=notes,
             order_digest=self.order_digest,
             encoder_digest=probe.encoder_digest,
@@ -310,7 +316,7 @@ class _Work:
             Shown(
                 clean=self.x[place],
                 adversarial=image,
-                title=f"test {int(self.chosen[place])}",
+                title=f"{self.data.split} {int(self.chosen[place])}",
                 label=names[int(self.y[place])],
                 predicted=names[label],
             )

@@ -9,7 +9,7 @@ from typing import Any, get_args
 from pydantic import TypeAdapter, ValidationError
 
 from cfamc_cli.errors import invalid
-from cfamc_cli.recipe.schema import Attack, Recipe, Table, fraction
+from cfamc_cli.recipe.schema import Attack, Judged, Recipe, Table, fraction
 from cfamc_cli.store.records import Space
 
 
@@ -25,6 +25,7 @@ class Flags:
     norm: str | None = None  # "linf" or "l2"
     search_precision: str | None = None  # "float32" or "tf32"
     limit: int | None = None  # so many samples, the first of the balanced order; all of them for None
+    split: Judged | None = None  # which images; held-out ones where there are some, else test images
     head: str | None = None  # id of a probe, or a kind of head
     space: str = "image"  # where the attacker acts; "crops" for each crop of the aggregated head by itself
     strict: bool = False  # a failed check is exit code 5

@@ -116,7 +116,7 @@ def _weights(
 ) -> ExportRecord:
     """Write the weights and their card."""
     record, talk = run.record(), working.talk
-    from cfamc_cli.commands.probe import load_test_images
+    from cfamc_cli.commands.probe import load_judged_images
     from cfamc_cli.engine import export as engine
     from cfamc_cli.engine.device import out_of_memory
 
@@ -129,7 +129,7 @@ def _weights(
         images = load_images(recipe, "train", talk=talk)
         licence = images.licence
         if probe is not None:
-            trained_on, images = images, load_test_images(run, probe, talk=talk)  # a head may read other data
+            trained_on, images = images, load_judged_images(run, probe, talk=talk)  # a head may read other data
             if images.dataset != trained_on.dataset:
                 both = (trained_on, images)
                 licence = "; ".join(f"{part.dataset}: {part.licence or 'not known'}" for part in both)

@@ -274,6 +274,7 @@ def _tell(record: RunRecord, run: RunFolder, session: Session) -> None:
             say(
                 f"{label:>9}: clean {terminal.interval(evaluation.clean)}  "
                 f"{evaluation.attack} {evaluation.eps} {terminal.interval(evaluation.robust)}  "
-                f"knn {terminal.interval(evaluation.knn)}  (% of {evaluation.clean.n} held-out training images)"
+                f"knn {terminal.interval(evaluation.knn)}  "
+                f"(% of {evaluation.clean.n} training images held out of the head)"
             )
     say(f"next: cfamc attack {session.options.reference(run)} --eps 8/255")

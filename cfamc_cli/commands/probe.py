@@ -30,7 +30,7 @@ from cfamc_cli.datasets import KNOWN_SETS
 from cfamc_cli.errors import Interrupted, bad_data, invalid
 from cfamc_cli.recipe import file
 from cfamc_cli.recipe.plan import duration
-from cfamc_cli.recipe.schema import Data, Finetune, Recipe, RobustLinear
+from cfamc_cli.recipe.schema import Data, Finetune, Judged, Recipe, RobustLinear
 from cfamc_cli.report import terminal
 from cfamc_cli.store.environment import capture_environment
 from cfamc_cli.store.ledger import found
@@ -40,6 +40,7 @@ from cfamc_cli.store.records import (
     PendingProbe,
     ProbeRecord,
     Totals,
+    images_of,
     load_record,
     now,
     save_record,
@@ -80,6 +81,7 @@ class Request:
     protocol: str | None = None  # "official" or "converged", for "linear"
     data: str | None = None  # another data set than the run's: its name, or the path of a folder
     limit: int | None = None  # training images to fit it to, evenly of all classes
+    split: Judged | None = None  # what to judge it on; held-out images where there are some, else test images
     overrides: Sequence[str] = ()  # texts of --set
 
 
@@ -118,7 +120,7 @@ def probe(
                 folder = _go_on(run, working)
             else:
                 recipe, transfer = _settled(run, request), request.data is not None
-                folder = _fit(run, recipe, working, transfer=transfer, limit=request.limit)
+                folder = _fit(run, recipe, working, transfer=transfer, limit=request.limit, split=request.split)
     if folder is None:
         return
     record = load_record(folder / RECORD, ProbeRecord)
@@ -128,7 +130,9 @@ def probe(
         _show(record)
 
 
-def ensure_head(run: RunFolder, loaded: LoadedEncoder, working: Session, *, probe: str | None = None) -> Path:
+def ensure_head(
+    run: RunFolder, loaded: LoadedEncoder, working: Session, *, probe: str | None = None, split: Judged | None = None
+) -> Path:
     """The head that an evaluation of a run is about; the standard linear one is fitted where there is none.
 
     Args:
@@ -137,6 +141,7 @@ def ensure_head(run: RunFolder, loaded: LoadedEncoder, working: Session, *, prob
         working: The command at work.
         probe: A probe's id, or a kind of head for the newest of that kind; None for the newest linear head of the
             encoder on all of the run's own data.
+        split: What a head that has to be fitted is judged on. Heads are fitted to the same images whatever it is.
 
     Returns:
         The folder of a finished probe.
@@ -150,23 +155,56 @@ def ensure_head(run: RunFolder, loaded: LoadedEncoder, working: Session, *, prob
     name = working.agreed(standard.name if standard else "")
     if not name:
         working.talk.message(f"run {run.id} has no linear head yet: fitting the standard one")
-        fitted = _fit(run, _settled(run, Request(head="linear")), working, loaded=loaded)
+        fitted = _fit(run, _settled(run, Request(head="linear")), working, loaded=loaded, split=split)
         name = working.agreed(fitted.name if fitted else "")
     return run.probes / name
 
 
-def load_test_images(run: RunFolder, record: ProbeRecord, *, talk: Talk) -> ImageSet:
-    """The labelled test images that a head was judged on.
+def load_judged_images(run: RunFolder, record: ProbeRecord, *, talk: Talk) -> ImageSet:
+    """The labelled images that a head was judged on.
 
     Raises:
         CfamcError: Exit 4; they are not there any more, or have changed.
     """
-    recipe = run.recipe()
-    if record.data:
-        recipe = recipe.model_copy(update={"data": settings_of(record, "data", Data)})
-    images = load_images(recipe, "test", talk=talk).labelled()
+    images = load_images(_recipe_of(run, record), _judged(record.test), talk=talk).labelled()
     _same_data(images.used(), record.test, whose=f"head {record.id} was fitted")
     return images
+
+
+def load_attacked_images(run: RunFolder, record: ProbeRecord, *, split: Judged | None, talk: Talk) -> ImageSet:
+    """The labelled images to attack a head on, which may be others than it was judged on.
+
+    Raises:
+        CfamcError: Exit 2 where none are held out and such are asked for; exit 4 where the data is not there any more,
+            or has changed.
+    """
+    recipe = _recipe_of(run, record)
+    chosen = _chosen_split(recipe.data, split)
+    if chosen == _judged(record.test):
+        return load_judged_images(run, record, talk=talk)
+    # No digest of these images was kept, but one of those that the head was fitted to, which lie in the same place.
+    train = load_images(recipe, "train", talk=talk).labelled()
+    train = _evenly(train, min(record.train.n, len(train)), seed=recipe.seed)
+    _same_data(train.used(), record.train, whose=f"head {record.id} was fitted")
+    return load_images(recipe, chosen, talk=talk).labelled()
+
+
+def _recipe_of(run: RunFolder, record: ProbeRecord) -> Recipe:
+    """The run's recipe with the [data] that a head read."""
+    recipe = run.recipe()
+    return recipe.model_copy(update={"data": settings_of(record, "data", Data)}) if record.data else recipe
+
+
+def _judged(used: DataUsed) -> Judged:
+    return "holdout" if used.split == "holdout" else "test"
+
+
+def _chosen_split(data: Data, asked: Judged | None) -> Judged:
+    """The images that results are of: nothing is chosen on test images, so those are for whom asks for them."""
+    if asked == "holdout" and not data.holdout:
+        hint = "train with data.holdout, or set it beside --data; or leave --split out"
+        raise invalid(f"--split holdout: no training images of {data.dataset} were held out", hint)
+    return asked or ("holdout" if data.holdout else "test")
 
 
 # Settings
@@ -211,11 +249,9 @@ def _inline(table: Mapping[str, object]) -> str:
 
 
 def _load_splits(
-    run: RunFolder, recipe: Recipe, *, transfer: bool, limit: int | None, talk: Talk
+    run: RunFolder, recipe: Recipe, *, split: Judged, transfer: bool, limit: int | None, talk: Talk
 ) -> tuple[ImageSet, ImageSet]:
     """The images to fit a head to and those to judge it on, labelled and fit for it."""
-    from cfamc_cli.engine.data.sets import class_balanced_split
-
     train = load_images(recipe, "train", talk=talk)
     own = run.record().data
     if not transfer and own is not None:
@@ -227,13 +263,19 @@ def _load_splits(
                 f"--limit is {limit:,} but {train.dataset} has {len(train):,} labelled training images",
                 "lower --limit or leave it out",
             )
-        assert train.labels is not None, "labelled() raises otherwise"
-        if limit < len(train):
-            train = train.take(class_balanced_split(train.labels, limit, seed=recipe.seed)[0])
+        train = _evenly(train, limit, seed=recipe.seed)
     train.require_labels()
-    test = load_images(recipe, "test", talk=talk).labelled()
+    test = load_images(recipe, split, talk=talk).labelled()
     assert test.classes == train.classes, "the splits of a data set name their classes alike"
     return train, test
+
+
+def _evenly(train: ImageSet, count: int, *, seed: int) -> ImageSet:
+    """So many labelled images, evenly of all classes."""
+    from cfamc_cli.engine.data.sets import class_balanced_split
+
+    assert train.labels is not None, "labelled() raises otherwise"
+    return train if count == len(train) else train.take(class_balanced_split(train.labels, count, seed=seed)[0])
 
 
 def _same_data(found: DataUsed, expected: DataUsed, *, whose: str) -> None:
@@ -256,7 +298,8 @@ def _go_on(run: RunFolder, working: Session) -> Path | None:
     folder = unfinished[-1]
     pending = load_record(folder / PENDING, PendingProbe)
     recipe = file.validate(pending.recipe, label=str(folder / PENDING))
-    return _fit(run, recipe, working, transfer=pending.transfer, limit=pending.limit, begun=folder)
+    split = _judged(pending.test)
+    return _fit(run, recipe, working, transfer=pending.transfer, limit=pending.limit, split=split, begun=folder)
 
 
 def _fit(
@@ -267,6 +310,7 @@ def _fit(
     loaded: LoadedEncoder | None = None,
     transfer: bool = False,
     limit: int | None = None,
+    split: Judged | None = None,
     begun: Path | None = None,
 ) -> Path | None:
     """Fit a head, a new one or one that was begun, and keep it; returns its folder, in the leading process alone."""
@@ -277,6 +321,7 @@ def _fit(
     from cfamc_cli.engine.heads.supervised import SupervisedTrainer
 
     started, settings, talk, signals = time.monotonic(), recipe.probe, working.talk, working.signals
+    judged = _chosen_split(recipe.data, split)
     if (status := run.record().status) != "finished":
         talk.warning(f"run {run.id} is not finished but {status}: reading its newest checkpoint")
     with peers(working.world, hint=SAME_COMMAND), out_of_memory(), ExitStack() as held:
@@ -286,7 +331,7 @@ def _fit(
                 f"run {run.id} was imported without a pre_feature layer",
                 "read the backbone instead: cfamc probe --features backbone",
             )
-        splits = partial(_load_splits, run, recipe, transfer=transfer, limit=limit, talk=talk)
+        splits = partial(_load_splits, run, recipe, split=judged, transfer=transfer, limit=limit, talk=talk)
         train, test = first_on_each_node(splits, working.world)
         if isinstance(settings, RobustLinear | Finetune) and not working.world.leads:
             return None
@@ -426,6 +471,7 @@ def _import(path: Path, request: Request, working: Session) -> RunFolder:
 
 
 def _show(record: ProbeRecord) -> None:
+    judged = images_of(record.test.split).partition(" ")[0]  # "held-out" or "test"
     row = [
         record.id,
         record.features,
@@ -435,15 +481,15 @@ def _show(record: ProbeRecord) -> None:
         terminal.interval(record.test_accuracy),
         duration(record.wall_seconds),
     ]
-    columns = ("head", "features", "train images", "train %", "test images", "test % [95 %]", "time")
+    columns = ("head", "features", "train images", "train %", f"{judged} images", f"{judged} % [95 %]", "time")
     terminal.print_rows(f"Clean accuracy, run {record.run}", columns, [row], right=(3, 5, 6))
     measured = [(part.name, part.accuracy) for part in record.classes if part.accuracy is not None]
-    title = "Test accuracy by class"
+    title = f"{judged.capitalize()} accuracy by class"
     if len(measured) > _MOST_CLASSES:
         measured = sorted(measured, key=lambda item: item[1].value)[: _MOST_CLASSES // 2]
         title = f"The {len(measured)} weakest of {len(record.classes)} classes"
     rows = [(name, f"{accuracy.n:,}", terminal.interval(accuracy)) for name, accuracy in measured]
-    terminal.print_rows(title, ("class", "n", "test % [95 %]"), rows, right=(1, 2))
+    terminal.print_rows(title, ("class", "n", f"{judged} % [95 %]"), rows, right=(1, 2))
 
 
 def _way_on(run: RunFolder, options: Options) -> str:

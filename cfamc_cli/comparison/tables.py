@@ -14,7 +14,7 @@ from fractions import Fraction
 from typing import Literal, TypeAlias
 
 from cfamc_cli.comparison.statistics import CHANCE, Difference, Figure, paired, pareto_front, probability
-from cfamc_cli.store.records import Accuracy, Outcomes
+from cfamc_cli.store.records import Accuracy, Outcomes, images_of
 
 Scalar: TypeAlias = str | float | bool | None
 Settings: TypeAlias = tuple[tuple[str, Scalar], ...]
@@ -39,7 +39,7 @@ class Condition:
 
     def title(self) -> str:
         """The condition in one line."""
-        data = f"{self.dataset} {self.split} ({self.fingerprint[:8]})"
+        data = f"{self.dataset} {images_of(self.split)} ({self.fingerprint[:8]})"
         head = f"{self.head} head on {self.features}"
         if not self.attack:
             return f"{data}, {head}, clean images"

@@ -9,7 +9,7 @@ from cfamc_cli.recipe.plan import duration
 from cfamc_cli.recipe.schema import DEPTHS, Recipe, number
 from cfamc_cli.report import terminal
 from cfamc_cli.report.sheets import markdown_table, markdown_text
-from cfamc_cli.store.records import AttackRecord, ExportRecord, ProbeRecord, RunRecord
+from cfamc_cli.store.records import AttackRecord, ExportRecord, ProbeRecord, RunRecord, images_of
 
 _ATTACK_COLUMNS = ("head", "threat model", "attack", "data", "n", "clean", "robust", "checks")
 _LIBRARY_WIDTH = 64  # the one width of torchvision's and timm's ResNets
@@ -44,7 +44,7 @@ def card(made: ExportRecord, recipe: Recipe, run: RunRecord) -> str:
 
 
 def _probe_row(probe: ProbeRecord) -> tuple[str, ...]:
-    data, accuracy = f"{probe.test.dataset} {probe.test.split}", probe.test_accuracy
+    data, accuracy = f"{probe.test.dataset} {images_of(probe.test.split)}", probe.test_accuracy
     return (probe.id, probe.head, probe.features, data, f"{accuracy.n:,}", terminal.interval(accuracy))
 
 
@@ -59,7 +59,7 @@ def _attack_row(attack: AttackRecord) -> tuple[str, ...]:
         attack.probe,
         f"{threat.norm} {threat.eps}, {where}",
         f"{attack.attack}: {settings}" if settings else attack.attack,
-        f"{attack.data.dataset} {attack.data.split}",
+        f"{attack.data.dataset} {images_of(attack.data.split)}",
         f"{attack.robust.n:,}",
         terminal.interval(attack.clean),
         terminal.interval(attack.robust),

@@ -150,12 +150,20 @@ class Totals(Part):
 
 
 class DataUsed(Part):
-    """The samples that something was made from: data set, split, how many, and the digest of their content."""
+    """The samples that something was made from: data set, split, how many, and the digest of their content.
+
+    The split "holdout" are training images that `data.holdout` keeps for choosing.
+    """
 
     dataset: str
     split: str
     n: Count
     fingerprint: str
+
+
+def images_of(split: str) -> str:
+    """What the images of a split are called."""
+    return {"holdout": "held-out training images", "test": "test images"}.get(split, split)
 
 
 class Evaluation(Part):
@@ -222,8 +230,8 @@ class ProbeResult(Record):
     features: Features
     settings: dict[str, JsonValue]  # its resolved settings
     encoder_digest: Hex  # of the encoder that the head reads
-    train: DataUsed
-    test: DataUsed
+    train: DataUsed  # what it was fitted to
+    test: DataUsed  # what it was judged on
     test_accuracy: Accuracy
     wall_seconds: Seconds
     environment: Environment
@@ -240,8 +248,8 @@ class ProbeRecord(ProbeResult):
     data: dict[str, JsonValue] = Field(default_factory=dict)  # the [data] table read, the run's or that of a transfer
     train_accuracy: Accuracy | None  # on the samples the head was fitted to; None where that was not measured
     converged: bool | None = None  # whether the protocol "converged" came to the optimum; None for the others
-    classes: tuple[ClassAccuracy, ...]  # of the test split, in label order
-    confusion: tuple[tuple[Count, ...], ...]  # of the test split, a row per true class
+    classes: tuple[ClassAccuracy, ...]  # of `test`, in label order
+    confusion: tuple[tuple[Count, ...], ...]  # of `test`, a row per true class
 
 
 class PendingProbe(Record):
@@ -608,7 +616,7 @@ class GripLine(Line):
 
 
 class EvaluationLine(Line):
-    """The online evaluation: right answers among n held-out training images; attributes as those of `Evaluation`."""
+    """The online evaluation: right answers among n training images that the heads never saw, else as `Evaluation`."""
 
     kind: Literal["evaluation"] = "evaluation"
     n: Annotated[int, Field(ge=1)]

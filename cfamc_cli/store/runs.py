@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from cfamc_cli.errors import CfamcError, ExitCode, invalid
-from cfamc_cli.recipe.schema import Recipe
+from cfamc_cli.recipe.schema import Recipe, as_before
 from cfamc_cli.store.files import explained, read_bytes, sync
 from cfamc_cli.store.records import ProbeRecord, RunRecord, Status, load_record
 
@@ -243,8 +243,9 @@ def standard_probe(run: RunFolder, encoder_digest: str) -> Path | None:
 
 
 def _identity(data: Mapping[str, object]) -> dict[str, object]:
-    """A [data] table without the place where the files of a known set lie."""
-    return {key: value for key, value in data.items() if key != "root" or data.get("dataset") == "folder"}
+    """A [data] table without the place where the files of a known set lie, and as older records have it."""
+    table = as_before({"data": data})["data"]
+    return {key: value for key, value in table.items() if key != "root" or data.get("dataset") == "folder"}
 
 
 @contextmanager

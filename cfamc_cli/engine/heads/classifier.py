@@ -56,7 +56,7 @@ class CropSource:
     group: Crops  # n and how the crops are cut
     augment: Augment  # what happens to them then
     seed: int  # of the run
-    split: str  # "train" or "test"
+    split: str  # "train" for images that a head is fitted to, "test" for those that it is judged on
 
     def parameters(self, x: Tensor, indices: Tensor | None) -> CropParameters:
         """The crops of the images `x` (N, 3, H, W), which lie at `indices` (N,) of the split; None: at 0 to N - 1."""

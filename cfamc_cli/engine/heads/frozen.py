@@ -52,7 +52,7 @@ class Task:
     loaded: LoadedEncoder
     recipe: Recipe  # [probe] says which head; the seed, and the crops of an aggregated one, are of the whole
     train: ImageSet  # labelled
-    test: ImageSet  # labelled
+    test: ImageSet  # labelled; the test images, or training images that are held out
     talk: Talk  # hears progress, and of a head that did not converge
     world: World = ALONE  # the processes that share the reading of features
 
@@ -86,20 +86,20 @@ def fit_on_features(task: Task, settings: Linear | AggregatedCrops | Knn) -> Fit
         CfamcError: Exit 3; the head diverged.
     """
     encoder, device, seed, classes = task.loaded.encoder, task.loaded.device, task.recipe.seed, len(task.train.classes)
-    crops: dict[str, CropSource | None] = {"train": None, "test": None}
+    sources: list[CropSource | None] = [None, None]  # of what it is fitted to, and what it is judged on
     if isinstance(settings, AggregatedCrops):
-        crops = {split: crop_source(task.recipe, settings, split=split) for split in crops}
+        sources = [crop_source(task.recipe, settings, split=split) for split in ("train", "test")]
     features, queries = (
         extract_features(
             encoder,
             part.images,
             device=device,
             features=settings.features,
-            crops=crops[part.split],
+            crops=crops,
             each=task.progress(f"features of {part.split}"),
             world=task.world,
         )
-        for part in (task.train, task.test)
+        for part, crops in zip((task.train, task.test), sources, strict=True)
     )
     if not task.world.leads:
         return None
@@ -118,7 +118,7 @@ def fit_on_features(task: Task, settings: Linear | AggregatedCrops | Knn) -> Fit
             task.talk.warning(f"the head had not converged when its time was up: gradient {gradient:.2g}")
     else:
         fit_by_batches(head, features, labels, settings=settings, seed=seed, each=each)
-    classifier = Classifier(encoder, head, features=settings.features, crops=crops["test"])
+    classifier = Classifier(encoder, head, features=settings.features, crops=sources[1])
     return Fitted(classifier, predict(head, features), predict(head, queries), converged)
 
 
