@@ -209,7 +209,9 @@ class Journal:
             )
 
     def evaluate(self, encoder: Encoder, images: Tensor, *, step: int, stop: Callable[[], int]) -> bool:
-        """Record the accuracy of cheap heads on held-out training images, where labels exist.
+        """Record the accuracy of cheap heads on training images held out of them, where labels exist.
+
+        Those of `data.holdout` are none of these: nothing of a run under way is known of them.
 
         Args:
             encoder: To read; its mode is restored.
