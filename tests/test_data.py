@@ -191,6 +191,8 @@ def test_held_out_images_are_even_and_the_same_for_every_seed(tmp_path: Path) ->
     fewer = read(Settings("fashion-mini", holdout=13), tmp_path, "holdout")
     assert sorted(fewer.require_labels().bincount().tolist()) == [1] * 7 + [2] * 3
     assert rows(fewer) <= rows(held), "fewer are some of them"
+    fewest = read(Settings("fashion-mini", holdout=10), tmp_path, "holdout")
+    assert fewest.require_labels().bincount().tolist() == [1] * 10
     assert read(settings, tmp_path, "test").fingerprint == read(Settings("fashion-mini"), tmp_path, "test").fingerprint
     with pytest.raises(CfamcError, match=r"5,001 but fashion-mini has 5,000 training images beside those held out"):
         read(Settings("fashion-mini", holdout=1000, limit=5001), tmp_path)

@@ -272,6 +272,9 @@ def test_held_out_images_that_may_be_others_by_now_are_refused(trained: Path, fo
         split_of.write_text(split_of.read_text().replace(str(trained / "images"), str(root)))
     run("probe", made.id, "--split", "test")
     run("probe", made.id, "--split", "test", "--limit", "9")
+    for head in ("linear-001", "linear-002"):
+        attacked = run("attack", made.id, *ATTACK, "--head", head, "--split", "holdout")["results"][0]["data"]
+        assert attacked["fingerprint"] == images_of(made, "holdout").fingerprint
     shutil.copy(root / "test" / "ant" / "000.png", root / "train" / "ant" / "new.png")
     for head in ("linear-001", "linear-002"):
         refused = run("attack", made.id, *ATTACK, "--head", head, "--split", "holdout", code=4)["error"]
