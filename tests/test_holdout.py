@@ -249,6 +249,12 @@ def test_what_is_refused(trained: Path, folder: Path, run: Run) -> None:
         refused = run(*command, "--split", "holdout", code=2)["error"]
         assert refused["message"] == "--split holdout: no training images of folder were held out"
         assert "data.holdout" in refused["hint"]
+    refused = run("pretrain", recipe, "--set", f"train.init={plain}", code=2)["error"]
+    assert refused["message"].startswith(f"train.init: run {plain} was trained on images that data.holdout = 6 keeps")
+    refused = run("pretrain", recipe, "--set", "data.holdout=7", "--set", f"train.init={first(folder).id}", code=2)
+    assert "as many or more" in refused["error"]["hint"]
+    run("pretrain", recipe, "--set", f"train.init={first(folder).id}")
+    run("pretrain", recipe, "--set", "data.holdout=5", "--set", f"train.init={first(folder).id}")
     assert not list((folder / "runs" / plain / "probes").glob("*"))
     assert run("probe", plain)["test"]["split"] == "test"
     assert "other options" in run("probe", plain, "--resume", "--split", "test", code=2)["error"]["hint"]

@@ -144,7 +144,8 @@ def _starting_weights(recipe: Recipe, store: Path) -> tuple[str, dict[str, Tenso
     """Where train.init says to start, in words, and the weights, which fit the recipe's encoder; None without it.
 
     Raises:
-        CfamcError: There is no such run, no checkpoint of it can be read, or it is of another architecture.
+        CfamcError: There is no such run, no checkpoint of it can be read, it is of another architecture, or it has seen
+            images that the recipe holds out.
     """
     if recipe.train.init is None:
         return None
@@ -153,10 +154,25 @@ def _starting_weights(recipe: Recipe, store: Path) -> tuple[str, dict[str, Tenso
     from cfamc_cli.engine.randomness import addressed_generator
 
     source = find_run(store, recipe.train.init)
+    _require_unseen(recipe, source)
     path, saved, _ = checkpoint.newest_valid(source.checkpoints)
     encoder = build_encoder(recipe.model, generator=addressed_generator("init", recipe.seed))
     checkpoint.load_state(encoder, saved.model, path=path)
     return f"{source.id}, {path.name}", saved.model
+
+
+def _require_unseen(recipe: Recipe, source: RunFolder) -> None:
+    """Refuse to start from a run that trained on images which are held out now; fewer are always some of more."""
+    own = recipe.data
+    if not own.holdout or source.record().imported is not None:  # nobody knows what foreign weights have seen
+        return
+    seen = source.recipe().data
+    same = own.dataset == seen.dataset and (own.dataset != "folder" or own.root == seen.root)
+    if same and own.holdout > seen.holdout:
+        raise invalid(
+            f"train.init: run {source.id} was trained on images that data.holdout = {own.holdout} keeps from training",
+            "start from a run that holds out as many or more",
+        )
 
 
 def _resume(reference: str, wanted: Recipe | None, options: Options) -> list[RunRecord]:
