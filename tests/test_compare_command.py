@@ -242,6 +242,8 @@ def test_clean_and_robust_differences_have_a_p_of_their_own(store: Path, capsys:
         ("data.root=here", [[B]]),
         ("train.keep>1", [[B]]),
         ("adversary.steps=5", [[B]]),
+        ("phase.0.epochs=0.5", [[B]]),
+        ("phase.0.crops.1.count>3", [[B]]),
     ],
 )
 def test_filters_reach_every_metric_and_recipe_key(
@@ -250,7 +252,8 @@ def test_filters_reach_every_metric_and_recipe_key(
     add_metrics(store / A)
     knn = Evaluation(epoch=1.0, knn=Accuracy.of(300, 1000), clean=None, robust=None, eps="8/255", attack="pgd-10")
     recipe = {"adversary": {"name": "pgd", "steps": 5}, "probe": {"head": "linear"}, "data": {"root": "here"}}
-    make_run(store, B, name="b", digest="bb", recipe=recipe | {"train": {"keep": 2}}, evaluation=knn)
+    later = {"train": {"keep": 2}, "phase": [{"epochs": 0.5, "crops": [{"count": 1}, {"count": 4}]}]}
+    make_run(store, B, name="b", digest="bb", recipe=recipe | later, evaluation=knn)
     found = result(capsys, [], store, where=[where])
     assert names(found) == left
     for table in found["tables"]:

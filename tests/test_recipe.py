@@ -13,11 +13,13 @@ from pydantic.fields import FieldInfo
 
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.recipe.schema import (
+    Augment,
     Finetune,
     FreeAdversary,
     Later,
     Linear,
     Outside,
+    Phase,
     Recipe,
     Train,
     as_before,
@@ -185,6 +187,31 @@ def test_what_came_later_is_as_before_while_it_stands_at_its_default(monkeypatch
     assert as_before({"train": "broken", "other": 1}) == {"train": "broken", "other": 1}
 
 
+def test_what_came_later_is_as_before_in_a_phase_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Milder(Augment):
+        strength: Annotated[float, Later()] = 1.0
+
+    info = FieldInfo.from_annotation(Milder | None)  # type: ignore[arg-type]
+    monkeypatch.setitem(Phase.model_fields, "augment", info)
+    first = recipe(phase=[{"epochs": 1.0, "augment": {"flip": 0.0}}]).resolved()
+    later = recipe(phase=[{"epochs": 1.0, "augment": {"flip": 0.0}}]).resolved()
+    later["phase"][0]["augment"]["strength"] = 1.0
+    assert as_before(later) == as_before(first)
+    later["phase"][0]["augment"]["strength"] = 0.5
+    assert as_before(later)["phase"][0]["augment"] == first["phase"][0]["augment"] | {"strength": 0.5}
+
+
+def test_phases_are_written_as_they_were_given_and_are_in_the_digest() -> None:
+    plain, phased = recipe(), recipe(phase=[{"epochs": 0.5, "crops": [{"count": 2}]}])
+    assert "phase" not in plain.resolved()
+    assert phased.resolved()["phase"] == [
+        {"epochs": 0.5, "crops": [{"count": 2, "size": 32, "scale": [0.08, 1.0], "ratio": [0.75, 4 / 3]}]}
+    ]
+    digests = {made.digest() for made in (plain, phased, recipe(phase=[{"epochs": 0.5}]))}
+    assert len(digests) == 3
+    assert recipe(phase=[]).digest() == plain.digest()
+
+
 ONE_CROP: dict[str, Any] = {"crops": [{"count": 4}, {"count": 1}]}
 WARM_UP: dict[str, Any] = {"schedule": {"name": "cosine", "warmup": 90}}
 
@@ -217,6 +244,36 @@ WARM_UP: dict[str, Any] = {"schedule": {"name": "cosine", "warmup": 90}}
                 "train.batch_size",
                 "51 processes cannot share 100 images: each needs 2",
                 "start at most 50 processes, or raise train.batch_size",
+            ],
+        ),
+        ({"phase": [{"epochs": 1.0}, {"epochs": 0.01}]}, 100, 1, []),
+        (
+            {"phase": [{"epochs": 1.0}, {"epochs": 1.0, "batch_size": 120}]},
+            99,
+            1,
+            [
+                *("train.batch_size", "100 is more than the 99 training images", "--set train.batch_size=99"),
+                *("phase.1.batch_size", "120 is more than the 99 training images", "--set phase.1.batch_size=99"),
+            ],
+        ),
+        (
+            {"phase": [{"epochs": 1.0, "crops": [{"count": 1}, {"count": 2}]}]},
+            100,
+            51,
+            [
+                "phase.0.batch_size",
+                "51 processes cannot share 100 images: each needs 2",
+                "start at most 50 processes, or raise phase.0.batch_size",
+            ],
+        ),
+        (
+            {"phase": [{"epochs": 0.5, "schedule": {"name": "cosine", "warmup": 6}, "adversary": {"name": "none"}}]},
+            1200,  # 6 batches
+            1,
+            [
+                "phase.0.schedule.warmup",
+                "6 updates of warm-up leave nothing of a phase of 6",
+                "lower phase.0.schedule.warmup, or raise phase.0.epochs",
             ],
         ),
         (WARM_UP, 400, 1, []),  # 10 epochs of 4 batches, 3 updates each

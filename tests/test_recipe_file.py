@@ -21,7 +21,7 @@ from tiny import tiny_recipe
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.recipe import file, wording
 from cfamc_cli.recipe.plan import plan
-from cfamc_cli.recipe.schema import FreeAdversary, Recipe
+from cfamc_cli.recipe.schema import FreeAdversary, Lars, Recipe
 
 MINIMAL = """schema = 1
 name = "minimal"
@@ -516,6 +516,99 @@ def test_what_is_allowed(overrides: list[str]) -> None:
     file.load("cifar10", overrides=overrides)
 
 
+PHASE = "phase=[{epochs=0.5}, {epochs=1, adversary={name='pgd'}, crops=[{count=1}, {count=1}]}]"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["phase=[{}]"], "phase.0.epochs: missing"),
+        (["phase=[{epochs=0}]"], "phase.0.epochs: must be above 0, not 0"),
+        (["phase={epochs=1}"], "phase: must be a list, not a table (did you mean [[phase]], with double brackets?)"),
+        (["phase.0.epochs=1"], "--set phase.0.epochs: phase has 0 entries, counted from 0"),
+        ([PHASE, "phase.2.epochs=1"], "--set phase.2.epochs: phase has 2 entries, counted from 0"),
+        ([PHASE, "phase.0.batchsize=1"], 'unknown key "phase.0.batchsize" (did you mean "batch_size"?)'),
+        ([PHASE, "phase.0.model.width=8"], 'unknown key "phase.0.model"'),
+        ([PHASE, "phase.1.adversary.esp=0"], 'unknown key "phase.1.adversary.esp" (did you mean "eps"?)'),
+        (
+            [PHASE, "phase.1.adversary.replays=2"],
+            'unknown key "phase.1.adversary.replays": name = "pgd" has no replays',
+        ),
+        ([PHASE, "phase.1.adversary.eps=8"], "phase.1.adversary.eps: 8 is larger than 1: did you mean 8/255?"),
+        ([PHASE, "phase.1.crops.0.count=0"], "phase.1.crops.0.count: must be at least 1, not 0"),
+        ([PHASE, "phase.1.crops=[]"], "phase.1.crops: needs at least one table: [[phase.crops]]"),
+        (
+            [PHASE, "phase.1.crops={count=2}"],
+            "phase.1.crops: must be a list, not a table (did you mean [[phase.crops]], with double brackets?)",
+        ),
+        (
+            [PHASE, "phase.0.objective={temperature=1}"],
+            'phase.0.objective.name: missing; must be "emp-ssl", "simclr" or "supcon"',
+        ),
+        (
+            [PHASE, "phase.0.schedule.name=cosin"],
+            'phase.0.schedule.name: must be "cosine" or "official-cosine", not the text "cosin" (did you mean "cosine"?)',
+        ),
+        ([PHASE, "phase.0.augment={jitter_p=0}"], None),
+        ([PHASE, "phase.0.augment.jitter_p=0"], "phase.0.augment.jitter: has no effect: jitter_p is 0"),
+        # across tables: told once, where the phase can be changed
+        (
+            [PHASE, "phase.1.crops=[{count=1}]"],
+            "phase.1.crops.0.count: emp-ssl draws the crops of an image together, and this is one "
+            "(set crops.0.count = 2 or more)",
+        ),
+        (
+            [PHASE, "phase.0.adversary.views=second"],
+            'phase.0.adversary.views: "second" perturbs the second group of crops, and there is one group',
+        ),
+        (
+            ["schedule.name=official-cosine", PHASE],
+            'phase.1.schedule.name: "official-cosine" differs from "cosine" only in a free adversary of 2 or more replays',
+        ),
+        (
+            ["adversary.views=second", PHASE],
+            'adversary.views: "second" perturbs the second group of crops, and there is one group',
+        ),
+        (["crops=[{count=1}, {count=3}]", "adversary.views=second", PHASE], None),
+        ([PHASE, "phase.0.batch_size=60000"], "phase.0.batch_size: 60000 is more than the 50000 training images"),
+        ([PHASE, "train.batch_size=60000"], "train.batch_size: 60000 is more than the 50000 training images"),
+        (
+            [PHASE, "phase.1.schedule.warmup=500"],
+            "phase.1.schedule.warmup: 500 updates of warm-up leave nothing of a phase of 500",
+        ),
+        (
+            ["adversary.views=third", PHASE, "phase.1.adversary.views=second"],
+            'adversary.views: must be "all" or "second", not the text "third"',
+        ),
+    ],
+)
+def test_problems_of_a_phase(overrides: list[str], expected: str | None) -> None:
+    if expected is None:
+        file.load("cifar10", overrides=overrides)
+    else:
+        assert problems(*overrides) == [expected]
+
+
+def test_a_setting_of_a_phase_is_changed_beside_those_of_the_recipe(write: Any) -> None:
+    overrides = [
+        "phase=[{epochs=1}]",
+        "adversary.eps=4/255",
+        "phase.0.adversary.step_size=0.02",
+        "phase.0.crops.0.size=24",
+    ]
+    overrides += ["phase.0.augment.flip=0", "phase.0.batch_size=50"]
+    recipe = file.load("cifar10", overrides=overrides)
+    (phase,) = recipe.phase
+    assert phase.batch_size == 50
+    assert phase.adversary == recipe.adversary.model_copy(update={"step_size": "0.02"})
+    assert phase.crops == (recipe.crops[0].model_copy(update={"size": 24}),)
+    assert phase.augment == recipe.augment.model_copy(update={"flip": 0})
+    assert (recipe.crops[0].size, recipe.augment.flip) == (32, 0.5)
+    assert phase.optimizer is None
+    (phase,) = file.load(str(write(MINIMAL)), overrides=["phase=[{epochs=1}]", "phase.0.optimizer.lr=0.1"]).phase
+    assert phase.optimizer == Lars(lr=0.1)
+
+
 def test_all_problems_come_in_one_message_also_across_tables_beside_broken_ones() -> None:
     assert problems("crops.0.count=1", "adversary.views=second", "train.batch_size=60000", "augment.flip=2", "x=1") == [
         "augment.flip: must be at most 1, not 2",
@@ -661,6 +754,23 @@ def test_what_is_written_loads_as_an_equal_recipe(
     assert again == recipe
     assert again.digest() == recipe.digest()
     assert file.to_toml(again) == written
+    assert file.differing_keys(recipe, again) == []
+
+
+def test_phases_are_written_and_read_back() -> None:
+    recipe = file.load("cifar10", overrides=[PHASE, "phase.0.augment.flip=0", "phase.1.crops.1.scale=[0.5, 1]"])
+    written = file.to_toml(recipe)
+    order = [line for line in written.splitlines() if line.startswith("[")]
+    assert order[order.index("[train]") :][:7] == [
+        *("[train]", "[[phase]]", "[phase.augment]", "[[phase]]", "[[phase.crops]]", "[[phase.crops]]"),
+        "[phase.adversary]",
+    ]
+    again = file.validate(file.parse(written, label=""), label="")
+    assert (again, again.digest()) == (recipe, recipe.digest())
+    other = file.load("cifar10", overrides=["phase=[{epochs=0.5, augment={flip=0.25}}]"])
+    differing = file.differing_keys(recipe, other)
+    assert [key for key in differing if not key.startswith("phase.1.")] == ["phase.0.augment.flip"]
+    assert {"phase.1.epochs", "phase.1.crops.0.count", "phase.1.adversary.steps"} < set(differing)
     assert file.differing_keys(recipe, again) == []
 
 

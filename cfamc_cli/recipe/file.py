@@ -6,6 +6,7 @@ checks across tables, and the others are still held to them. This module never i
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import os
@@ -31,6 +32,7 @@ from cfamc_cli.recipe.schema import (
     SupCon,
     Table,
     as_before,
+    key_of,
     number,
     outside,
 )
@@ -236,7 +238,9 @@ def _place(raw: dict[str, Any], keys: Sequence[str], value: Any) -> str:
         if place == len(keys) - 1:
             node[step] = value
         else:
-            node = node[step] if isinstance(node, list) else node.setdefault(step, {})
+            inherited = keys[0] == "phase" and place == 2
+            fresh = copy.deepcopy(raw.get(key, _default(key))) if inherited else {}
+            node = node[step] if isinstance(node, list) else node.setdefault(step, fresh)
     return ""
 
 
@@ -250,6 +254,21 @@ def _default(key: str) -> Any:
 
 def _across(recipe: Recipe) -> Iterator[tuple[set[str], Problem]]:
     """What no table shows by itself, each problem with the tables that it stands on."""
+    for place, part in enumerate(recipe.parts()):
+        given = set(recipe.phase[place - 1].given) if place else set(Recipe.model_fields)
+        for needed, found in _across_method(part):
+            if needed & given:  # else it is the recipe's own problem
+                yield needed - given if place else needed, Problem(key_of(place, found.path), found.message)
+    if (problem := _beyond_the_known(recipe.data)) is not None:
+        yield {"data"}, problem
+    images = recipe.data.known_images
+    for key, message, _ in recipe.misfits(images) if images else ():
+        needed = {"schedule", "adversary"} if key.endswith("schedule.warmup") else set()
+        yield {"data", "train"} | needed, Problem(key, message)
+
+
+def _across_method(recipe: Recipe) -> Iterator[tuple[set[str], Problem]]:
+    """What the tables of one phase show together."""
     objective, adversary = recipe.objective, recipe.adversary
     if recipe.views < 2:
         if isinstance(objective, SimClr | SupCon):
@@ -268,12 +287,6 @@ def _across(recipe: Recipe) -> Iterator[tuple[set[str], Problem]]:
     if recipe.schedule.name == "official-cosine" and recipe.replays < 2:
         message = '"official-cosine" differs from "cosine" only in a free adversary of 2 or more replays'
         yield {"schedule", "adversary"}, Problem("schedule.name", message)
-    if (problem := _beyond_the_known(recipe.data)) is not None:
-        yield {"data"}, problem
-    images = recipe.data.known_images
-    for key, message, _ in recipe.misfits(images) if images else ():
-        needed = {"schedule", "adversary"} if key == "schedule.warmup" else set()
-        yield {"data", "train"} | needed, Problem(key, message)
 
 
 def _beyond_the_known(data: Data) -> Problem | None:
@@ -311,16 +324,21 @@ def _leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 def to_toml(recipe: Recipe) -> str:
     """Write a recipe with every setting that has an effect; what is written loads as an equal recipe."""
-    settings, below = [], []
-    for key, value in recipe.resolved().items():
+    return "\n".join(_toml_lines(recipe.resolved())) + "\n"
+
+
+def _toml_lines(table: Mapping[str, Any], above: str = "") -> Iterator[str]:
+    """The settings of a table, and then the tables in it: what follows a header belongs to that."""
+    below = {}
+    for key, value in table.items():
         entries = value if isinstance(value, list) else [value]
-        if not entries or not isinstance(entries[0], dict):
-            settings.append(f"{key} = {_toml(value)}")
-            continue
-        for table in entries:
-            below += ["", f"[[{key}]]" if entries is value else f"[{key}]"]
-            below += [f"{inner} = {_toml(setting)}" for inner, setting in table.items() if setting is not None]
-    return "\n".join([*settings, *below]) + "\n"
+        if entries and isinstance(entries[0], dict):
+            below[f"[[{above}{key}]]" if entries is value else f"[{above}{key}]"] = key, entries
+        elif value is not None:
+            yield f"{key} = {_toml(value)}"
+    for header, (key, entries) in below.items():
+        for entry in entries:
+            yield from ("", header, *_toml_lines(entry, f"{above}{key}."))
 
 
 def _toml(value: Any) -> str:

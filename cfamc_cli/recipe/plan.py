@@ -7,8 +7,9 @@ an image, S side of a crop in pixels, F backbone features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, TypeAlias
 
 from cfamc_cli.datasets import KNOWN_SETS
@@ -24,11 +25,11 @@ _PAYS = 6e16  # floating-point operations of a run from which on it is compiled
 
 @dataclass(frozen=True)
 class Plan:
-    """The cost of a run."""
+    """The cost of a run; memory and its parts are those of the phase that takes most."""
 
     images: int  # training images that the counts refer to
     per_thousand: bool  # whether `images` only stands in for a number that is not known yet
-    batches_per_epoch: int  # whole batches of an epoch
+    batches_per_epoch: int  # whole batches of an epoch of the first phase
     batches: int  # batches of the run
     weight_updates: int  # optimizer steps; each batch has one for every replay
     view_passes: int  # forward and backward passes of one view that train the weights
@@ -57,11 +58,33 @@ def plan(recipe: Recipe, images: int | None = None) -> Plan:
     Raises:
         CfamcError: As for `Recipe.require_fit`.
     """
-    batch, counted = recipe.train.batch_size, recipe.data.known_images if images is None else images
-    count = max(PER_IMAGES, batch) if counted is None else counted
+    counted, parts = recipe.data.known_images if images is None else images, recipe.parts()
+    count = max(PER_IMAGES, *(part.train.batch_size for part in parts)) if counted is None else counted
     if counted is not None:
         recipe.require_fit(counted)
-    batches = recipe.batches(count)
+    return _in_turn([_plan_of_phase(part, count, per_thousand=counted is None) for part in parts])
+
+
+def _in_turn(plans: Sequence[Plan]) -> Plan:
+    """The cost of phases that follow each other."""
+    passes = [phase.view_passes for phase in plans]
+    return replace(
+        max(plans, key=lambda phase: phase.memory),
+        batches_per_epoch=plans[0].batches_per_epoch,
+        batches=sum(phase.batches for phase in plans),
+        weight_updates=sum(phase.weight_updates for phase in plans),
+        view_passes=sum(passes),
+        attack_view_passes=sum(phase.attack_view_passes for phase in plans),
+        flops_per_view=statistics.fmean([phase.flops_per_view for phase in plans], weights=passes),
+        flops=sum(phase.flops for phase in plans),
+        memory_full=max(phase.memory_full for phase in plans),
+        memory_recompute=max(phase.memory_recompute for phase in plans),
+    )
+
+
+def _plan_of_phase(recipe: Recipe, count: int, *, per_thousand: bool) -> Plan:
+    """The cost of a recipe without phases over `count` images."""
+    batch, batches = recipe.train.batch_size, recipe.batches(count)
     updates = batches * recipe.replays
 
     # Per image: arithmetic of all its crops, and of those that a PGD step passes.
@@ -84,7 +107,7 @@ def plan(recipe: Recipe, images: int | None = None) -> Plan:
     others = weight_bytes + data_bytes + crop_bytes + _WORKSPACES
     return Plan(
         images=count,
-        per_thousand=counted is None,
+        per_thousand=per_thousand,
         batches_per_epoch=count // batch,
         batches=batches,
         weight_updates=updates,

@@ -139,6 +139,8 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
+Epochs = Annotated[float, Field(gt=0, le=100_000)]
+BatchSize = Annotated[int, Field(ge=2, le=1_000_000)]
 Range = Annotated[tuple[Positive, Positive], Field(strict=False), AfterValidator(_ordered)]
 Jitter = Annotated[
     tuple[NonNegative, NonNegative, NonNegative, NonNegative], Field(strict=False), AfterValidator(_jitter_in_range)
@@ -357,8 +359,8 @@ class OfficialCosine(Table):
 class Train(Table):
     """How long, how large, and how a run keeps itself."""
 
-    epochs: Annotated[float, Field(gt=0, le=100_000)] = 10.0  # passes over the images, replays not counted
-    batch_size: Annotated[int, Field(ge=2, le=1_000_000)] = 100  # images, over all processes
+    epochs: Epochs = 10.0  # passes over the images, replays not counted
+    batch_size: BatchSize = 100  # images, over all processes
     init: PathText | None = None  # a run whose encoder is the start
     # Whose statistics batch norm takes with several processes: its own share's, or the whole batch's.
     batch_norm: Annotated[Literal["local", "synchronised"], Later()] = "local"
@@ -554,6 +556,7 @@ class AutoAttackAttack(EpsAttack):
     version: Literal["standard", "rand"] = "standard"
 
 
+CropGroups = Annotated[tuple[Crops, ...], Field(strict=False, min_length=1, max_length=16)]
 Objective = Annotated[EmpSsl | SimClr | SupCon, Field(discriminator="name")]
 Adversary = Annotated[NoAdversary | PgdAdversary | FreeAdversary, Field(discriminator="name")]
 Schedule = Annotated[Cosine | OfficialCosine, Field(discriminator="name")]
@@ -562,14 +565,42 @@ Stage = PgdAttack | FgsmAttack | ApgdAttack | TargetedApgdAttack | FabAttack | S
 Attack = Annotated[Stage | AutoAttackAttack, Field(discriminator="name")]
 
 
+class Phase(Table):
+    """Training that goes on from the encoder of the phase before it.
+
+    A table that is left out is the recipe's; one that is given replaces it whole, so that what it leaves out is at its
+    default.
+    """
+
+    epochs: Epochs  # passes over the images in this phase
+    batch_size: BatchSize | None = None
+    crops: CropGroups | None = None
+    augment: Augment | None = None
+    objective: Objective | None = None
+    adversary: Adversary | None = None
+    optimizer: Lars | None = None
+    schedule: Schedule | None = None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What replaces the recipe's, by its key."""
+        return {key: value for key, value in self if value is not None}
+
+    def unwritten(self) -> set[str]:
+        return type(self).model_fields.keys() - self.given.keys()
+
+
 class Recipe(Table):
-    """One run, whole."""
+    """One run, whole: the phase that its own tables describe, and those that come after it.
+
+    Counts of views, steps and replays are of the first phase; `parts` has those of the others.
+    """
 
     schema_version: Annotated[Literal[1], Field(alias="schema")]
     name: Annotated[str, Field(min_length=1, max_length=200), Outside.RUN]
     seed: Annotated[int, Field(ge=0, lt=2**32), Outside.ENCODER] = 0
     data: Data
-    crops: Annotated[tuple[Crops, ...], Field(strict=False, min_length=1, max_length=16)]
+    crops: CropGroups
     augment: Augment = Augment()
     model: Model = Model()
     objective: Objective
@@ -577,8 +608,28 @@ class Recipe(Table):
     optimizer: Lars = Lars()
     schedule: Schedule = Cosine(name="cosine")
     train: Train = Train()
+    phase: Annotated[tuple[Phase, ...], Field(strict=False, max_length=16)] = ()
     probe: Annotated[Probe, Outside.ENCODER] = Linear(head="linear")
     attack: Annotated[tuple[Attack, ...], Field(strict=False), Outside.ENCODER] = (PgdAttack(name="pgd"),)
+
+    def unwritten(self) -> set[str]:
+        return super().unwritten() | (set() if self.phase else {"phase"})
+
+    def parts(self) -> tuple[Recipe, ...]:
+        """The recipe of each phase in turn, as one without phases."""
+        first, parts = self.model_copy(update={"phase": ()}), []
+        for phase in self.phase:
+            given = phase.given
+            train = self.train.model_copy(
+                update={key: given.pop(key) for key in phase.given if key in Train.model_fields}
+            )
+            parts.append(first.model_copy(update={**given, "train": train}))
+        return first, *parts
+
+    @property
+    def reads_labels(self) -> bool:
+        """Whether the encoder is trained with labels, in whatever phase."""
+        return any(isinstance(part.objective, SupCon) for part in self.parts())
 
     @property
     def views(self) -> int:
@@ -606,23 +657,39 @@ class Recipe(Table):
         return self.adversary.replays if isinstance(self.adversary, FreeAdversary) else 1
 
     def batches(self, images: int) -> int:
-        """Batches of a run over `images` images, at least one; an epoch's incomplete last batch is dropped."""
-        return max(1, math.floor(self.train.epochs * (images // self.train.batch_size) + 0.5))
+        """Batches of a run over `images` images, at least one a phase; an epoch's incomplete last batch is dropped."""
+        trains = [part.train for part in self.parts()]
+        return sum(max(1, math.floor(train.epochs * (images // train.batch_size) + 0.5)) for train in trains)
+
+    def updates(self, images: int) -> int:
+        """Weight updates of a run over `images` images."""
+        return sum(part.batches(images) * part.replays for part in self.parts())
 
     def misfits(self, images: int, *, processes: int = 1) -> Iterator[tuple[str, str, str]]:
         """What does not fit that many training images and processes: a dotted key, what is wrong, and a way out."""
-        batch, updates = self.train.batch_size, self.batches(images) * self.replays
+        told = set()  # a batch size that a phase has from the recipe is told of once
+        for place, part in enumerate(self.parts()):
+            for key, wrong, hint in part._misfits(images, processes, place):
+                if wrong not in told:
+                    yield key, wrong, hint
+                told.add(wrong)
+
+    def _misfits(self, images: int, processes: int, place: int) -> Iterator[tuple[str, str, str]]:
+        """Those of one phase, which is the recipe's part at `place`."""
+        size, epochs, warmup = (key_of(place, key) for key in ("train.batch_size", "train.epochs", "schedule.warmup"))
+        batch, updates = self.train.batch_size, self.updates(images)
         alone = self.train.batch_norm == "local" and any(group.count == 1 for group in self.crops)
         fewest = 2 if alone else 1  # batch norm needs two values of a channel
         if batch > images:
-            hint = f"--set train.batch_size={images}" if images > 1 else "add images"
-            yield "train.batch_size", f"{batch} is more than the {images} training images", hint
+            hint = f"--set {size}={images}" if images > 1 else "add images"
+            yield size, f"{batch} is more than the {images} training images", hint
         elif batch // processes < fewest:
-            hint = f"start at most {batch // fewest} processes, or raise train.batch_size"
-            yield "train.batch_size", f"{processes} processes cannot share {batch} images: each needs {fewest}", hint
+            hint = f"start at most {batch // fewest} processes, or raise {size}"
+            yield size, f"{processes} processes cannot share {batch} images: each needs {fewest}", hint
         elif isinstance(self.schedule, Cosine) and self.schedule.warmup >= updates:
-            wrong = f"{self.schedule.warmup} updates of warm-up leave nothing of a run of {updates}"
-            yield "schedule.warmup", wrong, "lower schedule.warmup, or raise train.epochs"
+            of = f"a phase of {updates}" if place else f"a run of {updates}"
+            wrong = f"{self.schedule.warmup} updates of warm-up leave nothing of {of}"
+            yield warmup, wrong, f"lower {warmup}, or raise {epochs}"
 
     def require_fit(self, images: int, *, processes: int = 1) -> None:
         """Refuse a recipe that does not fit the images and processes that were found.
@@ -644,6 +711,11 @@ class Recipe(Table):
             table, _, key = path.rpartition(".")
             del (kept[table] if table else kept)[key]
         return hashlib.sha256(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def key_of(place: int, key: str) -> str:
+    """What a recipe calls a key of its part at `place`, where a phase may say otherwise than the recipe."""
+    return f"phase.{place - 1}.{key.removeprefix('train.')}" if place else key
 
 
 def tables(annotation: Any) -> list[type[Table]]:
@@ -672,14 +744,23 @@ def outside(what: Outside) -> list[str]:
 
 def as_before(resolved: Mapping[str, Any]) -> dict[str, Any]:
     """What `Recipe.resolved` gives, as it was before the fields came that are marked `Later`."""
-    kept = {key: dict(value) if isinstance(value, dict) else value for key, value in resolved.items()}
-    for name, info in Recipe.model_fields.items():
-        settings, forms = kept.get(name), tables(info.annotation)
-        if not isinstance(settings, dict) or len(forms) > 1:  # no table of several forms has such a field
+    return _as_before(resolved, Recipe)
+
+
+def _as_before(settings: Mapping[str, Any], table: type[Table]) -> dict[str, Any]:
+    kept = dict(settings)
+    for key, field in table.model_fields.items():
+        if key not in kept:
             continue
-        for key, field in forms[0].model_fields.items():
-            for mark in field.metadata:
-                if isinstance(mark, Later) and key in settings and settings[key] == field.default:
-                    del settings[key]
-                    settings |= {} if mark.before is None else {key: mark.before}
+        value, forms = kept[key], tables(field.annotation)
+        for mark in field.metadata:
+            if isinstance(mark, Later) and value == field.default:
+                del kept[key]
+                kept |= {} if mark.before is None else {key: mark.before}
+        if len(forms) != 1:  # no table of several forms has such a field
+            continue
+        if isinstance(value, dict):
+            kept[key] = _as_before(value, forms[0])
+        elif isinstance(value, list):
+            kept[key] = [_as_before(entry, forms[0]) if isinstance(entry, dict) else entry for entry in value]
     return kept

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from cfamc_cli.recipe.schema import Recipe, Table, tables
+from cfamc_cli.recipe.schema import Phase, Recipe, Table, tables
 
-_LISTS = ("crops", "attack")  # the tables with double brackets
+_LISTS = ("crops", "attack", "phase")  # the tables with double brackets
 _MODELS = {field.alias or name: tables(field.annotation) for name, field in Recipe.model_fields.items()}
 
 
@@ -36,7 +36,7 @@ _WORDS = {  # of Pydantic's kinds of errors, filled with its own context
     "finite_number": "must be a finite number, not {shown}",
     "string_too_short": "must not be empty",
     "string_too_long": "must have at most {max_length} characters, not {length}",
-    "too_short": "needs at least one table: [[{key}]]",
+    "too_short": "needs at least one table: [[{header}]]",
     "too_long": "has {actual_length} tables, more than {max_length}",
     "float_type": "must be a number, not {shown}",
     "int_type": "must be a whole number, not {shown}",
@@ -71,9 +71,9 @@ def _problems_of(error: Mapping[str, Any]) -> Iterator[Problem]:
         case "too_short" if len(value) >= context["min_length"]:
             return  # what is wrong with its entries is told already
         case "union_tag_not_found":
-            yield Problem(f"{path}.{_tag(path)}", f"missing; {_one_of(_choices(path))}")
+            yield Problem(f"{path}.{_tag(path)}", f"missing; {_one_of(_choices(_in_phase(loc)[0]))}")
         case "union_tag_invalid":
-            yield Problem(f"{path}.{_tag(path)}", _not_among(value[_tag(path)], _choices(path)))
+            yield Problem(f"{path}.{_tag(path)}", _not_among(value[_tag(path)], _choices(_in_phase(loc)[0])))
         case _:
             yield Problem(path, _message(kind, value, context, loc, msg=error["msg"]))
 
@@ -94,18 +94,19 @@ def _message(kind: str, value: Any, context: Mapping[str, Any], loc: Sequence[st
             spelled = {name: _limit(found) for name, found in context.items()}
             length = len(value) if isinstance(value, str) else 0
             words = _WORDS.get(kind, "{msg}")  # a newer Pydantic may know kinds that this does not
-            text = words.format(**spelled, shown=show_value(value), length=length, key=key, msg=msg)
-            return text + _meant(kind, value, key)
+            header = ".".join(part for part in loc if isinstance(part, str))
+            text = words.format(**spelled, shown=show_value(value), length=length, header=header, msg=msg)
+            return text + _meant(kind, value, key, header)
 
 
 def _limit(found: object) -> object:
     return f"{found:_}" if isinstance(found, int) else f"{found:g}" if isinstance(found, float) else found
 
 
-def _meant(kind: str, value: Any, key: str | int) -> str:
+def _meant(kind: str, value: Any, key: str | int, header: str) -> str:
     """A way out for the most likely slip of a wrong type."""
     if kind == "tuple_type" and isinstance(value, dict) and key in _LISTS:
-        return f" (did you mean [[{key}]], with double brackets?)"
+        return f" (did you mean [[{header}]], with double brackets?)"
     if kind in ("float_type", "int_type") and isinstance(value, str) and re.fullmatch(r"[0-9.eE+-]{1,20}", value):
         complete = re.sub(r"(?<![0-9])[.]", "0.", re.sub(r"[.](?![0-9])", ".0", value))  # TOML: digits on both sides
         return f" (did you mean {complete}{', without quotes' if complete == value else ''}?)"
@@ -116,9 +117,10 @@ def _meant(kind: str, value: Any, key: str | int) -> str:
 
 def _unknown(loc: Sequence[str | int], path: str) -> Problem:
     """An unknown key, with what may have been meant: a sibling, another choice's key, the same key elsewhere."""
-    key, choices = str(loc[-1]), _MODELS[str(loc[0])] if len(loc) > 1 else []
+    inner = _in_phase(loc)
+    key, choices = str(loc[-1]), _MODELS[str(inner[0])] if len(inner) > 1 else []
     fitting = (choice for choice in choices if len(choices) == 1 or loc[-2] in _literals(choice, _tag(path)))
-    table: type[Table] = next(fitting, Recipe)
+    table: type[Table] = next(fitting, Recipe if inner is loc else Phase)
     if any(key in choice.model_fields for choice in choices):
         return Problem(path, f'unknown key "{path}": {_tag(path)} = "{loc[-2]}" has no {plain_text(key)}', stale=True)
     siblings = list(_MODELS if table is Recipe else table.model_fields)
@@ -139,9 +141,9 @@ def _tag(path: str) -> str:
     return "head" if path.startswith("probe") else "name"
 
 
-def _choices(path: str) -> list[str]:
-    """The names or heads that a table may have."""
-    return [choice for model in _MODELS[path.partition(".")[0]] for choice in _literals(model, _tag(path))]
+def _choices(table: str | int) -> list[str]:
+    """The names or heads that a table of the recipe may have."""
+    return [choice for model in _MODELS[str(table)] for choice in _literals(model, _tag(str(table)))]
 
 
 def _literals(model: type[Table], key: str) -> tuple[str, ...]:
@@ -150,8 +152,14 @@ def _literals(model: type[Table], key: str) -> tuple[str, ...]:
 
 def _without_tag(loc: Sequence[str | int]) -> Sequence[str | int]:
     """A path without the tag that Pydantic puts behind the tables of a union."""
-    place = 2 if loc[0] == "attack" else 1
-    return [*loc[:place], *loc[place + 1 :]] if len(_MODELS.get(str(loc[0]), ())) > 1 else loc
+    table = _in_phase(loc)[0]
+    place = len(loc) - len(_in_phase(loc)) + (2 if table == "attack" else 1)
+    return [*loc[:place], *loc[place + 1 :]] if len(_MODELS.get(str(table), ())) > 1 else loc
+
+
+def _in_phase(loc: Sequence[str | int]) -> Sequence[str | int]:
+    """The path of a phase's table as it would be in the recipe, whose tables these are; other paths as they are."""
+    return loc[2:] if loc[0] == "phase" and len(loc) > 2 else loc
 
 
 def _not_among(value: Any, allowed: Sequence[str]) -> str:
