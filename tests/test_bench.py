@@ -23,7 +23,7 @@ from cfamc_cli.engine.pretrain import Trainer
 from cfamc_cli.engine.sections import Clock, section
 from cfamc_cli.engine.sink import NullLedger, NullTalk
 from cfamc_cli.errors import CfamcError, Interrupted
-from cfamc_cli.recipe.plan import plan
+from cfamc_cli.recipe.plan import Plan, plan
 from cfamc_cli.recipe.schema import Recipe
 from cfamc_cli.store.records import BenchRecord, Spread, TrainingCost, load_record
 from cfamc_cli.store.runs import list_runs
@@ -123,6 +123,26 @@ def test_a_run_is_predicted_as_the_sum_of_its_parts(train: dict[str, Any], apart
     assert steady == Spread(seconds=7 + apart + 8, low=7 + apart + 8, high=7 + apart + 8)
     alone = bench.predict([0.5], recipe, costs, warmup=7.0, evaluation=10.0, checkpoint=1.0)
     assert alone == Spread(seconds=7 + apart + 8, low=None, high=None)
+
+
+def test_later_phases_are_predicted_too_and_begin_with_no_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    phase = {"epochs": 1.0, "batch_size": 32, "adversary": {"name": "none"}}
+    recipe = tiny_recipe(train={"evaluate_every": 1}, phase=[phase])
+    predicted: list[tuple[int, float, bool]] = []
+
+    def predict(seconds: list[float], recipe: Recipe, costs: Plan, *, first: bool, **_: float) -> Spread:
+        predicted.append((costs.batches, recipe.train.epochs, first))
+        return Spread(seconds=costs.batches, low=1.0, high=len(predicted) * 100.0)
+
+    monkeypatch.setattr(bench, "predict", predict)
+    cost = bench.measure(recipe, bench.random_images(recipe, 1000), device=CPU, seconds=0)
+    assert predicted == [(125, 1.0, True), (31, 1.0, False)]
+    assert (cost.phases, cost.batches) == (2, bench.LEAST)
+    assert cost.predicted == Spread(seconds=156.0, low=2.0, high=300.0)
+    monkeypatch.undo()
+    costs = plan(recipe.parts()[1], images=64)  # 2 batches
+    later = bench.predict([0.5], recipe, costs, warmup=7.0, evaluation=10.0, checkpoint=1.0, first=False)
+    assert later.seconds == 7 + 10 + 1 + 2 * 0.5
 
 
 def test_the_interval_is_that_of_the_mean() -> None:

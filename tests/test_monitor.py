@@ -19,7 +19,7 @@ from cfamc_cli.recipe.schema import Model
 from cfamc_cli.store.records import EvaluationLine
 
 EPS = 8 / 255
-HERE: monitor.Where = {"step": 3, "batch": 1, "epoch": 0.5}
+HERE: monitor.Where = {"step": 3, "batch": 1, "epoch": 0.5, "phase": None}
 
 
 @pytest.mark.parametrize("updates", [*range(1, 60), 119, 999, 1000, 5001, 15_630])

@@ -214,7 +214,7 @@ def _train(recipe: Recipe, data: ImageSet, run: RunFolder | None, session: Sessi
             kept.cut_back(positions)
             passes = plan(recipe, images=len(data.images)).view_passes
             parameters = checkpoint.count_parameters(trainer.encoder)
-            totals = Totals(steps=trainer.updates, view_passes=passes, parameters=parameters)
+            totals = Totals(steps=trainer.total, view_passes=passes, parameters=parameters)
             kept.begin(data.used(), totals, _progress(trainer), trainer.computation)
             if decay := recipe.train.average:
                 session.talk.message(f"the average of the weights is evaluated and saved: train.average = {decay:g}")
@@ -277,8 +277,8 @@ def _take_up(trainer: Trainer, run: RunFolder | None, session: Session) -> Mappi
 
 
 def _progress(trainer: Trainer) -> Progress:
-    batch = trainer.step // trainer.recipe.replays
-    return Progress(batch=batch, step=trainer.step, epoch=batch / trainer.per_epoch, total=trainer.updates)
+    where = trainer.where()
+    return Progress(batch=where["batch"], step=where["step"], epoch=where["epoch"], total=trainer.total)
 
 
 def _tell(record: RunRecord, run: RunFolder, session: Session) -> None:

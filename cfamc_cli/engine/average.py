@@ -46,6 +46,11 @@ class Average:
         if self._decay:
             self.encoder.load_state_dict(self._trained.state_dict())
 
+    def hand_over(self) -> None:
+        """Go on training from the average, as the next phase does."""
+        if self._decay:
+            self._trained.load_state_dict(self.encoder.state_dict())
+
     @section("optimizer")
     def update(self, n: int) -> None:
         """Take in what update `n`, counted from 1, left; never waits for the device."""

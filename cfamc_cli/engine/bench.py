@@ -159,7 +159,8 @@ def random_images(recipe: Recipe, images: int) -> ImageSet:
     """Labelled images that nobody has to download: of the recipe's size, and so many of them or 1 GiB."""
     known = KNOWN_SETS.get(recipe.data.dataset)
     size = recipe.data.size or (known.size if known else max(group.size for group in recipe.crops))
-    count = max(recipe.train.batch_size, min(images, _MOST_DATA // (3 * size**2)))
+    largest = max(part.train.batch_size for part in recipe.parts())
+    count = max(largest, min(images, _MOST_DATA // (3 * size**2)))
     classes = known.classes if known else 10
     return ImageSet(
         images=torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8),
@@ -179,18 +180,48 @@ class _Enough(Exception):  # noqa: N818 - it is no failure
 def measure(
     recipe: Recipe, data: ImageSet, *, device: torch.device, seconds: float, memory: bool = True
 ) -> TrainingCost:
-    """Run the recipe's training loop for a few batches.
+    """Run the recipe's training loop for a few batches of each phase.
 
     Args:
         recipe: With its settings as they are to be measured.
         data: Images to train on.
         device: Where to compute.
-        seconds: Time for batches after the warm-up; at least 3 are timed, and at most 100.
+        seconds: Time for batches after the warm-up; at least 3 of a phase are timed, and at most 100.
         memory: Whether the peak of a process's memory is this recipe's; on CUDA it is measured always.
+
+    Returns:
+        The cost of a batch of the first phase; memory and what is predicted are of the whole run.
 
     Raises:
         CfamcError: As `Trainer.train`.
     """
+    parts = recipe.parts()
+    costs = [
+        _measure_phase(part, data, device=device, seconds=seconds / len(parts), memory=memory, first=place == 0)
+        for place, part in enumerate(parts)
+    ]
+    memories, predicted = [cost.peak_memory for cost in costs], [cost.predicted for cost in costs]
+    whole = {
+        "phases": len(parts),
+        "peak_memory": max((peak for peak in memories if peak is not None), default=None),
+        "predicted": Spread(
+            seconds=sum(spread.seconds for spread in predicted),
+            low=_sum([spread.low for spread in predicted]),
+            high=_sum([spread.high for spread in predicted]),
+        ),
+    }
+    return costs[0].model_copy(update=whole)
+
+
+def _sum(parts: Sequence[float | None]) -> float | None:
+    known = [part for part in parts if part is not None]
+    return sum(known) if len(known) == len(parts) else None
+
+
+def _measure_phase(
+    recipe: Recipe, data: ImageSet, *, device: torch.device, seconds: float, memory: bool, first: bool
+) -> TrainingCost:
+    """As `measure`, of a recipe without phases."""
     warm = 3 if device.type == "cuda" else 1  # choosing kernels, filling the allocator
     endless = _with_train(recipe, _ENDLESS | {"evaluate_every": 100_000 if recipe.train.evaluate_every else 0})
     if device.type == "cuda":
@@ -227,7 +258,7 @@ def measure(
         saved = time.perf_counter() - began
     timed = laps[warm : profiled[0] + warm] if profiled else laps[warm:]
     peak = peak_memory(device) if memory or device.type == "cuda" else None
-    return _cost(recipe, laps[:warm], timed, saved=saved, peak=peak, counted=_counts(profiler))
+    return _cost(recipe, laps[:warm], timed, saved=saved, peak=peak, counted=_counts(profiler), first=first)
 
 
 def _cost(
@@ -238,6 +269,7 @@ def _cost(
     saved: float,
     peak: int | None,
     counted: tuple[int, int] | None,
+    first: bool,
 ) -> TrainingCost:
     costs = plan(recipe)
     evaluation = sum(lap.host.get("evaluation", 0.0) for lap in warm)
@@ -257,7 +289,13 @@ def _cost(
         evaluation_seconds=evaluation,
         checkpoint_seconds=saved,
         predicted=predict(
-            [lap.seconds for lap in laps], recipe, costs, warmup=extra, evaluation=evaluation, checkpoint=saved
+            [lap.seconds for lap in laps],
+            recipe,
+            costs,
+            warmup=extra,
+            evaluation=evaluation,
+            checkpoint=saved,
+            first=first,
         ),
     )
 
@@ -269,9 +307,16 @@ def _section(name: Section, laps: Sequence[Lap]) -> SectionTime:
 
 
 def predict(
-    seconds: Sequence[float], recipe: Recipe, costs: Plan, *, warmup: float, evaluation: float, checkpoint: float
+    seconds: Sequence[float],
+    recipe: Recipe,
+    costs: Plan,
+    *,
+    warmup: float,
+    evaluation: float,
+    checkpoint: float,
+    first: bool = True,
 ) -> Spread:
-    """The time of a whole run, from batches that were timed.
+    """The time of a run of one phase, from batches that were timed.
 
     Args:
         seconds: Of those batches.
@@ -280,6 +325,7 @@ def predict(
         warmup: What the first batches take longer, in seconds.
         evaluation: Seconds of one evaluation.
         checkpoint: Seconds of one checkpoint.
+        first: Whether there is an evaluation before the first batch, as in a run's first phase.
 
     Source:
         Efron 1979, Bootstrap methods: the 95 % percentile interval of the mean of the batches; what changes between
@@ -288,7 +334,7 @@ def predict(
     every = recipe.train.checkpoint_every or costs.batches_per_epoch
     apart = warmup + checkpoint * -(-costs.batches // every)
     if recipe.train.evaluate_every:
-        apart += evaluation * (1 - (-costs.batches // (costs.batches_per_epoch * recipe.train.evaluate_every)))
+        apart += evaluation * (first - (-costs.batches // (costs.batches_per_epoch * recipe.train.evaluate_every)))
     compared = 0.0 if isinstance(recipe.adversary, NoAdversary) else _share_of_comparisons(recipe, costs)
     times = torch.tensor(seconds, dtype=torch.float64)
     whole = costs.batches * (1 + compared)

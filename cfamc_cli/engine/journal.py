@@ -47,10 +47,25 @@ class Journal:
         updates: int,
         per_epoch: int,
         share: int,
+        before: Where,
+        total: int,
     ) -> None:
-        """Begin a run's journal; `share` is the number of images of a batch that every process has at least."""
+        """Begin the journal of a phase, in which `step` counts from 0.
+
+        Args:
+            recipe: The phase's own.
+            data: The training images.
+            device: Where they are computed with.
+            talk: Who listens.
+            ledger: Takes the lines.
+            updates: Weight updates of the phase.
+            per_epoch: Batches of an epoch.
+            share: Images of a batch that every process has at least.
+            before: Where in the run the phase begins.
+            total: Weight updates of the run.
+        """
         self.recipe, self.data, self.device, self.talk, self.ledger = recipe, data, device, talk, ledger
-        self.updates, self.per_epoch = updates, per_epoch
+        self.updates, self.per_epoch, self.before, self.total = updates, per_epoch, before, total
         parts = ["invariance", "coding_rate"] if isinstance(recipe.objective, EmpSsl) else []
         self._names = ["lr", "loss", "gradient_norm", *parts]
         self._rows: list[Tensor] = []
@@ -112,14 +127,20 @@ class Journal:
         bad = (~torch.isfinite(rows[:, 1:3])).any(1).nonzero()
         if len(bad) or not bool(finite.all()):
             at = int(bad[0]) if len(bad) else len(rows) - 1
-            update = step - len(rows) + at
+            where = self.where(step - len(rows) + at)
+            update = where["step"]
             lr, loss, norm = rows[at, :3].tolist() if len(rows) else (0.0, float("nan"), float("nan"))
-            where = {"step": update, "batch": update // self.recipe.replays}
             raise Diverged(
                 f"training became non-finite at update {update}: loss {loss:g}, gradient norm {norm:g}, lr {lr:g}",
                 hint="nothing of it was saved; lower optimizer.lr, or set train.precision to float32",
                 exit_code=ExitCode.DIVERGED,
-                details={**where, "lr": lr, "loss": repr(loss), "gradient_norm": repr(norm)},
+                details={
+                    "step": update,
+                    "batch": where["batch"],
+                    "lr": lr,
+                    "loss": repr(loss),
+                    "gradient_norm": repr(norm),
+                },
             )
         return rows
 
@@ -156,7 +177,7 @@ class Journal:
 
     def _write(self, rows: Tensor, z: Tensor, delta: Groups, *, step: int) -> None:
         means = dict(zip(self._names, rows.double().mean(0).tolist(), strict=True)) | {"lr": float(rows[-1, 0])}
-        where = self._where(step)
+        where = self.where(step)
         scalars = {"effective_rank": effective_rank(z[-1]), "feature_std": feature_std(z[-1])}
         if delta:
             size = torch.cat([part.abs().flatten() for part in delta])
@@ -174,7 +195,7 @@ class Journal:
             TimingLine(**where, views_per_second=rate, data_share=share, seconds=seconds, peak_memory=memory)
         )
         shown = {"epoch": where["epoch"], **means, "views_per_second": rate, **self._accuracy}
-        self.talk.progress("train", step, self.updates, shown)
+        self.talk.progress("train", where["step"], self.total, shown)
         self._rows = []
         self.start(step)
 
@@ -186,25 +207,32 @@ class Journal:
             return
         self._predicted = True
         said = f"about {duration((time.perf_counter() - began) / (step - first) * left)} for the {left:,} updates left"
+        said += "" if self.before["phase"] is None else f" of phase {self.before['phase']}"
         if self._evaluation:
             batches, every = self.updates // self.recipe.replays, self.recipe.train.evaluate_every * self.per_epoch
             coming = -(-batches // every) - step // self.recipe.replays // every
             said += f", and {duration(self._evaluation * coming)} for evaluations"
         self.talk.message(said)
 
-    def _where(self, step: int) -> Where:
-        batch = step // self.recipe.replays
-        return {"step": step, "batch": batch, "epoch": batch / self.per_epoch}
+    def where(self, step: int) -> Where:
+        """The position in the run after `step` updates of the phase."""
+        batch, before = step // self.recipe.replays, self.before
+        return {
+            "step": before["step"] + step,
+            "batch": before["batch"] + batch,
+            "epoch": before["epoch"] + batch / self.per_epoch,
+            "phase": before["phase"],
+        }
 
     @section("monitor")
     def _watch_grip(self, crops: Groups, delta: Groups, loss_beside: LossBeside, *, step: int) -> None:
         cut_crops, cut_delta = ([group[:, self._few] for group in groups] for groups in (crops, delta))
-        grip = monitor.measure_grip(loss_beside, cut_crops, cut_delta, eps=self._eps, where=self._where(step))
+        grip = monitor.measure_grip(loss_beside, cut_crops, cut_delta, eps=self._eps, where=self.where(step))
         self.ledger.metrics(grip)
         if grip.lost:
             self.talk.warning(
-                f"update {step}: PGD-{monitor.ATTACK_STEPS} raises the loss by {grip.strongest - grip.clean:.3g}, the "
-                f"training adversary only by {grip.trained - grip.clean:.3g}: catastrophic overfitting is likely; "
+                f"update {grip.step}: PGD-{monitor.ATTACK_STEPS} raises the loss by {grip.strongest - grip.clean:.3g}, "
+                f"the training adversary only by {grip.trained - grip.clean:.3g}: catastrophic overfitting is likely; "
                 "use a smaller adversary.step_size or more steps"
             )
 
@@ -246,7 +274,7 @@ class Journal:
             eps="8/255" if isinstance(adversary, NoAdversary) else adversary.eps,
             device=self.device,
             stop=stop,
-            where=self._where(step),
+            where=self.where(step),
         )
         self._evaluation = time.perf_counter() - began
         self._since += self._evaluation  # no part of the rate of training

@@ -35,6 +35,7 @@ class Where(TypedDict):
     step: int
     batch: int
     epoch: float
+    phase: int | None
 
 
 class _Cut(Exception):  # noqa: N818 - no error

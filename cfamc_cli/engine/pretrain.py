@@ -27,10 +27,11 @@ from cfamc_cli.engine.device import autocast, computation, move_together, pick_c
 from cfamc_cli.engine.distributed import Agreement, GradientSum, World, gather_embeddings, gather_images
 from cfamc_cli.engine.encoder import build_encoder, frozen_statistics
 from cfamc_cli.engine.journal import Journal
+from cfamc_cli.engine.monitor import Where
 from cfamc_cli.engine.objectives import Terms, objective_loss
 from cfamc_cli.engine.optim import LarsOptimizer, learning_rate
 from cfamc_cli.engine.prefetch import Prefetch
-from cfamc_cli.engine.randomness import addressed_generator, epoch_order
+from cfamc_cli.engine.randomness import addressed_generator, epoch_order, phase_address
 from cfamc_cli.engine.sections import section
 from cfamc_cli.engine.sink import Ledger, Talk
 from cfamc_cli.errors import bad_data
@@ -38,7 +39,11 @@ from cfamc_cli.recipe.schema import FreeAdversary, Recipe
 
 
 class Trainer:
-    """One run under way: what `train` moves from update to update, and what a checkpoint holds."""
+    """One run under way: what `train` moves from update to update, and what a checkpoint holds.
+
+    A run is a phase, or several in turn. All that `enter` makes is of one phase: its recipe, fresh optimizer, adversary
+    and journal, and `step` and its batches, which count from 0. `where` tells the position in the whole run.
+    """
 
     def __init__(
         self, recipe: Recipe, data: ImageSet, *, device: torch.device, world: World, talk: Talk, ledger: Ledger
@@ -57,40 +62,58 @@ class Trainer:
             CfamcError: As for `Recipe.require_fit` and `synchronise`; supcon without labels.
         """
         recipe.require_fit(len(data.images), processes=world.size)
-        batch_size = recipe.train.batch_size
-        self.per_epoch = len(data.images) // batch_size  # an incomplete batch is dropped: delta is carried by position
-        self.labels = data.require_labels().to(device) if recipe.objective.name == "supcon" else None
+        self._known_labels = data.require_labels().to(device) if recipe.reads_labels else None
         self.precision = pick_precision(recipe.train.precision, device)
         prepare(device, deterministic=recipe.train.deterministic, precision=self.precision)
         compiled = pick_compile(recipe, len(data.images), device, talk=talk)
         self.computation = computation(device, precision=self.precision, compiled=compiled)
-        self.recipe, self.device, self.world, self.ledger = recipe, device, world, ledger
-        self.share, self.shares = world.share(batch_size), world.shares(batch_size)
+        self.data, self.device, self.world, self.talk, self.ledger = data, device, world, talk, ledger
         self.images = to_device(data.images, device=device)
-        self.batches = recipe.batches(len(data.images))
-        self.updates = self.batches * recipe.replays
-        self.step = 0
+        self.parts, self.digest = recipe.parts(), recipe.digest()
+        self.total = recipe.updates(len(data.images))
         self.encoder = build_encoder(recipe.model, generator=addressed_generator("init", recipe.seed)).to(device)
         self.encoder.backbone.memory = recipe.train.memory
         if recipe.train.batch_norm == "synchronised":
             synchronise(self.encoder, device=device, world=world)
         self.average = Average(self.encoder, decay=recipe.train.average)
         if compiled:
-            self.encoder.compile(dynamic=False)  # crops of a group have one shape all along
+            self.encoder.compile(dynamic=False)  # crops of a group have one shape all along a phase
         self.gradients = GradientSum(list(self.encoder.parameters()), world)
         self.signals = Agreement(world)
-        self.optimizer = LarsOptimizer(list(self.encoder.parameters()), recipe.optimizer)
-        self.adversary = build_adversary(recipe.adversary)
+        self.enter(0)
+
+    def enter(self, phase: int) -> None:
+        """Stand before the first batch of a phase, with the weights as they are."""
+        count, earlier = len(self.images), self.parts[:phase]
+        self.phase, self.recipe, self.step = phase, self.parts[phase], 0
+        batch_size = self.recipe.train.batch_size
+        self.per_epoch = count // batch_size  # an incomplete batch is dropped: delta is carried by position
+        self.batches, self.updates = self.recipe.batches(count), self.recipe.updates(count)
+        self.share, self.shares = self.world.share(batch_size), self.world.shares(batch_size)
+        self.labels = self._known_labels if self.recipe.reads_labels else None
+        self.optimizer = LarsOptimizer(list(self.encoder.parameters()), self.recipe.optimizer)
+        self.adversary = build_adversary(self.recipe.adversary)
         self.journal = Journal(
-            recipe,
-            data,
-            device=device,
-            talk=talk,
-            ledger=ledger,
+            self.recipe,
+            self.data,
+            device=self.device,
+            talk=self.talk,
+            ledger=self.ledger,
             updates=self.updates,
             per_epoch=self.per_epoch,
             share=min(self.shares),
+            before={
+                "step": sum(part.updates(count) for part in earlier),
+                "batch": sum(part.batches(count) for part in earlier),
+                "epoch": sum(part.batches(count) / (count // part.train.batch_size) for part in earlier),
+                "phase": phase if len(self.parts) > 1 else None,
+            },
+            total=self.total,
         )
+
+    def where(self) -> Where:
+        """The position in the whole run."""
+        return self.journal.where(self.step)
 
     def train(self, folder: Path, *, stop: Callable[[], int]) -> int:
         """Train from where the run stands to its end, or until `stop` returns a signal's number.
@@ -106,11 +129,20 @@ class Trainer:
             Diverged: A loss, gradient or weight is not finite; nothing of it was saved.
             CfamcError: A checkpoint could not be written.
         """
+        prefetch = Prefetch(self.crops_of, self.device)
+        while True:
+            signal = self._train_phase(prefetch, folder, stop=stop)
+            if signal or self.phase + 1 == len(self.parts):
+                return signal
+            self.average.hand_over()
+            self.enter(self.phase + 1)
+
+    def _train_phase(self, prefetch: Prefetch, folder: Path, *, stop: Callable[[], int]) -> int:
+        """As `train`, to the end of the phase."""
         self.encoder.train()
         if self.step == 0:
             self.average.start()  # the first weights may be another run's, put in after this was made
         self.journal.start(self.step)
-        prefetch = Prefetch(self.crops_of, self.device)
         while True:
             batch = self.step // self.recipe.replays
             # A checkpoint of this moment is older than its evaluation, which a run that goes on from there makes again.
@@ -148,7 +180,7 @@ class Trainer:
             self.journal.after_batch(self.encoder, z, crops, self.adversary.delta, loss_beside, step=self.step)
             if self._saves_after(batch + 1):
                 self.save(folder)
-            if self.step == self.updates:
+            if self.where()["step"] == self.total:
                 self.signals.heard()  # so that nothing stays under way
             elif signal := self.signals.ask(stop()):
                 self.save(folder)
@@ -193,7 +225,7 @@ class Trainer:
         return self.shares if own >= min(self.shares) else [own] * self.world.size
 
     def learning_rate(self) -> float:
-        """The learning rate of the coming weight update."""
+        """The learning rate of the coming weight update, in its phase."""
         return learning_rate(
             self.step,
             base=self.recipe.optimizer.lr,
@@ -207,7 +239,7 @@ class Trainer:
         """The crops of this process's share of a batch, and for supcon the labels of the whole batch."""
         epoch, index = divmod(batch, self.per_epoch)
         size = self.recipe.train.batch_size
-        order = epoch_order(self.recipe.seed, epoch, len(self.images))[index * size : (index + 1) * size]
+        order = epoch_order(self.recipe.seed, epoch, len(self.images), self.phase)[index * size : (index + 1) * size]
         height, width = self.images.shape[-2:]
         lists = []
         for group, generator in zip(self.recipe.crops, self._generators("crops", batch), strict=True):
@@ -225,14 +257,18 @@ class Trainer:
         return crops, None if self.labels is None else self.labels[moved]
 
     def _generators(self, purpose: Literal["crops", "delta"], batch: int) -> list[torch.Generator]:
-        epoch, index = divmod(batch, self.per_epoch)
+        address = self.recipe.seed, *phase_address(self.phase), *divmod(batch, self.per_epoch)
         rank = self.world.rank if purpose == "delta" else 0
-        groups = range(len(self.recipe.crops))
-        return [addressed_generator(purpose, self.recipe.seed, epoch, index, group, rank) for group in groups]
+        return [addressed_generator(purpose, *address, group, rank) for group in range(len(self.recipe.crops))]
 
     def _evaluates_after(self, batches: int) -> bool:
-        """Whether an evaluation is due when so many batches are done: at epochs of the recipe's choice, and the end."""
+        """Whether an evaluation is due when so many batches are done: at epochs of the recipe's choice, and the end.
+
+        The end of a phase is the beginning of the next, which makes none of its own.
+        """
         every, (epoch, rest) = self.recipe.train.evaluate_every, divmod(batches, self.per_epoch)
+        if batches == 0 and self.phase > 0:
+            return False
         return every > 0 and (batches == self.batches or (rest == 0 and epoch % every == 0))
 
     def _saves_after(self, batches: int) -> bool:
@@ -263,8 +299,9 @@ class Trainer:
         state = {f"momentum.{index:04d}": buffer for index, buffer in enumerate(self.optimizer.momentum)}
         state |= {f"delta.{index:04d}": part for index, part in enumerate(delta)}
         state |= {"journal": self.journal.rows()} | self.average.raw()
-        progress = {"step": self.step, "recipe": self.recipe.digest(), "positions": self.ledger.positions()}
-        path = checkpoints.save(folder, self.step, Checkpoint(self.average.encoder.state_dict(), state, progress))
+        step = self.where()["step"]
+        progress = {"step": step, "phase": self.phase, "recipe": self.digest, "positions": self.ledger.positions()}
+        path = checkpoints.save(folder, step, Checkpoint(self.average.encoder.state_dict(), state, progress))
         checkpoints.prune(folder, newest=path, keep=self.recipe.train.keep)
 
     def load(self, saved: Checkpoint, *, path: Path) -> None:
@@ -275,8 +312,15 @@ class Trainer:
         """
         self.average.load(saved.model, saved.state, path=path)
         try:
-            if saved.progress["recipe"] != self.recipe.digest():
+            if saved.progress["recipe"] != self.digest:
                 raise ValueError("another recipe")
+            step, phase = saved.progress["step"], saved.progress.get("phase", 0)  # the first runs had one phase
+            if not isinstance(step, int) or not isinstance(phase, int) or not 0 <= phase < len(self.parts):
+                raise ValueError("no position")
+            self.enter(phase)
+            step -= self.where()["step"]
+            if step % self.recipe.replays or not 0 <= step <= self.updates:
+                raise ValueError("not the end of a batch of its phase")
             for index, buffer in enumerate(self.optimizer.momentum):
                 kept = saved.state[f"momentum.{index:04d}"]
                 if kept.shape != buffer.shape or kept.dtype != buffer.dtype:
@@ -285,9 +329,6 @@ class Trainer:
             delta = [saved.state[name] for name in sorted(saved.state) if name.startswith("delta.")]
             self.adversary.delta = [_channels_last(part[:, self.share].to(self.device)) for part in delta]
             self.journal.load(saved.state["journal"].to(self.device))
-            step = saved.progress["step"]
-            if not isinstance(step, int) or step % self.recipe.replays:
-                raise ValueError("not the end of a batch")
             self.step = step
         except (LookupError, RuntimeError, TypeError, ValueError, AssertionError) as error:
             cause = f"{path}: its state does not fit the recipe"

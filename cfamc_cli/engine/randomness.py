@@ -40,20 +40,26 @@ def addressed_generator(*address: int | str) -> torch.Generator:
     return torch.Generator(device="cpu").manual_seed(addressed_seed(*address))
 
 
+def phase_address(phase: int) -> tuple[int | str, ...]:
+    """What the addresses of a phase hold in addition, so that no two phases draw alike: nothing in the first, 0."""
+    return ("phase", phase) if phase else ()
+
+
 @functools.lru_cache(maxsize=1)
-def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
+def epoch_order(seed: int, epoch: int, count: int, phase: int = 0) -> Tensor:
     """Shuffle the images of one epoch.
 
     Args:
         seed: The recipe's seed.
-        epoch: Counts from 0.
+        epoch: Counts from 0 in each phase.
         count: Number of images.
+        phase: Counts from 0.
 
     Returns:
         A permutation of 0 .. count - 1: int64, (count,), on the CPU. To be read only: the last one is kept, so that
         the batches of an epoch draw it once.
     """
-    return torch.randperm(count, generator=addressed_generator("order", seed, epoch))
+    return torch.randperm(count, generator=addressed_generator("order", seed, *phase_address(phase), epoch))
 
 
 def balanced_order(labels: Tensor, *address: int | str) -> Tensor:

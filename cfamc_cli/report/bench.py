@@ -68,6 +68,8 @@ def _sections(record: BenchRecord, variant: Variant, cost: TrainingCost) -> Shee
     rows.append(("whole batch", *(("",) if on_device else ()), _ms(cost.batch_seconds), "100.0 %"))
     title = f"{record.name} on {record.environment.device}: a batch's time, {variant.words}"
     notes = [f"Medians of {cost.batches} batches of the training loop, on random images."]
+    if cost.phases > 1:
+        notes.append(f"A batch is of the first of {cost.phases} phases; memory and the whole run are of all of them.")
     if cost.launches is not None:
         notes.append(f"A batch makes {cost.launches:,} launches and {cost.waits:,} waits for the device.")
     apart = [

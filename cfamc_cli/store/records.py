@@ -429,6 +429,7 @@ class TrainingCost(Part):
     evaluation_seconds: Seconds  # of one online evaluation; 0 where the recipe has none
     checkpoint_seconds: Seconds  # of one checkpoint
     predicted: Spread  # the whole run
+    phases: Annotated[int, Field(ge=1)] = 1  # of the run; but for memory and what is predicted all is of the first
 
 
 class Variant(Part):
@@ -581,6 +582,7 @@ class Line(Part):
     step: Count
     batch: Count
     epoch: Annotated[float, Field(ge=0)]
+    phase: Count | None = None  # 0 for the recipe's own tables, 1 for its first [[phase]]; None where there is none
 
     def written(self) -> dict[str, object]:
         """The line as JSON holds it; what was not measured is left out."""
