@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import sys
 import weakref
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+from unittest import mock
 
 import torch
 from fixed_inputs import uniform
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from cfamc_cli.engine import checkpoint, distributed
 from cfamc_cli.engine.batch_norm import synchronise
 from cfamc_cli.engine.data.sets import ImageSet
+from cfamc_cli.engine.journal import Journal
 from cfamc_cli.engine.objectives import Terms, objective_loss
 from cfamc_cli.engine.pretrain import Trainer
 from cfamc_cli.engine.sink import NullLedger, NullTalk
@@ -44,8 +47,9 @@ def trained(
     world: distributed.World,
     start: Path | None = None,
     norm: Literal["frozen", "synchronised"] = "frozen",
+    phases: Sequence[Mapping[str, Any]] = (),
 ) -> tuple[Trainer, list[list[float]]]:
-    """Two batches, or the second of them after `start`: the trainer, and loss and gradient norm of each update."""
+    """Two batches and `phases`, or what is after `start`: the trainer, and loss and gradient norm of each update."""
     recipe = tiny_recipe(
         objective,
         adversary,
@@ -54,27 +58,29 @@ def trained(
             "batch_size": BATCH,
             "checkpoint_every": 1,
             "average": 0.9,
+            "keep": 9,
             "batch_norm": "synchronised" if norm == "synchronised" else "local",
             "memory": "recompute" if norm == "synchronised" and world.size > 1 else "full",
         },
         # with room to move, rounding would turn signs, and they the rest
         adversary={"eps": "0"} if (norm, adversary) == ("synchronised", "pgd") else {},
         optimizer={"lr": 0.05},
+        phase=phases,
     )
     trainer = Trainer(recipe, IMAGES, device=torch.device("cpu"), world=world, talk=NullTalk(), ledger=NullLedger())
     if norm == "frozen":
         trainer.encoder.eval()
         trainer.encoder.train = lambda mode=True: trainer.encoder  # type: ignore[method-assign]
-    updates, add = [], trainer.journal.add
+    updates, add = [], Journal.add
 
-    def note(terms: Terms, gradient_norm: Tensor, *, lr: float) -> None:
+    def note(journal: Journal, terms: Terms, gradient_norm: Tensor, *, lr: float) -> None:
         updates.append([terms.loss.item(), gradient_norm.item()])
-        add(terms, gradient_norm, lr=lr)
+        add(journal, terms, gradient_norm, lr=lr)
 
-    trainer.journal.add = note  # type: ignore[method-assign]
     if start is not None:
         trainer.load(checkpoint.load(start), path=start)
-    trainer.train(folder, stop=lambda: 0)
+    with mock.patch.object(Journal, "add", note):
+        trainer.train(folder, stop=lambda: 0)
     return trainer, updates
 
 
@@ -154,6 +160,15 @@ def main(own: Path, other: Path) -> None:
     for objective, adversary in (("simclr", "pgd"), ("emp-ssl", "none"), ("emp-ssl", "free")):
         name = f"{objective} {adversary} synchronised"
         found[name] = outcome(*trained(objective, adversary, own / name, world=world, norm="synchronised"))
+    # 11 images are shared evenly by nobody, as batches of 8 are by three
+    phases: list[dict[str, Any]] = [{"epochs": 1.0, "batch_size": 11, "adversary": {"name": "free", "replays": 1}}]
+    trainer, updates = trained("emp-ssl", "none", own / "phases", world=world, phases=phases)
+    found["phases"] = outcome(trainer, updates)
+    for step in (2, 3):  # the border, and within the second phase
+        start = own / f"phases/step-{step:08d}"
+        again, after = trained("emp-ssl", "none", own / f"after {step}", world=world, start=start, phases=phases)
+        assert after == updates[step:]
+        assert checkpoint.digest_of(again.encoder) == checkpoint.digest_of(trainer.encoder)
     found["norm error"] = norm_error(world)
     if world.leads:
         print(json.dumps(found))
