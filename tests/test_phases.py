@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -169,23 +169,21 @@ def test_a_run_of_phases_is_runs_that_start_from_each_other(
 
 
 def test_no_two_phases_draw_alike(tiny_images: ImageSet) -> None:
+    """The same epoch and batch of each; the first phase draws what a run without phases does."""
     phase = {"epochs": 0.25}
-    trainer = trainer_of(phased(phase, phase, adversary={"start": "random"}), tiny_images)
-    alone = trainer_of(tiny_recipe(train=SHORT, adversary={"start": "random"}), tiny_images)
-    orders, crops, deltas = [], [], []
+    trainer, alone = trainer_of(phased(phase, phase), tiny_images), trainer_of(tiny_recipe(train=SHORT), tiny_images)
+    crops, deltas, orders = [], [], []
     for number in range(3):
         trainer.enter(number)
+        crops.append(trainer._generators("crops", 0)[0].initial_seed())
+        deltas.append(trainer._generators("delta", 0)[0].initial_seed())
         orders.append(randomness.epoch_order(0, 0, 64, number).tolist())
-        crops.append(trainer.crops_of(0)[0][0])
-        trainer.adversary.begin([crops[-1]], trainer._generators("delta", 0))
-        deltas.append(trainer.adversary.delta[0])
-    assert torch.equal(crops[0], alone.crops_of(0)[0][0])
+    assert len({*crops, *deltas}) == 6
+    assert len(set(map(tuple, orders))) == 3
+    assert [sorted(order) for order in orders] == [list(range(64))] * 3
+    assert crops[0] == alone._generators("crops", 0)[0].initial_seed()
+    assert deltas[0] == alone._generators("delta", 0)[0].initial_seed()
     assert orders[0] == randomness.epoch_order(0, 0, 64).tolist()
-    for found in (*pairwise(orders), (orders[0], orders[2])):
-        assert found[0] != found[1]
-        assert sorted(found[0]) == sorted(found[1])
-    for drawn in (crops, deltas):
-        assert not any(torch.equal(one, other) for one, other in [*pairwise(drawn), (drawn[0], drawn[2])])
 
 
 def test_what_a_phase_does_not_give_is_the_recipes() -> None:
@@ -366,3 +364,32 @@ def test_a_command_trains_all_phases_in_one_run(tmp_path: Path, monkeypatch: pyt
     assert [path.name for path in run.checkpoints.iterdir() if path.name == "step-00000012"]
     settings = json.loads(run.resolved_json.read_text())["phase"]
     assert settings[1].keys() == {"epochs", "objective", "augment"}
+    assert cli.run(["export", "--part", "backbone", "--out", "weights", "--quiet"]) in (0, None)
+    assert (
+        "Pretrained with labels on folder with the emp-ssl objective and free adversarial training at eps 8/255, then with "
+        "the simclr objective and pgd adversarial training at eps 8/255, then with the supcon objective and free "
+        "adversarial training at eps 8/255, by cfamc"
+    ) in " ".join(Path("weights/README.md").read_text().split())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_phase_of_other_shapes_is_compiled_again_and_trains_alike(
+    tiny_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    counted = pytest.importorskip("torch._dynamo.testing").CompileCounterWithBackend("eager")
+    torch._dynamo.reset()
+    compiled = partial(torch.nn.Module.compile, backend=counted)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **given: compiled(self, **given))
+    phases = [
+        {"epochs": 0.25, "batch_size": 8 + place, "crops": [{"count": 1, "size": size}, {"count": 2, "size": 12}]}
+        | {"adversary": {"name": "pgd", "steps": 1}}
+        for place, size in enumerate((8, 9, 10, 11, 12))
+    ]
+    _, plain = trained(phased(*phases), tiny_images, tmp_path / "plain")
+    _, sink = trained(phased(*phases, train=SHORT | {"compile": True}), tiny_images, tmp_path / "compiled")
+    assert [line["loss"] for line in sink.records] == pytest.approx([line["loss"] for line in plain.records], rel=1e-3)
+    assert (
+        counted.frame_count == 1 + 5 * 4
+    )  # the first is free training; of PGD two groups, with statistics and without
+    assert "recompile_limit" not in caplog.text

@@ -86,6 +86,8 @@ class Trainer:
         """Stand before the first batch of a phase, with the weights as they are."""
         count, earlier = len(self.images), self.parts[:phase]
         self.phase, self.recipe, self.step = phase, self.parts[phase], 0
+        if earlier and self.computation.compiled:
+            torch.compiler.reset()  # what was compiled for other shapes counts against a limit: beyond it all is eager
         batch_size = self.recipe.train.batch_size
         self.per_epoch = count // batch_size  # an incomplete batch is dropped: delta is carried by position
         self.batches, self.updates = self.recipe.batches(count), self.recipe.updates(count)
