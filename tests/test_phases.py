@@ -308,7 +308,15 @@ def test_checkpoints_of_runs_before_there_were_phases_are_read(tiny_images: Imag
 
 
 @pytest.mark.parametrize(
-    "progress", [{"phase": 3}, {"phase": -1}, {"phase": "1"}, {"phase": 0, "step": 7}, {"phase": 2, "step": 8}]
+    "progress",
+    [
+        {"phase": 3},
+        {"phase": -1, "step": 9},
+        {"phase": "1"},
+        {"step": 8.0},
+        {"phase": 0, "step": 9},
+        {"phase": 2, "step": 6},
+    ],
 )
 def test_a_position_that_is_of_no_phase_is_refused(
     progress: dict[str, object], tiny_images: ImageSet, tmp_path: Path
@@ -366,8 +374,8 @@ def test_a_command_trains_all_phases_in_one_run(tmp_path: Path, monkeypatch: pyt
     assert settings[1].keys() == {"epochs", "objective", "augment"}
     assert cli.run(["export", "--part", "backbone", "--out", "weights", "--quiet"]) in (0, None)
     assert (
-        "Pretrained with labels on folder with the emp-ssl objective and free adversarial training at eps 8/255, then with "
-        "the simclr objective and pgd adversarial training at eps 8/255, then with the supcon objective and free "
+        "Pretrained with labels on folder with the emp-ssl objective and free adversarial training at eps 8/255, then "
+        "with the simclr objective and pgd adversarial training at eps 8/255, then with the supcon objective and free "
         "adversarial training at eps 8/255, by cfamc"
     ) in " ".join(Path("weights/README.md").read_text().split())
 

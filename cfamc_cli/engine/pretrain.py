@@ -62,7 +62,7 @@ class Trainer:
             CfamcError: As for `Recipe.require_fit` and `synchronise`; supcon without labels.
         """
         recipe.require_fit(len(data.images), processes=world.size)
-        self._known_labels = data.require_labels().to(device) if recipe.reads_labels else None
+        self.labels = data.require_labels().to(device) if recipe.reads_labels else None
         self.precision = pick_precision(recipe.train.precision, device)
         prepare(device, deterministic=recipe.train.deterministic, precision=self.precision)
         compiled = pick_compile(recipe, len(data.images), device, talk=talk)
@@ -92,7 +92,6 @@ class Trainer:
         self.per_epoch = count // batch_size  # an incomplete batch is dropped: delta is carried by position
         self.batches, self.updates = self.recipe.batches(count), self.recipe.updates(count)
         self.share, self.shares = self.world.share(batch_size), self.world.shares(batch_size)
-        self.labels = self._known_labels if self.recipe.reads_labels else None
         self.optimizer = LarsOptimizer(list(self.encoder.parameters()), self.recipe.optimizer)
         self.adversary = build_adversary(self.recipe.adversary)
         self.journal = Journal(
@@ -238,7 +237,7 @@ class Trainer:
 
     @section("crops")
     def crops_of(self, batch: int) -> tuple[Groups, Tensor | None]:
-        """The crops of this process's share of a batch, and for supcon the labels of the whole batch."""
+        """The crops of this process's share of a batch, and in a run that reads labels those of the whole batch."""
         epoch, index = divmod(batch, self.per_epoch)
         size = self.recipe.train.batch_size
         order = epoch_order(self.recipe.seed, epoch, len(self.images), self.phase)[index * size : (index + 1) * size]
