@@ -21,7 +21,7 @@ from tiny import tiny_recipe
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.recipe import file, wording
 from cfamc_cli.recipe.plan import plan
-from cfamc_cli.recipe.schema import FreeAdversary, Lars, Recipe
+from cfamc_cli.recipe.schema import Cosine, FreeAdversary, Lars, Recipe
 
 MINIMAL = """schema = 1
 name = "minimal"
@@ -605,8 +605,18 @@ def test_a_setting_of_a_phase_is_changed_beside_those_of_the_recipe(write: Any) 
     assert phase.augment == recipe.augment.model_copy(update={"flip": 0})
     assert (recipe.crops[0].size, recipe.augment.flip) == (32, 0.5)
     assert phase.optimizer is None
-    (phase,) = file.load(str(write(MINIMAL)), overrides=["phase=[{epochs=1}]", "phase.0.optimizer.lr=0.1"]).phase
+    overrides = ["phase=[{epochs=1}]", "phase.0.optimizer.lr=0.1", "phase.0.schedule.warmup=2"]
+    (phase,) = file.load(str(write(MINIMAL)), overrides=overrides).phase
     assert phase.optimizer == Lars(lr=0.1)
+    assert phase.schedule == Cosine(name="cosine", warmup=2)
+
+
+def test_a_phase_is_held_to_its_own_tables_also_beside_broken_ones_of_the_recipe() -> None:
+    own = "phase=[{epochs=1, crops=[{count=2}], adversary={name='free', views='second'}}]"
+    assert problems("crops.0.count=0", own) == [
+        "crops.0.count: must be at least 1, not 0",
+        'phase.0.adversary.views: "second" perturbs the second group of crops, and there is one group',
+    ]
 
 
 def test_all_problems_come_in_one_message_also_across_tables_beside_broken_ones() -> None:
