@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cfamc_cli.recipe.schema import EmpSsl, SimClr, SupCon
+from cfamc_cli.recipe.schema import Clusters, EmpSsl, SimClr, SupCon
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,11 @@ class Terms:
     parts: dict[str, Tensor]  # detached scalars by name
 
 
-def objective_loss(z: Tensor, labels: Tensor | None, *, objective: EmpSsl | SimClr | SupCon) -> Terms:
-    """The recipe's objective for z (V, B, D); labels (B,) are read by supcon alone.
+def objective_loss(z: Tensor, labels: Tensor | None, *, objective: EmpSsl | SimClr | SupCon | Clusters) -> Terms:
+    """The recipe's objective for z (V, B, D); labels (B,) are read by supcon, clusters (B,) by clusters.
 
     Raises:
-        ValueError: supcon without labels.
+        ValueError: supcon without labels, or clusters without clusters.
     """
     with torch.autocast(z.device.type, enabled=False):
         z = z if z.dtype == torch.float64 else z.float()
@@ -47,6 +47,10 @@ def objective_loss(z: Tensor, labels: Tensor | None, *, objective: EmpSsl | SimC
                 if labels is None:
                     raise ValueError("supcon needs labels")
                 return Terms(sup_con(z, labels, temperature=objective.temperature), {})
+            case Clusters():
+                if labels is None:
+                    raise ValueError("clusters need to be found first")
+                return Terms(cluster_loss(z, labels, count=objective.count, temperature=objective.temperature), {})
             case _:
                 assert_never(objective)
 
@@ -138,6 +142,24 @@ def sup_con(z: Tensor, labels: Tensor, *, temperature: float) -> Tensor:
     groups = labels.repeat(views)
     positive = (groups[:, None] == groups[None, :]) & ~itself
     return -((log_p * positive).sum(1) / positive.sum(1)).mean()
+
+
+def cluster_loss(z: Tensor, clusters: Tensor, *, count: int, temperature: float) -> Tensor:
+    """Cross-entropy of finding the cluster of an image from each of its crops.
+
+    The first `count` coordinates of an embedding, over the temperature, are its logits: the classifier is fixed and
+    orthonormal, and the layers before it learn to meet it.
+
+    Args:
+        z: Unit-norm embeddings (V, B, D), D >= count.
+        clusters: (B,) integers in 0 .. count - 1.
+        count: k.
+        temperature: > 0.
+
+    Source: Hoffer et al., arXiv:1801.04540 (a fixed classifier); the clusters are those of arXiv:1807.05520.
+    """
+    logits = z[..., :count].flatten(0, 1) / temperature  # (V B, k)
+    return F.cross_entropy(logits, clusters.repeat(len(z)))
 
 
 def effective_rank(z: Tensor) -> Tensor:

@@ -105,7 +105,7 @@ def learning_rate(
     Args:
         step: 0 to updates - 1.
         base: The recipe's lr.
-        schedule: "cosine" falls to zero over all updates after a linear rise; "official-cosine" has the period of
+        schedule: "cosine" falls to its end over all updates after a linear rise; "official-cosine" has the period of
             updates / replays, so that lr rises again (an error of the official free scripts, for reproduction).
         updates: Weight updates of the whole run.
         replays: m.
@@ -113,10 +113,11 @@ def learning_rate(
     Source: Loshchilov and Hutter, arXiv:1608.03983, eq. 5 without restarts.
     """
     match schedule:
-        case Cosine(warmup=warmup):
+        case Cosine(warmup=warmup, end=end):
             if step < warmup:
                 return base * (step + 1) / warmup
-            return base * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, updates - warmup)))
+            fallen = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, updates - warmup)))
+            return base * (end + (1 - end) * fallen)
         case OfficialCosine():
             return base * 0.5 * (1 + math.cos(math.pi * step / (updates / replays)))
         case _:

@@ -20,12 +20,14 @@ from cfamc_cli.engine.adversary import Groups, LossOf, build_adversary
 from cfamc_cli.engine.average import Average
 from cfamc_cli.engine.batch_norm import synchronise
 from cfamc_cli.engine.checkpoint import Checkpoint
+from cfamc_cli.engine.clusters import cluster
 from cfamc_cli.engine.crops import cut, sample_parameters
 from cfamc_cli.engine.data.sets import ImageSet, to_device
 from cfamc_cli.engine.data.sets import batch as gather
 from cfamc_cli.engine.device import autocast, computation, move_together, pick_compile, pick_precision, prepare
 from cfamc_cli.engine.distributed import Agreement, GradientSum, World, gather_embeddings, gather_images
 from cfamc_cli.engine.encoder import build_encoder, frozen_statistics
+from cfamc_cli.engine.heads.frozen import extract_features
 from cfamc_cli.engine.journal import Journal
 from cfamc_cli.engine.monitor import Where
 from cfamc_cli.engine.objectives import Terms, objective_loss
@@ -35,7 +37,7 @@ from cfamc_cli.engine.randomness import addressed_generator, epoch_order, phase_
 from cfamc_cli.engine.sections import section
 from cfamc_cli.engine.sink import Ledger, Talk
 from cfamc_cli.errors import bad_data
-from cfamc_cli.recipe.schema import FreeAdversary, Recipe
+from cfamc_cli.recipe.schema import Clusters, FreeAdversary, Recipe
 
 
 class Trainer:
@@ -92,6 +94,7 @@ class Trainer:
         self.per_epoch = count // batch_size  # an incomplete batch is dropped: delta is carried by position
         self.batches, self.updates = self.recipe.batches(count), self.recipe.updates(count)
         self.share, self.shares = self.world.share(batch_size), self.world.shares(batch_size)
+        self.clusters: Tensor | None = None  # of the images, where the objective is to find them
         self.optimizer = LarsOptimizer(list(self.encoder.parameters()), self.recipe.optimizer)
         self.adversary = build_adversary(self.recipe.adversary)
         self.journal = Journal(
@@ -142,7 +145,7 @@ class Trainer:
         """As `train`, to the end of the phase."""
         self.encoder.train()
         if self.step == 0:
-            self.average.start()  # the first weights may be another run's, put in after this was made
+            self._begin()
         self.journal.start(self.step)
         while True:
             batch = self.step // self.recipe.replays
@@ -187,6 +190,25 @@ class Trainer:
                 self.save(folder)
                 return signal
 
+    @section("clusters")
+    def _begin(self) -> None:
+        """Take what a phase starts from of the weights as they are; they may be another run's, put in just now."""
+        self.average.start()
+        if not isinstance(self.recipe.objective, Clusters):
+            return
+        features = extract_features(
+            self.encoder,
+            self.images,
+            device=self.device,
+            each=lambda done, total: self.talk.progress("clusters", done, total, {}),
+            world=self.world,
+            precision=self.precision,
+        )
+        generator = addressed_generator("clusters", self.recipe.seed, *phase_address(self.phase))
+        self.clusters = cluster(
+            features, count=self.recipe.objective.count, generator=generator
+        )  # (N,), in all processes
+
     @section("forward")
     def embed(self, groups: Sequence[Tensor]) -> Groups:
         """The embeddings of this process's crops: (V, own images, D), unit norm; no tensor for no group."""
@@ -206,7 +228,7 @@ class Trainer:
         Args:
             moved: The groups that it moves, or the first images of each process's share of them.
             still: Embeddings of the same images in the groups that it spares: (V, own images, D) or nothing.
-            labels: Of the whole batch, for supcon.
+            labels: Of the whole batch, or its clusters, for the objectives that read them.
         """
         if labels is not None:
             shares = zip(labels.split(self.shares), self._counts(moved[0].shape[1]), strict=True)
@@ -237,7 +259,7 @@ class Trainer:
 
     @section("crops")
     def crops_of(self, batch: int) -> tuple[Groups, Tensor | None]:
-        """The crops of this process's share of a batch, and in a run that reads labels those of the whole batch."""
+        """The crops of this process's share of a batch, and what labels there are, of the whole batch."""
         epoch, index = divmod(batch, self.per_epoch)
         size = self.recipe.train.batch_size
         order = epoch_order(self.recipe.seed, epoch, len(self.images), self.phase)[index * size : (index + 1) * size]
@@ -255,7 +277,8 @@ class Trainer:
             _channels_last(cut(images, own, size=group.size))
             for group, own in zip(self.recipe.crops, lists, strict=True)
         ]
-        return crops, None if self.labels is None else self.labels[moved]
+        labels = self.labels if self.clusters is None else self.clusters
+        return crops, None if labels is None else labels[moved]
 
     def _generators(self, purpose: Literal["crops", "delta"], batch: int) -> list[torch.Generator]:
         address = self.recipe.seed, *phase_address(self.phase), *divmod(batch, self.per_epoch)
@@ -300,6 +323,7 @@ class Trainer:
         state = {f"momentum.{index:04d}": buffer for index, buffer in enumerate(self.optimizer.momentum)}
         state |= {f"delta.{index:04d}": part for index, part in enumerate(delta)}
         state |= {"journal": self.journal.rows()} | self.average.raw()
+        state |= {} if self.clusters is None else {"clusters": self.clusters}
         step = self.where()["step"]
         progress = {"step": step, "phase": self.phase, "recipe": self.digest, "positions": self.ledger.positions()}
         path = checkpoints.save(folder, step, Checkpoint(self.average.encoder.state_dict(), state, progress))
@@ -330,10 +354,24 @@ class Trainer:
             delta = [saved.state[name] for name in sorted(saved.state) if name.startswith("delta.")]
             self.adversary.delta = [_channels_last(part[:, self.share].to(self.device)) for part in delta]
             self.journal.load(saved.state["journal"].to(self.device))
+            if step and isinstance(self.recipe.objective, Clusters):
+                found = _checked_clusters(saved.state["clusters"], self.recipe.objective.count, images=len(self.images))
+                self.clusters = found.to(self.device)
             self.step = step
         except (LookupError, RuntimeError, TypeError, ValueError, AssertionError) as error:
             cause = f"{path}: its state does not fit the recipe"
             raise bad_data(cause) from error
+
+
+def _checked_clusters(saved: Tensor, count: int, *, images: int) -> Tensor:
+    """The clusters of a checkpoint, if they are those of so many images.
+
+    Raises:
+        ValueError: They are not.
+    """
+    if saved.dtype != torch.int64 or saved.shape != (images,) or not bool(((saved >= 0) & (saved < count)).all()):
+        raise ValueError("other images' clusters")
+    return saved
 
 
 def _channels_last(crops: Tensor) -> Tensor:

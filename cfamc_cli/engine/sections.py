@@ -25,6 +25,7 @@ Section = Literal[
     # now and then
     "monitor",
     "evaluation",
+    "clusters",
     "checkpoint",
 ]
 _listening: Clock | None = None

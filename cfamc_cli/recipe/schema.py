@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from fractions import Fraction
@@ -299,6 +299,17 @@ class SupCon(Table):
     temperature: Positive = 0.07
 
 
+class Clusters(Table):
+    """Pseudo-labels: each crop's cluster, of `count` that the encoder's own features form when the phase begins.
+
+    DeepCluster, arXiv:1807.05520, as a second stage of adversarial training DynACL++, arXiv:2303.02203.
+    """
+
+    name: Literal["clusters"]
+    count: Annotated[int, Field(ge=2, le=65536)] = 50  # several a class: it should be no hint at how many there are
+    temperature: Positive = 0.1
+
+
 class NoAdversary(Table):
     """Clean training."""
 
@@ -344,10 +355,11 @@ class Lars(Table):
 
 
 class Cosine(Table):
-    """Cosine to zero over all weight updates, after `warmup` updates of linear rise."""
+    """Cosine over all weight updates of a phase, after `warmup` updates of linear rise."""
 
     name: Literal["cosine"]
     warmup: Annotated[int, Field(ge=0, le=10**9)] = 0  # weight updates
+    end: Annotated[float, Field(ge=0, lt=1), Later()] = 0.0  # where it falls to, as a share of lr
 
 
 class OfficialCosine(Table):
@@ -557,7 +569,7 @@ class AutoAttackAttack(EpsAttack):
 
 
 CropGroups = Annotated[tuple[Crops, ...], Field(strict=False, min_length=1, max_length=16)]
-Objective = Annotated[EmpSsl | SimClr | SupCon, Field(discriminator="name")]
+Objective = Annotated[EmpSsl | SimClr | SupCon | Clusters, Field(discriminator="name")]
 Adversary = Annotated[NoAdversary | PgdAdversary | FreeAdversary, Field(discriminator="name")]
 Schedule = Annotated[Cosine | OfficialCosine, Field(discriminator="name")]
 Probe = Annotated[Linear | RobustLinear | AggregatedCrops | Knn | Finetune, Field(discriminator="head")]
@@ -757,10 +769,18 @@ def _as_before(settings: Mapping[str, Any], table: type[Table]) -> dict[str, Any
             if isinstance(mark, Later) and value == field.default:
                 del kept[key]
                 kept |= {} if mark.before is None else {key: mark.before}
-        if len(forms) != 1:  # no table of several forms has such a field
-            continue
-        if isinstance(value, dict):
-            kept[key] = _as_before(value, forms[0])
-        elif isinstance(value, list):
-            kept[key] = [_as_before(entry, forms[0]) if isinstance(entry, dict) else entry for entry in value]
+        if isinstance(value, dict) and forms:
+            kept[key] = _as_before(value, _form_of(value, forms))
+        elif isinstance(value, list) and forms:
+            kept[key] = [_as_before(entry, _form_of(entry, forms)) for entry in value]
     return kept
+
+
+def _form_of(settings: Mapping[str, Any], forms: Sequence[type[Table]]) -> type[Table]:
+    """Which of the tables that a place allows these settings are of: the only one, or the one of their name."""
+    tag = "head" if "head" in settings else "name"
+    return (
+        forms[0]
+        if len(forms) == 1
+        else next(form for form in forms if settings[tag] in get_args(form.model_fields[tag].annotation))
+    )

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cfamc_cli.engine.data.sets import ImageSet
-from cfamc_cli.engine.device import Precision, full_precision, move
+from cfamc_cli.engine.device import Precision, autocast, full_precision, held_to, move
 from cfamc_cli.engine.distributed import ALONE, World, pooled
 from cfamc_cli.engine.encoder import Encoder
 from cfamc_cli.engine.heads.classifier import (
@@ -132,8 +132,9 @@ def extract_features(
     crops: CropSource | None = None,
     each: Each = _silent,
     world: World = ALONE,
+    precision: Precision = "float32",
 ) -> Tensor:
-    """Features of images, in eval mode and float32; the encoder is left as it was.
+    """Features of images, in eval mode; the encoder is left as it was.
 
     Args:
         encoder: On `device`.
@@ -143,6 +144,7 @@ def extract_features(
         crops: Read the mean over these crops of each image; None reads the whole image.
         each: Told after each chunk how many of N samples are done.
         world: The processes that share the chunks, each called with the same arguments.
+        precision: Of the passes.
 
     Returns:
         (N, F) float32 on `device`, in every process.
@@ -151,14 +153,14 @@ def extract_features(
     encoder.eval()
     read = torch.empty(len(images), feature_dim(encoder, features), device=device)  # filled in place: no room for two
     size = _CHUNK if crops is None else max(1, _CHUNK // crops.group.count)
-    with full_precision(device):
+    with held_to(device, precision), autocast(device, precision):
         for first in range(0, len(images), size * world.size):
             last = min(first + size * world.size, len(images))
             own = torch.arange(first, last)[world.rank * size :][:size]  # the same chunks however many share them
             part = read[:0]
             if len(own):
                 x = _as_floats(images[own[0] : own[-1] + 1], device=device)
-                part = read_features(encoder, x, own, features=features, crops=crops)
+                part = read_features(encoder, x, own, features=features, crops=crops).float()
             read[first:last] = torch.cat(pooled(part, world))
             each(last, len(images))
     encoder.train(training)
