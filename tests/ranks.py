@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from cfamc_cli.engine import checkpoint, distributed
 from cfamc_cli.engine.batch_norm import synchronise
 from cfamc_cli.engine.data.sets import ImageSet
+from cfamc_cli.engine.heads import frozen
 from cfamc_cli.engine.journal import Journal
 from cfamc_cli.engine.objectives import Terms, objective_loss
 from cfamc_cli.engine.pretrain import Trainer
@@ -169,6 +170,14 @@ def main(own: Path, other: Path) -> None:
         again, after = trained("emp-ssl", "none", own / f"after {step}", world=world, start=start, phases=phases)
         assert after == updates[step:]
         assert checkpoint.digest_of(again.encoder) == checkpoint.digest_of(trainer.encoder)
+    frozen._CHUNK = 5  # so that each process reads features
+    trainer, updates = trained(
+        *("emp-ssl", "none", own / "clusters"),
+        world=world,
+        phases=[{"epochs": 0.5, "objective": {"name": "clusters", "count": 5}}],
+    )
+    assert trainer.clusters is not None
+    found["clusters"] = outcome(trainer, updates) | {"clusters": trainer.clusters.double().tolist()}
     found["norm error"] = norm_error(world)
     if world.leads:
         print(json.dumps(found))

@@ -52,7 +52,7 @@ def flat(value: object) -> list[float]:
     return [value]
 
 
-SYSTEMS = ("emp-ssl free", "simclr free", "supcon pgd", "emp-ssl none", "phases")
+SYSTEMS = ("emp-ssl free", "simclr free", "supcon pgd", "emp-ssl none", "phases", "clusters")
 SYNCHRONISED = ("simclr pgd synchronised", "emp-ssl none synchronised")
 
 

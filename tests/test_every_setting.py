@@ -71,6 +71,11 @@ TRAINED = [
             }
         ],
     },
+    BASE
+    | {
+        "objective": {"name": "emp-ssl"},
+        "phase": [{"epochs": 1.0, "objective": {"name": "clusters", "count": 3}}],
+    },
 ]
 
 # What is cheap, for the keys of these names in any table of a head or of an attack

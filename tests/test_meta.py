@@ -108,6 +108,13 @@ def watched_batches(images: ImageSet, objective: str, adversary: str, count: int
     return parts
 
 
+@pytest.mark.parametrize("adversary", ["none", "pgd", "free"])
+def test_clusters_are_found_without_waiting_and_are_where_the_steps_are(adversary: str, tiny_images: ImageSet) -> None:
+    first, second = watched_batches(tiny_images, "clusters", adversary, 2)
+    assert len(first.copies) == 2  # the places of the first centres
+    assert [line.split(":")[0] for line in second.copies] == ["device.py"]
+
+
 @pytest.mark.parametrize("objective", ["emp-ssl", "simclr", "supcon"])
 @pytest.mark.parametrize("adversary", ["none", "pgd", "free"])
 def test_a_step_waits_for_nothing_and_copies_once(objective: str, adversary: str, tiny_images: ImageSet) -> None:

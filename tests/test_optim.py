@@ -212,6 +212,21 @@ def test_warmup_rises_linearly_to_the_top_of_the_cosine() -> None:
     assert rates[8] == pytest.approx(0.2)
 
 
+def test_a_cosine_may_end_above_zero() -> None:
+    schedule = Cosine(name="cosine", warmup=2, end=0.25)
+    rates = [learning_rate(step, base=0.4, schedule=schedule, updates=10) for step in range(10)]
+    last = 0.1 + 0.3 * (1 + math.cos(math.pi * 7 / 8)) / 2
+    assert [rates[0], rates[1], rates[2], rates[6], rates[9]] == pytest.approx([0.2, 0.4, 0.4, 0.1 + 0.3 / 2, last])
+    assert learning_rate(10, base=0.4, schedule=schedule, updates=10) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("base", [0.3, 0.1, 1e-4])
+def test_an_end_of_zero_changes_no_bit_of_a_rate(base: float) -> None:
+    for step in range(97):
+        before = base * 0.5 * (1 + math.cos(math.pi * step / 97))
+        assert learning_rate(step, base=base, schedule=COSINE, updates=97) == before
+
+
 @pytest.mark.parametrize("warmup", [0, 1, 5, 10])
 def test_no_schedule_divides_by_zero(warmup: int) -> None:
     schedule = Cosine(name="cosine", warmup=warmup)

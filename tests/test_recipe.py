@@ -177,14 +177,17 @@ def test_what_came_later_is_as_before_while_it_stands_at_its_default(monkeypatch
     assert first["train"]["compile"] == "auto"
     kept = {key: value for key, value in first["train"].items() if key not in ("average", "batch_norm")}
     data = {key: value for key, value in first["data"].items() if key != "holdout"}
-    assert as_before(first) == first | {"data": data, "train": kept | {"compile": False}}
+    schedule = {"name": "cosine", "warmup": 0}  # of the two schedules the one with a later key
+    assert as_before(first) == first | {"data": data, "schedule": schedule, "train": kept | {"compile": False}}
     monkeypatch.setitem(Recipe.model_fields, "train", FieldInfo.from_annotated_attribute(Longer, Longer()))
     longer = first | {"train": first["train"] | {"added": 3, "nothing": None}}
     assert as_before(longer) == as_before(first)
     longer["data"] = first["data"] | {"holdout": 1}
+    longer["schedule"] = first["schedule"] | {"end": 0.5}
     longer["train"] |= {"added": 4, "nothing": 1, "compile": True, "average": 0.5, "batch_norm": "synchronised"}
     assert as_before(longer) == longer
-    assert as_before({"train": "broken", "other": 1}) == {"train": "broken", "other": 1}
+    broken = {"train": "broken", "other": 1, "crops": [1], "schedule": {"name": [], "end": 0.0}, "probe": {"name": "x"}}
+    assert as_before(broken) == broken  # as are tables of a name that is yet to come
 
 
 def test_what_came_later_is_as_before_in_a_phase_too(monkeypatch: pytest.MonkeyPatch) -> None:

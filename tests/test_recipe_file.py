@@ -210,7 +210,7 @@ def test_overrides_reach_every_kind_of_place() -> None:
     assert recipe.train.deterministic
     assert recipe.data.root == "a=b"
     assert recipe.probe.model_dump(exclude_unset=True) == {"head": "knn", "k": 5}
-    assert recipe.schedule.model_dump() == {"name": "cosine", "warmup": 10}
+    assert recipe.schedule.model_dump() == {"name": "cosine", "warmup": 10, "end": 0}
 
 
 def test_overrides_reach_tables_that_the_file_leaves_to_their_defaults(write: Any) -> None:
@@ -370,9 +370,10 @@ def test_another_choice_leaves_stale_keys_and_the_hint_says_how_to_replace_the_t
         ),
         (
             "objective.name=simclrr",
-            'objective.name: must be "emp-ssl", "simclr" or "supcon", not the text "simclrr" (did you mean "simclr"?)',
+            'objective.name: must be "emp-ssl", "simclr", "supcon" or "clusters", not the text "simclrr" '
+            '(did you mean "simclr"?)',
         ),
-        ("objective={}", 'objective.name: missing; must be "emp-ssl", "simclr" or "supcon"'),
+        ("objective={}", 'objective.name: missing; must be "emp-ssl", "simclr", "supcon" or "clusters"'),
         ("objective=[]", "objective: must be a table, not a list"),
         ("adversary={name=3}", 'adversary.name: must be "none", "pgd" or "free", not 3'),
         ("adversary=pgd", 'adversary: must be a table, not the text "pgd"'),
@@ -442,7 +443,7 @@ def test_missing_tables(write: Any) -> None:
         "name: missing",
         "data: missing; add a table [data] with a dataset",
         "crops: missing; add a table [[crops]] with a count",
-        'objective: missing; add a table [objective] with a name: must be "emp-ssl", "simclr" or "supcon"',
+        'objective: missing; add a table [objective] with a name: must be "emp-ssl", "simclr", "supcon" or "clusters"',
         'adversary: missing; add a table [adversary] with a name: must be "none", "pgd" or "free"',
     ]
 
@@ -465,6 +466,19 @@ def test_missing_tables(write: Any) -> None:
         (
             ["crops.0.count=1", "objective={name='supcon'}"],
             "crops.0.count: supcon compares two views of an image, and this is one (set crops.0.count = 2)",
+        ),
+        (
+            ["objective={name='clusters'}"],
+            "objective.name: clusters are those of what an encoder has learnt: put them into a [[phase]], or set "
+            "train.init",
+        ),
+        (
+            ["objective={name='clusters', count=1025}", "train.init=run"],
+            "objective.count: 1025 clusters do not fit into 1024 dimensions of an embedding",
+        ),
+        (
+            ["objective={name='clusters', count=101}", "train.init=run", "data.limit=100"],
+            "objective.count: 101 clusters are more than the 100 training images",
         ),
         (
             ["adversary.views=second"],
@@ -510,6 +524,7 @@ def test_tables_that_do_not_fit(overrides: list[str], expected: str) -> None:
         ["crops=[{count=1},{count=1,size=24}]", "adversary.views=second"],
         ["crops=[{count=2}]", "objective={name='simclr'}"],
         ["attack.0.restarts=5", "attack.0.start=random"],
+        ["objective={name='clusters', count=100}", "train.init=run", "data.limit=100", "crops.0.count=1"],
     ],
 )
 def test_what_is_allowed(overrides: list[str]) -> None:
@@ -543,13 +558,22 @@ PHASE = "phase=[{epochs=0.5}, {epochs=1, adversary={name='pgd'}, crops=[{count=1
         ),
         (
             [PHASE, "phase.0.objective={temperature=1}"],
-            'phase.0.objective.name: missing; must be "emp-ssl", "simclr" or "supcon"',
+            'phase.0.objective.name: missing; must be "emp-ssl", "simclr", "supcon" or "clusters"',
         ),
         (
             [PHASE, "phase.0.schedule.name=cosin"],
             'phase.0.schedule.name: must be "cosine" or "official-cosine", not the text "cosin" (did you mean "cosine"?)',
         ),
         ([PHASE, "phase.0.augment={jitter_p=0}"], None),
+        ([PHASE, "phase.0.objective={name='clusters'}"], None),
+        (
+            [PHASE, "phase.0.objective={name='clusters', count=1025}"],
+            "phase.0.objective.count: 1025 clusters do not fit into 1024 dimensions of an embedding",
+        ),
+        (
+            [PHASE, "phase.0.objective={name='clusters', count=200}", "data.limit=150"],
+            "phase.0.objective.count: 200 clusters are more than the 150 training images",
+        ),
         ([PHASE, "phase.0.augment.jitter_p=0"], "phase.0.augment.jitter: has no effect: jitter_p is 0"),
         # across tables: told once, where the phase can be changed
         (

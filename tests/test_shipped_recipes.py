@@ -37,7 +37,7 @@ SYSTEMS = {
 
 def test_all_are_there() -> None:
     assert list(file.shipped()) == NAMES
-    assert set(NAMES) == {*SYSTEMS, "quickstart", "imagenet100", "folder", "cifar10-laptop"}
+    assert set(NAMES) == {*SYSTEMS, "quickstart", "imagenet100", "folder", "cifar10-laptop", "cifar10-laptop-fast"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -63,6 +63,7 @@ DIGESTS = {
     "cifar10-emp-ssl-patch-free": "4c3a2b2faf732be7df7a6267f098bbe2c3c2c261f2b9bf5c3518373ae8015ca7",
     "cifar10-emp-ssl-patch-pgd": "a514f91790d7a959a9a2995ea2a5cb4028a0202bd325c468e230a0d8a439aa74",
     "cifar10-laptop": "b5e221a04b77438e2d6f37886f8b1835e66e9b9cb22e15713d1a14c13e7f0e6d",
+    "cifar10-laptop-fast": "c0fb55f91a3d1ef8cb48d0757c49cc1723295f15e1af83c6081e2e805ae83c48",
     "cifar10-simclr-clean": "6e23640a8749cb52868a7bc9e48cf25f96756564064bb9d25d5ef3cf0132fc9e",
     "cifar10-simclr-crop-free": "b3f3b4f650e8b312fcdf08b56771d8729f98395593047b46b54bef1ebc0c8e35",
     "cifar10-simclr-crop-pgd": "b6dac6571f36d3299850e369d2bda6dd43d5055592a56bf5e1fbfb1ea84af04c",
@@ -105,7 +106,7 @@ def test_systems_of_the_published_table(name: str) -> None:
         "trust_coefficient": 0.005,
         "clip": True,
     }
-    assert recipe.schedule.model_dump() == {"name": "cosine", "warmup": 0}
+    assert recipe.schedule.model_dump() == {"name": "cosine", "warmup": 0, "end": 0}
     simclr = objective == "simclr"
     assert recipe.augment.jitter == (0.4, 0.4, 0.4, 0.1 if simclr else 0.2)
     assert (recipe.augment.blur_p, recipe.augment.solarize_p) == ((0, 0) if simclr else (0.1, 0.1))

@@ -36,6 +36,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "emp-ssl": {"name": "emp-ssl"},
     "simclr": {"name": "simclr"},
     "supcon": {"name": "supcon"},
+    "clusters": {"name": "clusters", "count": 4},
 }
 ADVERSARIES: dict[str, dict[str, Any]] = {
     "none": {"name": "none"},

@@ -159,8 +159,7 @@ def random_images(recipe: Recipe, images: int) -> ImageSet:
     """Labelled images that nobody has to download: of the recipe's size, and so many of them or 1 GiB."""
     known = KNOWN_SETS.get(recipe.data.dataset)
     size = recipe.data.size or (known.size if known else max(group.size for group in recipe.crops))
-    largest = max(part.train.batch_size for part in recipe.parts())
-    count = max(largest, min(images, _MOST_DATA // (3 * size**2)))
+    count = max(recipe.fewest_images, min(images, _MOST_DATA // (3 * size**2)))
     classes = known.classes if known else 10
     return ImageSet(
         images=torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8),

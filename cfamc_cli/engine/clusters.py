@@ -10,13 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cfamc_cli.engine.sections import section
+from cfamc_cli.engine.device import move
 
 ROUNDS = 20  # of k-means; later ones move few images
 _ROWS = 4096  # images of one product
 
 
-@section("clusters")
 @torch.no_grad()
 def cluster(features: Tensor, *, count: int, generator: torch.Generator) -> Tensor:
     """Spherical k-means on centred features of unit norm, from `count` images drawn at random.
@@ -35,7 +34,7 @@ def cluster(features: Tensor, *, count: int, generator: torch.Generator) -> Tens
     """
     directions = F.normalize(features.float() - features.float().mean(0), dim=1)
     chosen = torch.randperm(len(directions), generator=generator)[:count]
-    centres = directions[chosen.to(directions.device)]
+    centres = directions[move(chosen, directions.device)]
     for _ in range(ROUNDS):
         sums = torch.zeros_like(centres)
         for rows in directions.split(_ROWS):

@@ -1,7 +1,8 @@
 """Objectives as pure functions of unit-norm embeddings.
 
 EMP-SSL (Tong et al., arXiv:2304.03977), NT-Xent (Chen et al., arXiv:2002.05709), SupCon (Khosla et al.,
-arXiv:2004.11362). Symbols: z embeddings (V, B, D) for V crops of B images, R the total coding rate.
+arXiv:2004.11362), pseudo-labels (Caron et al., arXiv:1807.05520).
+Symbols: z embeddings (V, B, D) for V crops of B images, R the total coding rate.
 All are minimised, and computed in float32 or wider also under autocast.
 """
 

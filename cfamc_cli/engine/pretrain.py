@@ -37,7 +37,7 @@ from cfamc_cli.engine.randomness import addressed_generator, epoch_order, phase_
 from cfamc_cli.engine.sections import section
 from cfamc_cli.engine.sink import Ledger, Talk
 from cfamc_cli.errors import bad_data
-from cfamc_cli.recipe.schema import Clusters, FreeAdversary, Recipe
+from cfamc_cli.recipe.schema import FreeAdversary, Recipe
 
 
 class Trainer:
@@ -145,7 +145,8 @@ class Trainer:
         """As `train`, to the end of the phase."""
         self.encoder.train()
         if self.step == 0:
-            self._begin()
+            self.average.start()  # the first weights may be another run's, put in after this was made
+            self.clusters = self._find_clusters()
         self.journal.start(self.step)
         while True:
             batch = self.step // self.recipe.replays
@@ -190,24 +191,21 @@ class Trainer:
                 self.save(folder)
                 return signal
 
-    @section("clusters")
-    def _begin(self) -> None:
-        """Take what a phase starts from of the weights as they are; they may be another run's, put in just now."""
-        self.average.start()
-        if not isinstance(self.recipe.objective, Clusters):
-            return
-        features = extract_features(
-            self.encoder,
-            self.images,
-            device=self.device,
-            each=lambda done, total: self.talk.progress("clusters", done, total, {}),
-            world=self.world,
-            precision=self.precision,
-        )
+    def _find_clusters(self) -> Tensor | None:
+        """The cluster of each image by the encoder as it is, (N,), the same in every process; None for no clusters."""
+        if not (count := self.recipe.clusters):
+            return None
         generator = addressed_generator("clusters", self.recipe.seed, *phase_address(self.phase))
-        self.clusters = cluster(
-            features, count=self.recipe.objective.count, generator=generator
-        )  # (N,), in all processes
+        with section("clusters"):
+            features = extract_features(
+                self.encoder,
+                self.images,
+                device=self.device,
+                each=lambda done, total: self.talk.progress(f"features for {count} clusters", done, total, {}),
+                world=self.world,
+                precision=self.precision,
+            )
+            return cluster(features, count=count, generator=generator)
 
     @section("forward")
     def embed(self, groups: Sequence[Tensor]) -> Groups:
@@ -354,8 +352,8 @@ class Trainer:
             delta = [saved.state[name] for name in sorted(saved.state) if name.startswith("delta.")]
             self.adversary.delta = [_channels_last(part[:, self.share].to(self.device)) for part in delta]
             self.journal.load(saved.state["journal"].to(self.device))
-            if step and isinstance(self.recipe.objective, Clusters):
-                found = _checked_clusters(saved.state["clusters"], self.recipe.objective.count, images=len(self.images))
+            if step and self.recipe.clusters:
+                found = _checked_clusters(saved.state["clusters"], self.recipe.clusters, images=len(self.images))
                 self.clusters = found.to(self.device)
             self.step = step
         except (LookupError, RuntimeError, TypeError, ValueError, AssertionError) as error:

@@ -23,9 +23,7 @@ from pydantic import ValidationError
 from cfamc_cli.datasets import KNOWN_SETS
 from cfamc_cli.errors import CfamcError, ExitCode, invalid
 from cfamc_cli.recipe.schema import (
-    Clusters,
     Data,
-    EmpSsl,
     NoAdversary,
     Outside,
     PgdAdversary,
@@ -261,7 +259,7 @@ def _across(recipe: Recipe) -> Iterator[tuple[set[str], Problem]]:
         for needed, found in _across_method(part):
             if needed & given:  # else it is the recipe's own problem
                 yield needed - given if place else needed, Problem(key_of(place, found.path), found.message)
-    if isinstance(recipe.objective, Clusters) and recipe.train.init is None:
+    if recipe.clusters and recipe.train.init is None:
         message = "clusters are those of what an encoder has learnt: put them into a [[phase]], or set train.init"
         yield {"objective", "train"}, Problem("objective.name", message)
     if (problem := _beyond_the_known(recipe.data)) is not None:
@@ -269,21 +267,20 @@ def _across(recipe: Recipe) -> Iterator[tuple[set[str], Problem]]:
     images = recipe.data.known_images
     for key, message, _ in recipe.misfits(images) if images else ():
         needed = {"schedule", "adversary"} if key.endswith("schedule.warmup") else set()
-        yield {"data", "train"} | needed, Problem(key, message)
+        yield {"data", "train", "objective"} | needed, Problem(key, message)
 
 
 def _across_method(recipe: Recipe) -> Iterator[tuple[set[str], Problem]]:
     """What the tables of one phase show together."""
     objective, adversary = recipe.objective, recipe.adversary
-    if recipe.views < 2:
+    if recipe.views < 2 and not recipe.clusters:
         if isinstance(objective, SimClr | SupCon):
             message = f"{objective.name} compares two views of an image, and this is one (set crops.0.count = 2)"
-            yield {"crops", "objective"}, Problem("crops.0.count", message)
-        elif isinstance(objective, EmpSsl):
+        else:
             message = "emp-ssl draws the crops of an image together, and this is one (set crops.0.count = 2 or more)"
-            yield {"crops", "objective"}, Problem("crops.0.count", message)
-    if isinstance(objective, Clusters) and objective.count > recipe.model.embedding_dim:
-        message = f"{objective.count} clusters do not fit into {recipe.model.embedding_dim} dimensions of an embedding"
+        yield {"crops", "objective"}, Problem("crops.0.count", message)
+    if recipe.clusters > recipe.model.embedding_dim:
+        message = f"{recipe.clusters} clusters do not fit into {recipe.model.embedding_dim} dimensions of an embedding"
         yield {"model", "objective"}, Problem("objective.count", message)
     if not isinstance(adversary, NoAdversary) and adversary.views == "second" and len(recipe.crops) < 2:
         message = '"second" perturbs the second group of crops, and there is one group'

@@ -25,7 +25,10 @@ _PAYS = 6e16  # floating-point operations of a run from which on it is compiled
 
 @dataclass(frozen=True)
 class Plan:
-    """The cost of a run; memory and its parts are those of the phase that takes most."""
+    """The cost of a run; memory and its parts are those of the phase that takes most.
+
+    Training is counted; evaluations are not, nor the clusters of a phase, which take one forward pass of each image.
+    """
 
     images: int  # training images that the counts refer to
     per_thousand: bool  # whether `images` only stands in for a number that is not known yet
@@ -59,7 +62,7 @@ def plan(recipe: Recipe, images: int | None = None) -> Plan:
         CfamcError: As for `Recipe.require_fit`.
     """
     counted, parts = recipe.data.known_images if images is None else images, recipe.parts()
-    count = max(PER_IMAGES, *(part.train.batch_size for part in parts)) if counted is None else counted
+    count = max(PER_IMAGES, recipe.fewest_images) if counted is None else counted
     if counted is not None:
         recipe.require_fit(counted)
     return _in_turn([_plan_of_phase(part, count, per_thousand=counted is None) for part in parts])

@@ -644,6 +644,16 @@ class Recipe(Table):
         return any(isinstance(part.objective, SupCon) for part in self.parts())
 
     @property
+    def clusters(self) -> int:
+        """How many the images fall into; 0 where the objective asks for none."""
+        return self.objective.count if isinstance(self.objective, Clusters) else 0
+
+    @property
+    def fewest_images(self) -> int:
+        """The least number of images with which each phase has a batch, and as many images as clusters."""
+        return max(max(part.train.batch_size, part.clusters) for part in self.parts())
+
+    @property
     def views(self) -> int:
         """V, the number of crops of one image over all groups."""
         return sum(group.count for group in self.crops)
@@ -702,12 +712,16 @@ class Recipe(Table):
             of = f"a phase of {updates}" if place else f"a run of {updates}"
             wrong = f"{self.schedule.warmup} updates of warm-up leave nothing of {of}"
             yield warmup, wrong, f"lower {warmup}, or raise {epochs}"
+        elif self.clusters > images:
+            count = key_of(place, "objective.count")
+            yield count, f"{self.clusters} clusters are more than the {images} training images", f"lower {count}"
 
     def require_fit(self, images: int, *, processes: int = 1) -> None:
         """Refuse a recipe that does not fit the images and processes that were found.
 
         Raises:
-            CfamcError: A batch is larger than the data or too small for the processes, or warm-up takes all updates.
+            CfamcError: A batch is larger than the data or too small for the processes, warm-up takes all updates, or
+                clusters are more than images.
         """
         for key, wrong, hint in self.misfits(images, processes=processes):
             raise invalid(f"{key}: {wrong}", hint)
@@ -769,18 +783,20 @@ def _as_before(settings: Mapping[str, Any], table: type[Table]) -> dict[str, Any
             if isinstance(mark, Later) and value == field.default:
                 del kept[key]
                 kept |= {} if mark.before is None else {key: mark.before}
-        if isinstance(value, dict) and forms:
+        if isinstance(value, dict):
             kept[key] = _as_before(value, _form_of(value, forms))
-        elif isinstance(value, list) and forms:
-            kept[key] = [_as_before(entry, _form_of(entry, forms)) for entry in value]
+        elif isinstance(value, list):
+            kept[key] = [
+                _as_before(entry, _form_of(entry, forms)) if isinstance(entry, dict) else entry for entry in value
+            ]
     return kept
 
 
 def _form_of(settings: Mapping[str, Any], forms: Sequence[type[Table]]) -> type[Table]:
-    """Which of the tables that a place allows these settings are of: the only one, or the one of their name."""
-    tag = "head" if "head" in settings else "name"
-    return (
-        forms[0]
-        if len(forms) == 1
-        else next(form for form in forms if settings[tag] in get_args(form.model_fields[tag].annotation))
-    )
+    """Which of the tables that a place allows these are: the only one, or that of their name; `Table` for strangers."""
+    for form in forms:
+        tag = form.model_fields.get("head") or form.model_fields.get("name")
+        name = settings.get("head") or settings.get("name")
+        if len(forms) == 1 or (tag is not None and name in get_args(tag.annotation)):
+            return form
+    return Table
