@@ -12,7 +12,8 @@ import pytest
 import torch
 from fixed_inputs import embeddings, signed, uniform
 from test_phases import SHORT, phased
-from test_pretrain import Listener, newest_bytes, trained, trainer_of
+from test_pretrain import Listener, never, newest_bytes, trained, trainer_of
+from tiny import tiny_recipe
 from torch import Tensor
 
 from cfamc_cli.engine import bench, checkpoint, clusters, pretrain
@@ -20,6 +21,7 @@ from cfamc_cli.engine.clusters import cluster
 from cfamc_cli.engine.data.sets import ImageSet
 from cfamc_cli.engine.encoder import build_encoder
 from cfamc_cli.engine.heads.frozen import extract_features
+from cfamc_cli.engine.journal import Journal
 from cfamc_cli.engine.objectives import cluster_loss, objective_loss
 from cfamc_cli.engine.randomness import addressed_generator, epoch_order
 from cfamc_cli.errors import CfamcError, ExitCode
@@ -212,8 +214,11 @@ def test_a_batch_has_the_clusters_of_its_images_and_a_later_phase_has_none(
         return crops, labels
 
     trainer.crops_of = noted  # type: ignore[method-assign]
-    trainer.train(tmp_path, stop=lambda: 0)
+    trainer.train(tmp_path, stop=never)
     assert [phase for phase, *_ in seen] == [0, 0, 1, 1, 1, 2]
+    trainer.clusters = seen[2][2]
+    trainer.enter(2)
+    assert trainer.clusters is None
     orders = [epoch_order(0, 0, 64, phase) for phase in range(3)]
     for place, (phase, labels, found) in enumerate(seen):
         batch = place - (0, 2, 5)[phase]
@@ -250,6 +255,52 @@ def test_what_is_learnt_are_the_clusters(adversary: dict[str, Any], tiny_images:
     _, sink = trained(phased(long, augment={"jitter_p": 0.0}), tiny_images, tmp_path)
     losses = [float(str(record["loss"])) for record in sink.records if record["kind"] == "train" and record["phase"]]
     assert sum(losses[-8:]) < 0.9 * sum(losses[:8])
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_features_are_read_in_the_precision_of_the_run(
+    precision: str, tiny_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Tensor] = []
+
+    def noted(features: Tensor, *, count: int, generator: torch.Generator) -> Tensor:
+        read.append(features)
+        return cluster(features, count=count, generator=generator)
+
+    monkeypatch.setattr(pretrain, "cluster", noted)
+    recipe = phased(PHASE, train=KEPT | {"precision": precision})
+    trained(recipe, tiny_images, tmp_path)
+    encoder = build_encoder(recipe.model, generator=seeded()).eval()
+    encoder.load_state_dict(checkpoint.load(tmp_path / "step-00000006").model)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+        expected = encoder.features(tiny_images.images.float() / 255).float()
+    assert read[0].dtype == torch.float32
+    assert torch.equal(read[0], expected)
+
+
+def test_clusters_of_a_start_outlive_a_cut_before_the_first_batch(
+    tiny_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run whose own objective they are starts from another run's encoder, and is cut in its first evaluation."""
+    monkeypatch.setattr(Journal, "evaluate", lambda _self, *_, stop, **__: not stop())
+    recipe = tiny_recipe("clusters", "none", train=SHORT | {"evaluate_every": 1})
+    weights = build_encoder(recipe.model, generator=seeded(5)).state_dict()
+    trainer = trainer_of(recipe, tiny_images)
+    trainer.encoder.load_state_dict(weights)
+    assert trainer.train(tmp_path, stop=lambda: 15) == 15
+    path, saved, _ = checkpoint.newest_valid(tmp_path)
+    assert saved.progress["step"] == 0
+    resumed = trainer_of(recipe, tiny_images)
+    resumed.load(saved, path=path)
+    resumed.train(tmp_path, stop=never)
+    uncut = trainer_of(recipe, tiny_images)
+    uncut.encoder.load_state_dict(weights)
+    uncut.train(tmp_path / "uncut", stop=never)
+    assert newest_bytes(tmp_path) == newest_bytes(tmp_path / "uncut")
+    features = extract_features(trainer.encoder, tiny_images.images, device=torch.device("cpu"))
+    expected = cluster(features, count=4, generator=addressed_generator("clusters", 0))
+    assert resumed.clusters is not None
+    assert torch.equal(resumed.clusters, expected)
 
 
 DAMAGE: dict[str, Callable[[Tensor], Tensor | None]] = {

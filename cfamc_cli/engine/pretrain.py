@@ -352,7 +352,7 @@ class Trainer:
             delta = [saved.state[name] for name in sorted(saved.state) if name.startswith("delta.")]
             self.adversary.delta = [_channels_last(part[:, self.share].to(self.device)) for part in delta]
             self.journal.load(saved.state["journal"].to(self.device))
-            if step and self.recipe.clusters:
+            if self.recipe.clusters:
                 found = _checked_clusters(saved.state["clusters"], self.recipe.clusters, images=len(self.images))
                 self.clusters = found.to(self.device)
             self.step = step
