@@ -46,6 +46,16 @@ BASE: dict[str, Any] = {
     "adversary": {"name": "none"},
     "train": {"epochs": 1.0, "batch_size": 8, "precision": "float32"},
 }
+PHASE: dict[str, Any] = {
+    "epochs": 0.5,
+    "batch_size": 4,
+    "crops": [{"count": 2, "size": 8}, {"count": 1, "size": 8}],
+    "augment": {"blur_p": 0.5, "solarize_p": 0.5},
+    "objective": {"name": "simclr"},
+    "adversary": {"name": "free", "replays": 2, "step_size": "4/255"},
+    "optimizer": {"lr": 0.3},
+    "schedule": {"name": "cosine"},
+}
 TRAINED = [
     BASE
     | {
@@ -55,27 +65,8 @@ TRAINED = [
     },
     BASE | {"objective": {"name": "simclr"}, "adversary": {"name": "pgd", "steps": 3, "step_size": "3/255"}},
     BASE | {"objective": {"name": "supcon"}, "train": BASE["train"] | {"evaluate_every": 1}},
-    BASE
-    | {
-        "objective": {"name": "emp-ssl"},
-        "phase": [
-            {
-                "epochs": 0.5,
-                "batch_size": 4,
-                "crops": [{"count": 2, "size": 8}, {"count": 1, "size": 8}],
-                "augment": {"blur_p": 0.5, "solarize_p": 0.5},
-                "objective": {"name": "simclr"},
-                "adversary": {"name": "free", "replays": 2, "step_size": "4/255"},
-                "optimizer": {"lr": 0.3},
-                "schedule": {"name": "cosine"},
-            }
-        ],
-    },
-    BASE
-    | {
-        "objective": {"name": "emp-ssl"},
-        "phase": [{"epochs": 1.0, "objective": {"name": "clusters", "count": 3}}],
-    },
+    BASE | {"objective": {"name": "emp-ssl"}, "phase": [PHASE]},
+    BASE | {"objective": {"name": "emp-ssl"}, "phase": [PHASE | {"objective": {"name": "clusters", "count": 3}}]},
 ]
 
 # What is cheap, for the keys of these names in any table of a head or of an attack
