@@ -20,10 +20,7 @@ Example: python tests/benchmarks/time_to_accuracy.py ~/.cache/cifar10-jpeg --off
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -32,17 +29,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import emit, machine, summary
+from machine import emit, summary
 from official import SIZES
+from points import (
+    FIGURES,
+    HEADS,
+    Record,
+    add_arguments,
+    judge,
+    lengths,
+    percentages,
+    say,
+    scaled,
+    settings,
+    train,
+)
 from turns import Contestant
 
 from cfamc_cli.recipe import file
-from cfamc_cli.recipe.schema import Recipe
 
 STAGES = ("rates", "train", "evaluate", "answer")
-HEADS = ("official", "converged")  # protocols of the linear head: 20 epochs of Adam, and to its optimum
-EPS = ("4/255", "8/255")
-FIGURES = ("clean", *EPS)
 OFFICIAL_BATCHES = 50_000 // SIZES["laptop"].batch  # of the one epoch that the official script is held to
 OFFICIAL_TURN = 4  # batches of a turn; what its workers have ready of the first ones is in its favour
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
@@ -73,41 +79,14 @@ class Cost:
         return (seconds - self.start) / self.per_epoch
 
 
-def lengths(recipe: Recipe) -> dict[str, float]:
-    """How long a recipe trains, in epochs, by dotted key: the phase of its own tables, and those after it."""
-    resolved = recipe.resolved()
-    after = {f"phase.{place}.epochs": phase["epochs"] for place, phase in enumerate(resolved.get("phase", ()))}
-    return {"train.epochs": resolved["train"]["epochs"], **after}
-
-
-def scaled(keys: Mapping[str, float], epochs: float) -> list[str]:
-    """Settings that make all of a recipe `epochs` long in sum, every phase by the same factor."""
-    factor = epochs / sum(keys.values())
-    return [f"{key}={own * factor:.6g}" for key, own in keys.items()]
-
-
 def smallest(means: Mapping[float, Sequence[float]], target: Sequence[float]) -> float | None:
     """The smallest measured budget whose means reach the target in every figure; None where none does."""
     reached = (budget for budget, found in means.items() if all(a >= b for a, b in zip(found, target, strict=True)))
     return min(reached, default=None)
 
 
-class Record:
-    """The lines of the record file, and what can be read of them."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    def append(self, kind: str, **facts: object) -> None:
-        line = {"kind": kind, **facts, "machine": machine()}
-        with self.path.open("a") as lines:
-            lines.write(json.dumps(line) + "\n")
-        self.lines.append(line)
-
-    def of(self, kind: str, **facts: object) -> list[dict[str, Any]]:
-        """The lines of a kind that say all of this."""
-        return [line for line in self.lines if line["kind"] == kind and facts.items() <= line.items()]
+class Timed(Record):
+    """A record that holds sittings of rates."""
 
     @property
     def rates(self) -> dict[str, Any]:
@@ -126,39 +105,13 @@ class Record:
         return None if measured is None else OFFICIAL_BATCHES * float(measured["median"])
 
 
-def cfamc(options: argparse.Namespace, *words: str) -> dict[str, Any]:
-    """Run a command of this project and return the JSON object that it prints."""
-    command = [sys.executable, "-m", "cfamc_cli", *words, "--json", "--quiet"]
-    environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise SystemExit(f"exit code {done.returncode}: cfamc {' '.join(words)}")
-    answer: dict[str, Any] = json.loads(done.stdout)
-    return answer
+def at_length(options: argparse.Namespace, recipe: str, epochs: float) -> list[str]:
+    """Settings that make a recipe so many epochs long in sum."""
+    own = lengths(file.load(recipe, overrides=settings(options)))
+    return scaled(own, epochs / sum(own.values()))
 
 
-def settings(options: argparse.Namespace) -> list[str]:
-    """What every recipe is trained with here: the images, those held out, and no online evaluation."""
-    return [
-        "data.dataset=folder",
-        f"data.root={options.folder.expanduser().absolute()}",
-        f"data.holdout={options.holdout}",
-        "train.evaluate_every=0",
-    ]
-
-
-def train(options: argparse.Namespace, recipe: str, *, epochs: float, seed: int, runs: Path) -> dict[str, Any]:
-    """Train a recipe at a length and return its run.json."""
-    given = [*settings(options), *scaled(lengths(file.load(recipe, overrides=settings(options))), epochs)]
-    words = [word for setting in given for word in ("--set", setting)]
-    return cfamc(options, "pretrain", recipe, *words, "--seed", str(seed), "--runs", str(runs))
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def measure_rates(options: argparse.Namespace, record: Record, digests: Mapping[str, str]) -> None:
+def measure_rates(options: argparse.Namespace, record: Timed, digests: Mapping[str, str]) -> None:
     """One sitting, in turns: official batches, then each recipe at both lengths."""
     official = None
     if options.official is not None:
@@ -175,7 +128,7 @@ def measure_rates(options: argparse.Namespace, record: Record, digests: Mapping[
         for name, kept in seconds.items():
             for epochs, taken in zip(options.lengths, kept, strict=True):
                 with tempfile.TemporaryDirectory() as runs:
-                    run = train(options, name, epochs=epochs, seed=0, runs=Path(runs))
+                    run = train(options, name, at_length(options, name, epochs), seed=0, runs=Path(runs))
                 taken.append(run["wall_seconds"])
                 say(f"turn {turn + 1}: {name}, {epochs:g} epochs: {taken[-1]:.1f} s")
     if official is not None:
@@ -187,7 +140,7 @@ def measure_rates(options: argparse.Namespace, record: Record, digests: Mapping[
     record.append("rates", official=summary(batches) if batches else None, recipes=recipes)
 
 
-def train_points(options: argparse.Namespace, record: Record, digests: Mapping[str, str]) -> None:
+def train_points(options: argparse.Namespace, record: Timed, digests: Mapping[str, str]) -> None:
     """Train what is not in the record yet; a first seed of everything before the second."""
     for seed in options.seeds:
         for budget in options.budgets:
@@ -198,34 +151,22 @@ def train_points(options: argparse.Namespace, record: Record, digests: Mapping[s
                 others = record.of("training", **point)  # all seeds of a budget are of one length
                 epochs = others[0]["epochs"] if others else round(record.cost(name).epochs(60 * budget), 4)
                 say(f"{name}: {budget:g} minutes, seed {seed}: {epochs:g} epochs")
-                run = train(options, name, epochs=epochs, seed=seed, runs=options.runs)
+                run = train(options, name, at_length(options, name, epochs), seed=seed, runs=options.runs)
                 cost = {"seconds": run["wall_seconds"], "view_passes": run["totals"]["view_passes"]}
                 record.append("training", **point, seed=seed, epochs=epochs, run=run["id"], **cost)
 
 
-def evaluate_points(options: argparse.Namespace, record: Record, digests: Mapping[str, str]) -> None:
+def evaluate_points(options: argparse.Namespace, record: Timed, digests: Mapping[str, str]) -> None:
     """Fit and attack both heads of every training that lacks them, of these recipes, budgets and seeds."""
     for training in record.of("training"):
         asked = training["budget"] in options.budgets and training["seed"] in options.seeds
         if not asked or training["digest"] != digests.get(training["recipe"]):
             continue
-        path = options.runs / training["run"]
-        for head in HEADS:
-            which = {"head": head, "split": options.split, "n": options.n}
-            if record.of("evaluation", run=training["run"], **which):
-                continue
-            say(f"{training['recipe']}: {training['budget']:g} minutes, seed {training['seed']}: head {head}")
-            common = [str(path), "--split", options.split]
-            probe = cfamc(options, "probe", *common, "--head", "linear", "--protocol", head)
-            radii = [word for eps in EPS for word in ("--eps", eps)]
-            pgd = ["--attack", "pgd", "--steps", "20", "--step-size", "0.01", *radii, "--limit", str(options.n)]
-            results = cfamc(options, "attack", *common, "--head", probe["id"], *pgd)["results"]
-            right = {eps: found["robust"]["correct"] for eps, found in zip(EPS, results, strict=True)}
-            right["clean"] = results[0]["clean"]["correct"]
-            record.append("evaluation", run=training["run"], **which, right=right)
+        name = f"{training['recipe']}: {training['budget']:g} minutes, seed {training['seed']}"
+        judge(options, record, training["run"], name=name, split=options.split)
 
 
-def rows(record: Record, *, seeds: Sequence[int], split: str, n: int) -> list[dict[str, Any]]:
+def rows(record: Timed, *, seeds: Sequence[int], split: str, n: int) -> list[dict[str, Any]]:
     """Each recipe at each budget: its minutes, and of each head the figures of these seeds in percent."""
     found = []
     for name, rate in record.rates["recipes"].items():
@@ -242,13 +183,12 @@ def rows(record: Record, *, seeds: Sequence[int], split: str, n: int) -> list[di
                 "heads": {},
             }
             for head in HEADS:
-                judged = [
-                    (one["seed"], record.of("evaluation", run=one["run"], head=head, split=split, n=n)) for one in own
-                ]
-                right = {seed: lines[-1]["right"] for seed, lines in judged if lines}
+                judged = {one["seed"]: percentages(record, one["run"], head=head, split=split, n=n) for one in own}
+                right = {seed: of for seed, of in judged.items() if of}
                 if right:
-                    percent = {figure: [100 * of[figure] / n for of in right.values()] for figure in FIGURES}
-                    row["heads"][head] = {"seeds": list(right), **percent}
+                    row["heads"][head] = {"seeds": list(right)} | {
+                        figure: [of[figure] for of in right.values()] for figure in FIGURES
+                    }
             found.append(row)
     return found
 
@@ -326,7 +266,7 @@ def draw(path: Path, answered: Mapping[str, Any], *, head: str) -> None:
         canvas.savefig(path, dpi=200)
 
 
-def answer(options: argparse.Namespace, record: Record) -> None:
+def answer(options: argparse.Namespace, record: Timed) -> None:
     """Print the answers and the rows they stand on, and draw the picture."""
     found = rows(record, seeds=options.seeds, split=options.split, n=options.n)
     official = record.official_seconds()
@@ -365,9 +305,7 @@ def numbers(text: str) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="image folder with train/<class>/")
-    parser.add_argument("--record", type=Path, required=True, help="JSON lines of all that was measured; appended to")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="store of the trained points")
+    add_arguments(parser)
     parser.add_argument("--only", choices=STAGES, action="append", help="make this stage; repeatable (default: all)")
     parser.add_argument("--yardstick", default="cifar10-laptop", help="the published recipe")
     parser.add_argument("--fast", action="append", help="a recipe beside it; repeatable (default: cifar10-laptop-fast)")
@@ -377,17 +315,13 @@ def main() -> None:
         "--lengths", type=numbers, default=[0.02, 0.1], help="two, in epochs, that recipes are timed at"
     )
     parser.add_argument("--budgets", type=numbers, default=[0.5, 1, 2, 5, 10], help="minutes")
-    parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2])
-    parser.add_argument("--holdout", type=int, default=5000, help="training images that are kept for the evaluation")
     parser.add_argument("--split", choices=("holdout", "test"), default="holdout", help="images that are judged")
-    parser.add_argument("--n", type=int, default=2000, help="so many of them")
     parser.add_argument("--target", type=numbers, default=[51.1, 30.8, 15.5], help="clean, 4/255, 8/255 in percent")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--plot", type=Path, help="draw this PNG")
     parser.add_argument("--head", choices=HEADS, default=HEADS[0], help="the head that is drawn")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    stages, record = options.only or STAGES, Record(options.record)
+    stages, record = options.only or STAGES, Timed(options.record)
     if set(stages) != {"answer"}:
         names = [options.yardstick, *(options.fast or ["cifar10-laptop-fast"])]
         digests = {name: file.load(name, overrides=settings(options)).digest() for name in names}
