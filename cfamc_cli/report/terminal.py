@@ -252,7 +252,7 @@ class Terminal:
             return
         now = self._clock()
         state = self._tasks.setdefault(task, _Task(start=now, first=done))
-        state.values.update(values)
+        state.values = values  # what was said before may be of another phase, or of a block that is done
         finished = done >= total
         if self._live:
             self._show(task, state, done, total)
@@ -290,7 +290,7 @@ class _Task:
         self.start = start
         self.first = first  # a resumed task does not begin at 0
         self.next_line = start
-        self.values: dict[str, float] = {}
+        self.values: Mapping[str, float] = {}
         self.bar: TaskID | None = None
 
     def shown(self) -> str:
