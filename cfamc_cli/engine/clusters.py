@@ -23,7 +23,7 @@ def cluster(features: Tensor, *, count: int, generator: torch.Generator) -> Tens
     Sums are products with indicator matrices, so that equal inputs give equal clusters on any one device.
 
     Args:
-        features: (N, F), N >= count.
+        features: (N, F) float32, N >= count.
         count: k.
         generator: Draws the first centres, on the CPU.
 
@@ -32,7 +32,7 @@ def cluster(features: Tensor, *, count: int, generator: torch.Generator) -> Tens
 
     Source: Dhillon and Modha, "Concept decompositions for large sparse text data using clustering", 2001.
     """
-    directions = F.normalize(features.float() - features.float().mean(0), dim=1)
+    directions = F.normalize(features - features.mean(0), dim=1)
     chosen = torch.randperm(len(directions), generator=generator)[:count]
     centres = directions[move(chosen, directions.device)]
     for _ in range(ROUNDS):
