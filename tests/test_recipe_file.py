@@ -566,6 +566,7 @@ PHASE = "phase=[{epochs=0.5}, {epochs=1, adversary={name='pgd'}, crops=[{count=1
         ),
         ([PHASE, "phase.0.augment={jitter_p=0}"], None),
         ([PHASE, "phase.0.objective={name='clusters'}"], None),
+        ([PHASE, "phase.0.objective={name='clusters', count=1024}"], None),  # as many as there are dimensions
         (
             [PHASE, "phase.0.objective={name='clusters', count=1025}"],
             "phase.0.objective.count: 1025 clusters do not fit into 1024 dimensions of an embedding",
