@@ -1,9 +1,11 @@
-"""What one weight update of a recipe costs a GPU, term by term: work counted on torch's `meta` device, rates assumed.
+"""What a weight update of each phase of a recipe costs a GPU, term by term: counted on torch's `meta` device, at assumed
+rates.
 
 Counted: every operation's floating-point operations (2 per multiply-add) and the bytes it reads and writes, as the
 tensors' sizes say, for the encoder in bfloat16, the crops, objective, optimizer and adversary in float32. Assumed: what
 share of the card's peak rates a kernel reaches, and that each takes the longer of its arithmetic and its traffic.
-Nothing is timed and no GPU is needed; caches that spare traffic, and gaps between kernels, are not seen.
+The pass that finds clusters and the average of the weights are left out. Nothing is timed and no GPU is needed; caches
+that spare traffic, and gaps between kernels, are not seen.
 Example: python tests/benchmarks/gpu_budget.py recipes/cifar10.toml
 """
 
@@ -28,6 +30,7 @@ from cfamc_cli.engine.objectives import objective_loss
 from cfamc_cli.engine.optim import LarsOptimizer
 from cfamc_cli.recipe.file import load
 from cfamc_cli.recipe.plan import plan
+from cfamc_cli.recipe.schema import Recipe
 
 TRAFFIC = 3.35e12  # bytes/s of an H100 SXM's memory, as its maker says
 PEAK = {torch.bfloat16: 989e12, torch.float32: 67e12}  # operations/s of its dense matrix units, and of float32
@@ -71,9 +74,8 @@ def seconds(row: tuple[str, str, float, float, torch.dtype]) -> float:
     return max(work / (peak * REACHED["arithmetic"]), size / (TRAFFIC * REACHED["traffic"]))
 
 
-def counted(path: str, *, share: float) -> Count:
-    """One batch of the recipe, of which this card has a share: crops once, then one replay."""
-    recipe = load(path)
+def counted(recipe: Recipe, *, share: float) -> Count:
+    """One batch of a recipe without phases, of which this card has a share: crops once, then one replay."""
     images = max(1, round(recipe.train.batch_size * share))
     size = recipe.data.size or 32
     meta = torch.device("meta")
@@ -115,12 +117,10 @@ def counted(path: str, *, share: float) -> Count:
     return count
 
 
-def budget(path: str, *, cards: int) -> dict[str, Any]:
-    """Terms of one weight update on each of several cards, in ms, and the minutes of the whole run."""
-    recipe = load(path)
-    count = counted(path, share=1 / cards)
+def terms_of(recipe: Recipe, *, cards: int) -> dict[str, dict[str, float]]:
+    """What one weight update of a recipe without phases costs each of several cards, by section."""
     terms: dict[str, dict[str, float]] = {}
-    for row in count.rows:
+    for row in counted(recipe, share=1 / cards).rows:
         section, name, work, size, _ = row
         if not section:
             continue
@@ -132,14 +132,22 @@ def budget(path: str, *, cards: int) -> dict[str, Any]:
         term["ms"] += per_update * seconds(row) * 1e3
         fused = name in FUSED and section in COMPILED
         term["ms_fused"] += 0 if fused else per_update * seconds(row) * 1e3
-    planned = plan(recipe)
     if cards > 1:  # a ring sends each gradient almost twice; it is hidden as far as the backward pass lasts longer
-        summed = 2 * (cards - 1) / cards * 4 * planned.parameters / LINK * 1e3
-        terms["gradients summed"] = {"gigabytes": 4 * planned.parameters / 1e9, "ms": summed, "ms_fused": summed}
-    minutes = {
-        key: planned.weight_updates * sum(term[key] for term in terms.values()) / 60e3 for key in ("ms", "ms_fused")
-    }
-    return {"cards": cards, "terms": terms, "minutes": minutes["ms"], "minutes_fused": minutes["ms_fused"]}
+        parameters = plan(recipe).parameters
+        summed = 2 * (cards - 1) / cards * 4 * parameters / LINK * 1e3
+        terms["gradients summed"] = {"gigabytes": 4 * parameters / 1e9, "ms": summed, "ms_fused": summed}
+    return terms
+
+
+def budget(recipe: Recipe, *, cards: int) -> dict[str, Any]:
+    """The terms of a weight update of each phase on each of several cards, in ms, and the minutes of the whole run."""
+    phases, minutes = [], {"ms": 0.0, "ms_fused": 0.0}
+    for part in recipe.parts():
+        terms, updates = terms_of(part, cards=cards), plan(part).weight_updates
+        phases.append({"weight_updates": updates, "terms": terms})
+        for key in minutes:
+            minutes[key] += updates * sum(term[key] for term in terms.values()) / 60e3
+    return {"cards": cards, "phases": phases, "minutes": minutes["ms"], "minutes_fused": minutes["ms_fused"]}
 
 
 def main() -> None:
@@ -150,15 +158,17 @@ def main() -> None:
     parser.add_argument("--traffic", type=float, default=REACHED["traffic"], help="assumed share of the peak")
     arguments = parser.parse_args()
     REACHED.update(arithmetic=arguments.arithmetic, traffic=arguments.traffic)
-    found = [budget(arguments.recipe, cards=cards) for cards in arguments.cards]
-    rows: list[tuple[str, ...]] = [("cards", "a weight update", "kernels", "TFLOP", "GB", "ms", "ms fused")]
+    recipe = load(arguments.recipe)
+    found = [budget(recipe, cards=cards) for cards in arguments.cards]
+    rows: list[tuple[str, ...]] = [("cards", "phase", "a weight update", "kernels", "TFLOP", "GB", "ms", "ms fused")]
     for part in found:
-        for name, term in part["terms"].items():
-            figures = [term.get("operations", 0), term.get("tflop", 0), term["gigabytes"], term["ms"], term["ms_fused"]]
-            texts = [f"{figure:.{digits}f}" for figure, digits in zip(figures, (0, 3, 3, 2, 2), strict=True)]
-            rows.append((str(part["cards"]), name, *texts))
+        for place, phase in enumerate(part["phases"]):
+            for name, term in phase["terms"].items():
+                keys = ("operations", "tflop", "gigabytes", "ms", "ms_fused")
+                texts = [f"{term.get(key, 0):.{digits}f}" for key, digits in zip(keys, (0, 3, 3, 2, 2), strict=True)]
+                rows.append((str(part["cards"]), str(place), name, *texts))
         whole = (f"{part[key]:.1f}" for key in ("minutes", "minutes_fused"))
-        rows.append((str(part["cards"]), "the run, minutes", "", "", "", *whole))
+        rows.append((str(part["cards"]), "", "the run, minutes", "", "", "", *whole))
     assumed = {"traffic": TRAFFIC, "peak": {str(kind): peak for kind, peak in PEAK.items()}, "reached": REACHED}
     emit(
         {"recipe": arguments.recipe, "assumed": assumed | {"link": LINK}, "budgets": found},
