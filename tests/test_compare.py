@@ -17,6 +17,7 @@ from cfamc_cli.comparison.tables import (
     Condition,
     Entry,
     Row,
+    RowFilter,
     Run,
     difference,
     exact_number,
@@ -66,6 +67,7 @@ def entry(
             epochs=1.0,
             steps=10,
             view_passes=100,
+            attack_view_passes=0,
             seconds=60.0 + seed,
         ),
         result="attacks/pgd-001",
@@ -203,7 +205,7 @@ def test_what_is_cut_is_counted_anew_clean_and_after_the_last_stage() -> None:
         "b": kept(4, 0b0111, 0b0101, 0b0001),
         "d": kept(8, 255, 255),
     }
-    shared, apart, other = tabulate(
+    shared, other, apart = tabulate(
         [first, second, third, fourth], fold=True, baseline="b", outcomes_of=lambda entry: known.get(entry.run.id)
     )
     assert [row.label for row in shared.rows] == ["a", "b"]  # as right under attack, by name
@@ -442,7 +444,9 @@ def test_what_cannot_be_cut_to_the_shared_samples_is_apart(order: str) -> None:
 def test_what_is_left_of_a_comparison_is_apart_from_nothing() -> None:
     entries = [entry("a", 0.9, 0.8, n=500, order="aa"), *(entry(name, 0.5, 0.4, n=200, order="0f") for name in "bc")]
     assert len(tabulate(entries, fold=True, baseline=None, outcomes_of=no_outcomes)) == 2
-    (table,) = tabulate(entries, fold=True, baseline=None, outcomes_of=no_outcomes, keep=lambda row: row.n == 500)
+    (table,) = tabulate(
+        entries, fold=True, baseline=None, outcomes_of=no_outcomes, keep=RowFilter("n 500", lambda row: row.n == 500)
+    )
     assert (table.apart, [row.label for row in table.rows]) == ("", ["a"])
 
 
@@ -494,9 +498,7 @@ ENTRIES = [
         ([], "abc"),
         (["adversary.name=free"], "a"),
         (["adversary.name!=free"], "bc"),
-        (["robust>=30"], "bc"),
-        (["robust > 30"], "c"),
-        (["clean<85", "lr<1"], "b"),
+        (["lr<1", "lr>0.1"], "a"),
         (["lr=3e-1"], "a"),
         (["adversary.eps=8/255"], "b"),
         (["adversary.eps!=8/255"], ""),
@@ -558,15 +560,80 @@ def test_sort_keys_that_mean_nothing() -> None:
         (["robust_diff>0"], "cb"),  # the baseline stays: the others are held against it
         (["robust_diff>=-10", "clean_diff>0"], "ba"),
         (["robust_p<0.05"], "b"),  # nothing was paired
+        (["robust>30"], "cb"),
+        (["clean<75"], "cb"),
     ],
 )
-def test_filters_on_differences(filters: list[str], left: str) -> None:
+def test_filters_on_outcomes(filters: list[str], left: str) -> None:
     parsed = list(map(Filter.parse, filters))
     keep = row_filter(parsed, baseline="b")
     assert filtered(ENTRIES, parsed) == ENTRIES
     (table,) = tabulate(ENTRIES, fold=True, baseline="b", outcomes_of=no_outcomes, keep=keep)
     assert "".join(row.run.id for row in table.rows) == left
     assert bool(table.verdict) == (len(left) > 1)
+
+
+def test_a_filter_on_results_takes_no_seed_out_of_a_mean() -> None:
+    """Three seeds of 25, 30 and 35 % are 30 % on average, or nothing."""
+    entries = [entry(f"a{seed}", 0.7, 0.25 + 0.05 * seed, seed=seed, family="a") for seed in range(3)]
+    entries += [entry(f"b{seed}", 0.6, 0.20 + 0.05 * seed, seed=seed, family="b") for seed in range(3)]
+    for text, expected in (("robust>=29.9", {"a": 0.30}), ("robust>=20", {"a": 0.30, "b": 0.25}), ("robust>30.1", {})):
+        filters = [Filter.parse(text)]
+        assert filtered(entries, filters) == entries
+        tables = tabulate(
+            entries, fold=True, baseline=None, outcomes_of=no_outcomes, keep=row_filter(filters, baseline=None)
+        )
+        rows = {row.run.name: row.figure("robust").value for table in tables for row in table.rows}
+        assert rows == pytest.approx(expected)
+        notes = [note for table in tables for note in table.notes]
+        assert notes == [f"Only rows with {text}; of several seeds that is their mean."] * len(tables)
+
+
+def test_few_samples_cut_no_others() -> None:
+    """Results on 1,000, 500 and 10 samples: two are cut to 500, and one stands apart."""
+
+    def outcomes_of(entry: Entry) -> Outcomes:
+        mask = pack_bits([True] * entry.n)
+        return Outcomes(
+            n=entry.n,
+            block=entry.n,
+            order_digest=entry.order,
+            data_fingerprint="f" * 64,
+            done=entry.n,
+            clean=mask,
+            stages=(StageOutcome(name="pgd", done=entry.n, robust=mask),),
+        )
+
+    entries = [entry(name, 1.0, 1.0, n=n, order="0f") for name, n in (("a", 1000), ("b", 500), ("c", 10))]
+    first, second = tabulate(entries, fold=True, baseline=None, outcomes_of=outcomes_of)
+    assert [(row.label, row.n) for row in first.rows] == [("a", 500), ("b", 500)]
+    assert ([row.label for row in second.rows], second.apart) == (
+        ["c"],
+        "n 10, too few to cut the others to, which have 500 and more",
+    )
+
+
+def test_the_first_table_answers_the_question() -> None:
+    """Three seeds of a trusted attack come before an odd one; what is not trusted comes last."""
+    odd, strong = replace(PGD, attack="fgsm"), replace(PGD, attack="autoattack", settings="")
+    seeds = [entry(f"a{seed}", 0.7, 0.3, seed=seed, family="a") for seed in range(3)]
+    others = [entry("a0", 0.7, 0.6, condition=odd, n=60, failed=("masking",)), entry("a0", 0.7, 0.2, condition=strong)]
+    tables = tabulate([*others, *seeds], fold=True, baseline=None, outcomes_of=no_outcomes)
+    assert [table.condition.attack for table in tables] == ["pgd", "autoattack", "fgsm"]
+    apart = sheets(tables, with_published=False)[-1]
+    assert [row[-1].split(":")[0] for row in apart.rows] == [
+        "attack autoattack, not pgd; settings none, not steps 20",
+        "not trusted",
+    ]
+
+
+def test_several_radii_are_one_table() -> None:
+    other = replace(PGD, eps="4/255")
+    entries = [entry("a", 0.7, 0.3), entry("b", 0.6, 0.2), entry("a", 0.7, 0.5, condition=other, failed=("masking",))]
+    by_eps, *_ = sheets(tabulate(entries, fold=True, baseline=None, outcomes_of=no_outcomes), with_published=False)
+    assert by_eps.columns == ("run", "n", "clean %", "4/255 %", "8/255 %", "note")
+    cells = [(row[0], row[2].split()[0], row[3].split()[:1], row[4].split()[0], row[5]) for row in by_eps.rows]
+    assert cells == [("a", "70.0", ["50.0"], "30.0", "4/255 not trusted: masking"), ("b", "60.0", [], "20.0", "")]
 
 
 def test_sorting_by_differences() -> None:
@@ -577,7 +644,7 @@ def test_sorting_by_differences() -> None:
 
 
 def test_differences_need_a_baseline() -> None:
-    assert row_filter([Filter.parse("robust>3")], baseline=None) is None
+    assert row_filter([Filter.parse("lr>3")], baseline=None) is None
     for ask in (
         lambda: row_filter([Filter.parse("clean_diff>3")], baseline=None),
         lambda: sort_key(ENTRIES, "clean_diff"),

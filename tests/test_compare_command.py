@@ -17,7 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import COMPUTATION, ENVIRONMENT, NOON, attack_record, data_used, probe_record, run_record, write_record
+from tiny import (
+    COMPUTATION,
+    ENVIRONMENT,
+    NOON,
+    attack_record,
+    data_used,
+    probe_record,
+    run_record,
+    tiny_recipe,
+    write_record,
+)
 
 from cfamc_cli.commands.compare import compare
 from cfamc_cli.comparison.gather import gather
@@ -36,6 +46,7 @@ from cfamc_cli.store.records import (
     StageOutcome,
     ThreatModel,
     TimingLine,
+    Totals,
     TrainLine,
     pack_bits,
 )
@@ -142,7 +153,9 @@ def store(tmp_path: Path) -> Path:
     runs = tmp_path / "runs"
     add_attack(make_run(runs, A, name="a"))
     clean = [i % 10 < 8 for i in range(1000)]
-    better = make_run(runs, B, name="b", digest="bb", recipe={"adversary": {"name": "pgd", "steps": 5}})
+    totals = Totals(steps=1500, view_passes=600_000, attack_view_passes=3_000_000, parameters=2_000_000)
+    recipe = {"adversary": {"name": "pgd", "steps": 5}}
+    better = make_run(runs, B, name="b", digest="bb", recipe=recipe, totals=totals)
     add_attack(better, clean=clean, robust=[right and i % 2 == 0 for i, right in enumerate(clean)])
     return runs
 
@@ -264,7 +277,7 @@ def test_a_baseline_without_a_row_is_refused(store: Path, capsys: pytest.Capture
     add_attack(make_run(store, C, name="a"), created=NOON + timedelta(hours=1))  # the seed of A once more
     make_run(store, D, digest="dd")
     for baseline, where, message, hint in (
-        (B, ["robust<30"], "no result of it passes --where", "loosen the filters"),
+        (B, [f"run!={B}"], "no result of it passes --where", "loosen the filters"),
         (A, [], f"{C} attacks/pgd-001 stands for it", "--no-fold"),
         (D, [], "nothing was measured on it yet", "name another run"),
     ):
@@ -923,7 +936,7 @@ def test_cells_of_text_tables(store: Path, capsys: pytest.CaptureFixture[str]) -
         "n": "1,000",
         "time": "11 min 40 s",
         "epochs": "1",
-        "views": "600.0 k",
+        "passes": "3.6 M (3.0 M)",
         "recipe": "adversary.name=pgd, adversary.steps=5",
         "note": "",
     }
@@ -938,8 +951,28 @@ def test_cells_of_text_tables(store: Path, capsys: pytest.CaptureFixture[str]) -
     assert lines[2:5] == [r"\begin{tabular}{llrrrrrrrrrrrll}", r"\toprule", lines[4]]
     assert lines[6] == (
         rf"{{*}} & {B} & 80.0 {{[}}77.4, 82.4] & 40.0 {{[}}37.0, 43.1] & +10.0 & \textless{{}} 0.0001 & +16.6 & "
-        r"\textless{} 0.0001 & 1,000 & 1,000 & 11 min 40 s & 1 & 600.0 k & adversary.name=pgd, adversary.steps=5 &  \\"
+        r"\textless{} 0.0001 & 1,000 & 1,000 & 11 min 40 s & 1 & 3.6 M (3.0 M) & "
+        r"adversary.name=pgd, adversary.steps=5 &  \\"
     )
+
+
+@pytest.mark.parametrize(("adversary", "ascent"), [("pgd", 5 * 1000), ("free", 0)])
+def test_cost_is_all_passes_of_older_records_too(
+    store: Path, capsys: pytest.CaptureFixture[str], adversary: str, ascent: int
+) -> None:
+    """PGD-5 on the second of two views takes 5 passes of each of 1,000 images; records of before do not say so."""
+    steps = {"adversary": {"steps": 5}} if adversary == "pgd" else {}
+    recipe = tiny_recipe("simclr", adversary, **steps, train={"batch_size": 10})
+    totals = Totals(steps=100, view_passes=2000, parameters=2_000_000)
+    older = make_run(store, C, name="c", digest="cc", totals=totals, data=data_used("train", 1000))
+    (older / "resolved.json").write_text(json.dumps(recipe.resolved()))
+    add_attack(older)
+    rows = {row["runs"][0]: row for row in result(capsys, [], store)["tables"][0]["rows"]}
+    assert [(rows[run]["view_passes"], rows[run]["attack_view_passes"]) for run in (B, C)] == [
+        (600_000, 3_000_000),
+        (2000, ascent),
+    ]
+    assert names(result(capsys, [], store, where=["passes<5000"])) == ([] if ascent else [[C]])
 
 
 def test_cells_of_the_csv_and_the_json(store: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -154,7 +154,7 @@ def run_record(**changes: Any) -> RunRecord:
         progress=Progress(batch=500, step=1500, epoch=1.0, total=1500),
         environment=ENVIRONMENT,
         wall_seconds=700.0,
-        totals=Totals(steps=1500, view_passes=600_000, parameters=2_000_000),
+        totals=Totals(steps=1500, view_passes=600_000, attack_view_passes=0, parameters=2_000_000),
         data=data_used("train", 50_000),
     )
     return record.model_copy(update=changes)

@@ -212,9 +212,13 @@ def _train(recipe: Recipe, data: ImageSet, run: RunFolder | None, session: Sessi
         positions = _take_up(trainer, run, session)
         if kept is not None:
             kept.cut_back(positions)
-            passes = plan(recipe, images=len(data.images)).view_passes
-            parameters = checkpoint.count_parameters(trainer.encoder)
-            totals = Totals(steps=trainer.total, view_passes=passes, parameters=parameters)
+            costs = plan(recipe, images=len(data.images))
+            totals = Totals(
+                steps=trainer.total,
+                view_passes=costs.view_passes,
+                attack_view_passes=costs.attack_view_passes,
+                parameters=checkpoint.count_parameters(trainer.encoder),
+            )
             kept.begin(data.used(), totals, _progress(trainer), trainer.computation)
             if decay := recipe.train.average:
                 session.talk.message(f"the average of the weights is evaluated and saved: train.average = {decay:g}")

@@ -18,6 +18,7 @@ from typing import TypeAlias, TypeVar
 
 from cfamc_cli.comparison.tables import Condition, Entry, Run, Scalar, Settings
 from cfamc_cli.errors import CfamcError, bad_data, invalid
+from cfamc_cli.recipe.plan import plan
 from cfamc_cli.recipe.schema import Outside, as_before, outside
 from cfamc_cli.store.files import explained, read_bytes
 from cfamc_cli.store.records import (
@@ -130,6 +131,7 @@ class _Reader:
         self._recipes: dict[str, Mapping[str, Scalar]] = {}
         self._conditions: dict[Condition, Condition] = {}
         self._flattened: dict[tuple[str, str], Settings] = {}
+        self._ascents: dict[tuple[str, int], int] = {}
 
     def read(self, folder: RunFolder) -> None:
         """Read one run with all its results."""
@@ -183,10 +185,22 @@ class _Reader:
             epochs=record.progress.epoch,
             steps=record.totals.steps,
             view_passes=record.totals.view_passes,
+            attack_view_passes=self._attack_view_passes(folder, record, recipe),
             seconds=record.wall_seconds,
             knn=record.evaluation.knn.value if record.evaluation and record.evaluation.knn else None,
             asked=self._asked(folder),
         )
+
+    def _attack_view_passes(self, folder: RunFolder, record: RunRecord, recipe: Mapping[str, Scalar]) -> int:
+        """Those of an adversary's own steps; records of before they were kept leave them to the recipe."""
+        kept = record.totals.attack_view_passes
+        stepping = any(key.endswith("adversary.name") and name == "pgd" for key, name in recipe.items())
+        if kept is not None or not stepping or record.data is None:
+            return kept or 0
+        key = (record.recipe_digest, record.data.n)
+        if key not in self._ascents:
+            self._ascents[key] = plan(folder.recipe(), record.data.n).attack_view_passes
+        return self._ascents[key]
 
     def _asked(self, folder: RunFolder) -> dict[str, Scalar]:
         """The last loss and the largest memory of training, and the recipe's other settings, where asked for."""

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from cfamc_cli.comparison.tables import Entry, Keep, Row, Scalar, SortKey, Which, exact_number
+from cfamc_cli.comparison.tables import Entry, Row, RowFilter, Scalar, SortKey, Which, exact_number
 from cfamc_cli.errors import invalid
 
 _FILTER = re.compile(r"\s*([^=<>!\s]+)\s*(<=|>=|!=|=|<|>)\s*(.*?)\s*", re.DOTALL)
@@ -26,12 +26,14 @@ _DIFFERENCES: Mapping[str, tuple[Which, str]] = {  # keys of a row that is held 
     "robust_diff": ("robust", "value"),
     "robust_p": ("robust", "p"),
 }
+# What is measured of a run: a filter that took single seeds by it would leave a mean of the lucky ones.
+_RESULTS = ("clean", "robust", "knn", "loss", "memory", "seconds", "time")
 _LARGEST_FIRST = ("clean", "robust", "knn", "clean_diff", "robust_diff")
 
 
 @dataclass(frozen=True)
 class Filter:
-    """A condition on results, or on rows where its key is a difference to the baseline."""
+    """A condition on results, or on rows where its key is an outcome: a result, or a difference to the baseline."""
 
     key: str
     operator: str
@@ -65,6 +67,11 @@ class Filter:
         equal = str(mine).lower() == self.value.lower() if isinstance(mine, bool) else str(mine) == self.value
         return equal == (self.operator == "=")
 
+    @property
+    def of_rows(self) -> bool:
+        """Whether it is about rows, the seeds of which are folded."""
+        return self.key in _DIFFERENCES or self.key in _RESULTS
+
 
 def fields_of(entry: Entry) -> dict[str, Scalar]:
     """Everything that results can be filtered and sorted by; accuracies in percent, time in seconds, memory in MiB."""
@@ -76,6 +83,7 @@ def fields_of(entry: Entry) -> dict[str, Scalar]:
         "epochs": run.epochs,
         "steps": run.steps,
         "views": run.view_passes,
+        "passes": run.passes,
         "seconds": run.seconds,
         "time": run.seconds,
         "knn": None if run.knn is None else 100 * run.knn,
@@ -99,7 +107,7 @@ def fields_of(entry: Entry) -> dict[str, Scalar]:
 
 
 def filtered(entries: Sequence[Entry], filters: Sequence[Filter]) -> list[Entry]:
-    """Keep the results that pass every filter; one that lacks the key does not.
+    """Keep the results that pass every filter that is not of rows; one that lacks the key does not.
 
     Raises:
         CfamcError: No result has the key of a filter, or its value cannot be compared; exit code 2.
@@ -108,24 +116,25 @@ def filtered(entries: Sequence[Entry], filters: Sequence[Filter]) -> list[Entry]
     for wanted in filters:
         if wanted.key not in _DIFFERENCES:
             _check(wanted.key, entries)
+        if not wanted.of_rows:
             kept = [entry for entry in kept if wanted.passes(fields_of(entry).get(wanted.key))]
     return kept
 
 
-def row_filter(filters: Sequence[Filter], *, baseline: str | None) -> Keep | None:
-    """Make a test of rows from the filters on differences to the baseline; None where there is no such filter.
+def row_filter(filters: Sequence[Filter], *, baseline: str | None) -> RowFilter | None:
+    """Make a test of rows from the filters on outcomes; None where there is no such filter.
 
     Raises:
-        CfamcError: There is such a filter and no baseline; exit code 2.
+        CfamcError: One is a difference to a baseline, and there is none; exit code 2.
     """
-    differences = [wanted for wanted in filters if wanted.key in _DIFFERENCES]
-    for wanted in differences:
+    outcomes = [wanted for wanted in filters if wanted.of_rows]
+    for wanted in outcomes:
         _check(wanted.key, baseline=baseline)
 
     def keep(row: Row) -> bool:
-        return all(wanted.passes(_value(row, wanted.key)) for wanted in differences)
+        return all(wanted.passes(_value(row, wanted.key)) for wanted in outcomes)
 
-    return keep if differences else None
+    return RowFilter(" and ".join(wanted.text.strip() for wanted in outcomes), keep) if outcomes else None
 
 
 def sort_key(entries: Sequence[Entry], text: str, *, baseline: str | None = None) -> SortKey:

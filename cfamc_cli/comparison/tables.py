@@ -6,6 +6,7 @@ attacked on the same samples are compared sample by sample, by McNemar's exact t
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -20,6 +21,8 @@ Scalar: TypeAlias = str | float | bool | None
 Settings: TypeAlias = tuple[tuple[str, Scalar], ...]
 Which = Literal["clean", "robust"]
 USUAL_EPS = "8/255"
+STRONGEST = "autoattack"
+FEW = 0.1  # of the median number of samples: results on fewer cut no others
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +76,16 @@ class Run:
     recipe: Mapping[str, Scalar]  # what makes the encoder, flat: "adversary.name", "crops.0.count"
     epochs: float
     steps: int
-    view_passes: int
+    view_passes: int  # that trained the weights
+    attack_view_passes: int  # beside them: the steps of an adversary that trains none
     seconds: float  # wall time of pretraining
     knn: float | None = None  # accuracy of nearest neighbours in the last online evaluation
     asked: Mapping[str, Scalar] = field(default_factory=dict)  # what only a filter or a sort key asks for: "loss"
+
+    @property
+    def passes(self) -> int:
+        """All passes of a view."""
+        return self.view_passes + self.attack_view_passes
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +157,14 @@ class Row:
 
 
 SortKey: TypeAlias = Callable[[Row], tuple[bool, float, str]]
-Keep: TypeAlias = Callable[[Row], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class RowFilter:
+    """Which rows stay."""
+
+    text: str  # as a person asked for it
+    keeps: Callable[[Row], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,11 +186,12 @@ def tabulate(
     baseline: str | None,
     outcomes_of: OutcomesOf,
     order: SortKey | None = None,
-    keep: Keep | None = None,
+    keep: RowFilter | None = None,
 ) -> list[ComparedTable]:
-    """Sort results into tables of what may be compared, the one with the most rows first.
+    """Sort results into tables of what may be compared; the one that says most comes first.
 
-    Results of one condition that were measured on different numbers of samples are cut to those that all share.
+    Results of one condition that were measured on different numbers of samples are cut to those that all share, but for
+    those on few samples, which stand apart.
 
     Args:
         entries: Results of any runs.
@@ -182,7 +199,7 @@ def tabulate(
         baseline: Id of the run that the others are held against.
         outcomes_of: Reads the per-sample outcomes of a result; None where it has none.
         order: Sort key of rows; the best robust, then clean accuracy first unless given.
-        keep: Tells of a row with its differences whether it stays; the baseline always does.
+        keep: Which rows stay, seeds folded and differences found; the baseline always does.
     """
     conditions: dict[Condition, list[Entry]] = defaultdict(list)
     for entry in entries:
@@ -194,17 +211,28 @@ def tabulate(
             if held := [row for row in rows if any(entry.run.id == baseline for entry in row.entries)]:
                 rows = [_against(row, held[0], outcomes_of) for row in rows]
             if keep is not None:
-                rows = [row for row in rows if row.baseline or keep(row)]
+                rows = [row for row in rows if row.baseline or keep.keeps(row)]
             n, cut = group[0].n, any(entry.whole for entry in group)
             shared = f"All rows on the first {n:,} samples, which they share: --where 'n>{n}' compares those with more."
             notes = [shared] if cut else []
+            if keep is not None and any(len(row.entries) > 1 for row in rows):
+                notes.append(f"Only rows with {keep.text}; of several seeds that is their mean.")
             if baseline is not None and not any(row.baseline for row in rows):
                 notes.append(f"No differences: there is no result of the baseline {baseline} among these.")
             notes += _computed_differently([entry for row in rows for entry in row.entries])
             if rows:
                 tables.append(_table(rows, apart, notes, outcomes_of, order))
-    tables.sort(key=lambda table: (bool(table.apart), -len(table.rows), *table.condition.rank()))
+    tables.sort(key=_first)
     return [replace(table, apart=_apart(table, tables[0])) for table in tables]
+
+
+def _first(table: ComparedTable) -> tuple[object, ...]:
+    """Sort key of tables: most trusted rows, then seeds, then the strongest attack, then the most samples."""
+    trusted = [row for row in table.rows if not row.failed]
+    of_clean, *size = table.condition.rank()
+    strength = table.condition.attack != STRONGEST
+    seeds, n = sum(len(row.entries) for row in trusted), max(row.n for row in table.rows)
+    return (bool(table.apart), -len(trusted), -seeds, of_clean, size[0], strength, -n, *size)
 
 
 def _apart(table: ComparedTable, first: ComparedTable) -> str:
@@ -247,12 +275,15 @@ def _on_shared_samples(entries: list[Entry], outcomes_of: OutcomesOf) -> dict[st
     if len({entry.n for entry in entries}) == 1:
         return {"": entries}
     ((order, _),) = Counter(entry.order for entry in entries).most_common(1)
-    n = min(entry.n for entry in entries if entry.order == order)
+    enough = FEW * statistics.median(entry.n for entry in entries)
+    n = min((entry.n for entry in entries if entry.order == order and entry.n >= enough), default=0)
     groups: dict[str, list[Entry]] = defaultdict(list)
     for entry in entries:
-        cut = _cut(entry, n, outcomes_of) if entry.order == order else None
-        why = "" if cut else f"n {entry.n:,}, and no outcomes on the {n:,} samples that others share"
-        groups[why].append(cut or entry)
+        cut = _cut(entry, n, outcomes_of) if entry.order == order and entry.n >= n else None
+        why = f"n {entry.n:,}, and no outcomes on the {n:,} samples that others share"
+        if entry.n < enough:
+            why = f"n {entry.n:,}, too few to cut the others to, which have {n:,} and more"
+        groups["" if cut else why].append(cut or entry)
     return groups
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from cfamc_cli.comparison.published import Published, published
 from cfamc_cli.comparison.statistics import Figure, probability
-from cfamc_cli.comparison.tables import ComparedTable, Condition, Row, Which
+from cfamc_cli.comparison.tables import ComparedTable, Condition, Row, Which, exact_number
 from cfamc_cli.recipe.plan import duration
 from cfamc_cli.report.terminal import clean, percent
 from cfamc_cli.store.records import BenchRecord
@@ -22,9 +22,9 @@ _NOT_OURS = "published, not measured here"
 _WHICH: tuple[Which, ...] = ("clean", "robust")
 _MEASURED = ("", "run", "clean %", "robust %")
 _AGAINST = ("clean diff", "clean p", "robust diff", "robust p", "shared")
-_COST = ("n", "time", "epochs", "views")
+_COST = ("n", "time", "epochs", "passes")
 SAID = ("recipe", "note")
-DISPENSABLE = (*SAID, "views", "epochs", "time")  # in the order in which a narrow terminal loses them
+DISPENSABLE = (*SAID, "passes", "epochs", "time")  # in the order in which a narrow terminal loses them
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class Sheet:
 
 
 def sheets(tables: Sequence[ComparedTable], *, with_published: bool, limit: int = 0) -> list[Sheet]:
-    """Spell out a comparison: a sheet a table, one for what stands alone, and published rows where asked for.
+    """Spell out a comparison: accuracy by eps in one sheet, as papers print it, where there are several radii; a sheet
+    a table, one for what stands alone, and published rows where asked for.
 
     Args:
         tables: The comparison.
@@ -60,7 +61,8 @@ def sheets(tables: Sequence[ComparedTable], *, with_published: bool, limit: int 
     alone = [table for index, table in enumerate(tables) if index > 0 and len(table.rows) == 1]
     known = published() if with_published else {}
     own = [replace(table.condition, fingerprint="", settings="") for table in shown]  # which are not published
-    made = [_sheet(table, known.get(beside, []), limit) for table, beside in zip(shown, own, strict=True)]
+    made = _by_eps(tables, limit)
+    made += [_sheet(table, known.get(beside, []), limit) for table, beside in zip(shown, own, strict=True)]
     if alone:
         made.append(_apart(alone, limit))
     return made + [_published_sheet(condition, rows) for condition, rows in known.items() if condition not in own]
@@ -165,6 +167,34 @@ def compact(count: int) -> str:
     return str(count)
 
 
+def _by_eps(tables: Sequence[ComparedTable], limit: int) -> list[Sheet]:
+    """The rows of the first table with a column for each eps under which its attack was made; none for a single one."""
+    same: dict[str, ComparedTable] = {}
+    for table in tables:
+        if table.condition.attack and replace(table.condition, eps="") == replace(tables[0].condition, eps=""):
+            same.setdefault(table.condition.eps, table)
+    if len(same) < 2:
+        return []
+    radii = sorted(same, key=lambda eps: exact_number(eps) or 0.0)
+    found = {eps: {_who(row): row for row in same[eps].rows} for eps in radii}
+    rows, shown = [], tables[0].rows[: limit or None]
+    for row in shown:
+        own = {eps: found[eps][_who(row)] for eps in radii if _who(row) in found[eps]}
+        cells = [figure_text(own[eps].robust) if eps in own else "" for eps in radii]
+        wrong = [f"{eps} not trusted: {', '.join(part.failed)}" for eps, part in own.items() if part.failed]
+        wrong += [f"{eps} on {part.n:,}" for eps, part in own.items() if part.n != row.n]
+        rows.append((row.label, f"{row.n:,}", figure_text(row.clean), *cells, "; ".join(wrong)))
+    title = replace(tables[0].condition, eps="of several sizes").title()
+    columns = ("run", "n", "clean %", *(f"{eps} %" for eps in radii), "note")
+    more = len(tables[0].rows) - len(shown)
+    return [Sheet(title, columns, tuple(range(1, len(columns) - 1)), tuple(rows), more=more)]
+
+
+def _who(row: Row) -> object:
+    """Equal for rows of the same encoders and heads."""
+    return (tuple(entry.run.id for entry in row.entries), row.entries[0].head)
+
+
 def _sheet(table: ComparedTable, beside: Sequence[Published], limit: int) -> Sheet:
     held, shown = any(row.against for row in table.rows), table.rows[: limit or None]
     columns = (*_MEASURED, *(_AGAINST if held else ()), *_COST, *SAID)
@@ -190,9 +220,10 @@ def _sheet(table: ComparedTable, beside: Sequence[Published], limit: int) -> She
 def _apart(tables: Sequence[ComparedTable], limit: int) -> Sheet:
     shown = tables[: limit or None]
     rows = [
-        (row.label, f"{row.n:,}", figure_text(row.clean), figure_text(row.robust), table.condition.title(), table.apart)
+        (*(row.label, f"{row.n:,}", figure_text(row.clean), figure_text(row.robust)), table.condition.title(), why)
         for table in shown
         for row in table.rows
+        for why in ["; ".join(filter(None, [*_untrusted(row), table.apart]))]
     ]
     title = "Apart: not comparable with the first table, nor with each other"
     columns = ("run", "n", "clean %", "robust %", "under", "why apart")
@@ -225,7 +256,10 @@ def _measured(row: Row) -> tuple[str, ...]:
 
 
 def _cost(row: Row) -> tuple[str, ...]:
-    return (f"{row.n:,}", duration(row.seconds), f"{row.run.epochs:g}", compact(row.run.view_passes))
+    """`passes` are all of them; in parentheses those of an adversary's own steps."""
+    ascent = row.run.attack_view_passes
+    passes = compact(row.run.passes) + (f" ({compact(ascent)})" if ascent else "")
+    return (f"{row.n:,}", duration(row.seconds), f"{row.run.epochs:g}", passes)
 
 
 def _recipe(table: ComparedTable, row: Row) -> str:
@@ -254,12 +288,15 @@ def _note(row: Row) -> str:
     parts = ["baseline"] if row.baseline else []
     if any(entry.whole for entry in row.entries):
         parts.append(f"cut from n {' '.join(f'{(entry.whole or entry).n:,}' for entry in row.entries)}")
-    if row.failed:
-        parts.append(f"not trusted: {', '.join(row.failed)}")
+    parts += _untrusted(row)
     last = (row.against or {}).get("robust", (row.against or {}).get("clean"))
     if last is not None and last.shared is None:
         parts.append("difference not paired")
     return "; ".join(parts)
+
+
+def _untrusted(row: Row) -> list[str]:
+    return [f"not trusted: {', '.join(row.failed)}"] if row.failed else []
 
 
 def _json_figure(figure: Figure) -> dict[str, float | None]:
@@ -277,6 +314,7 @@ def _json_row(table: ComparedTable, row: Row) -> dict[str, Any]:
         "epochs": row.run.epochs,
         "steps": row.run.steps,
         "view_passes": row.run.view_passes,
+        "attack_view_passes": row.run.attack_view_passes,
         "seconds": [entry.run.seconds for entry in row.entries],
         "n_measured": [(entry.whole or entry).n for entry in row.entries],
         "clean": _json_figure(row.clean),
@@ -290,7 +328,7 @@ def _json_row(table: ComparedTable, row: Row) -> dict[str, Any]:
 
 _FLAT = (  # columns of the CSV
     *Condition.__dataclass_fields__,
-    *("label", "runs", "seeds", "epochs", "steps", "view_passes", "seconds", "n"),
+    *("label", "runs", "seeds", "epochs", "steps", "view_passes", "attack_view_passes", "seconds", "n"),
     *(f"{which}{part}" for which in _WHICH for part in ("", "_low", "_high", "_std")),
     *("front", "baseline"),
     *(f"{which}_{part}" for which in _WHICH for part in ("diff", "p", "shared")),

@@ -145,7 +145,8 @@ class Totals(Part):
     """What a run cost: weight updates, encoded views (forward and backward) and the size of the encoder."""
 
     steps: Count
-    view_passes: Count
+    view_passes: Count  # that trained the weights
+    attack_view_passes: Count | None = None  # of an adversary's own steps; None where it was not kept
     parameters: Count
 
 

@@ -1,5 +1,4 @@
-"""What a weight update of each phase of a recipe costs a GPU, term by term: counted on torch's `meta` device, at assumed
-rates.
+"""What a weight update of each phase of a recipe costs a GPU, term by term: counted on `meta`, at assumed rates.
 
 Counted: every operation's floating-point operations (2 per multiply-add) and the bytes it reads and writes, as the
 tensors' sizes say, for the encoder in bfloat16, the crops, objective, optimizer and adversary in float32. Assumed: what
