@@ -16,6 +16,7 @@ class ExitCode(IntEnum):
     BAD_DATA = 4  # data set or checkpoint
     UNTRUSTED = 5  # an evaluation that --strict refuses
     LOCKED = 6  # the run belongs to a live process
+    HUNG_UP = 129  # SIGHUP, the terminal is gone; the work can be resumed
     INTERRUPTED = 130  # SIGINT; the work can be resumed
     ASKED = 138  # SIGUSR1, by Linux's number: a scheduler wants the machine back; the work can be resumed
     TERMINATED = 143  # SIGTERM; the work can be resumed

@@ -811,6 +811,20 @@ def test_checkpoints_come_when_asked_for_and_old_ones_go(every: int, tiny_images
     assert steps == [f"step-{step:08d}" for step in {0: (8, 4), 1: (8, 7), 3: (8, 6)}[every]]
 
 
+@pytest.mark.parametrize(("minutes", "steps"), [(0.0, [8]), (2.5, [3, 6, 8]), (10.0, [8])])
+def test_a_checkpoint_comes_when_the_last_is_long_ago(
+    minutes: float, steps: list[int], tiny_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of 8 batches takes a minute of this clock; a checkpoint that another rule made counts as one."""
+    train = {"epochs": 2.0, "batch_size": 16, "checkpoint_every": 8, "checkpoint_minutes": minutes, "keep": 9}
+    trainer = trainer_of(tiny_recipe("emp-ssl", "none", train=train), tiny_images)
+    monkeypatch.setattr("cfamc_cli.engine.pretrain.time.monotonic", lambda: 60.0 * trainer.step)
+    trainer.saved = 0.0
+    trainer.train(tmp_path, stop=lambda: 0)
+    found = [int(path.name.removeprefix("step-")) for path in checkpoint.list_checkpoints(tmp_path)]
+    assert sorted(found) == steps
+
+
 def test_a_batch_larger_than_the_data_and_supcon_without_labels_are_refused(tiny_images: ImageSet) -> None:
     with pytest.raises(CfamcError, match="65 is more than the 64 training images") as caught:
         trainer_of(tiny_recipe(train={"batch_size": 65}), tiny_images)

@@ -1,17 +1,34 @@
-"""SIGINT, SIGTERM, SIGUSR1: the batch under way is finished and saved, the exit code says which, the run goes on."""
+"""Signals: the batch under way is finished and saved, the exit code says which, the run goes on."""
 
 from __future__ import annotations
 
 import json
+import os
+import pty
 import signal
+import sys
 import time
 from pathlib import Path
 
 import pytest
-from process import Child, Done, warm
+from process import Child, Done, environment, warm
 from tiny import recipe_text
 
-CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 138}
+CLOSED = """\
+import sys, time
+from pathlib import Path
+from cfamc_cli import cli
+from cfamc_cli.engine import pretrain
+whole = pretrain.Trainer.loss_of
+def slow(self, *arguments):
+    if self.step == 4:
+        Path("flag").touch()
+        time.sleep(1)
+    return whole(self, *arguments)
+pretrain.Trainer.loss_of = slow
+sys.exit(cli.run(sys.argv[1:]))
+"""
+CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 138, signal.SIGHUP: 129}
 
 
 def start(folder: Path, *words: str, hook: str = "", values: tuple[object, ...] = ()) -> Child:
@@ -67,6 +84,7 @@ def uncut(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
     [
         (signal.SIGTERM, 4),  # in the second replay of a batch
         (signal.SIGUSR1, 7),
+        (signal.SIGHUP, 7),
         pytest.param(signal.SIGINT, 0, marks=pytest.mark.slow),  # in the first batch
         pytest.param(signal.SIGTERM, 5, marks=pytest.mark.slow),  # in the last replay
         pytest.param(signal.SIGINT, 13, marks=pytest.mark.slow),
@@ -173,3 +191,30 @@ def test_a_signal_in_the_last_update_ends_what_would_follow(tmp_path: Path) -> N
     run = only_run(tmp_path)  # seed 1 was not begun
     assert record(run)["status"] == "finished"
     assert done.answer["error"]["finished"] == [run.name]
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_terminal_that_closes_ends_a_run_with_all_of_it_saved(
+    ignored: bool, tmp_path: Path, uncut: list[bytes]
+) -> None:
+    """The kernel sends SIGHUP when the last one lets the terminal go; under nohup the run goes on."""
+    (tmp_path / "recipe.toml").write_text(recipe_text(every=2, log_every=3))
+    command = [sys.executable, "-c", CLOSED, "pretrain", "recipe.toml"]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(tmp_path)
+        if ignored:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        os.execve(sys.executable, command, environment(TERM="xterm"))
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "flag").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.close(terminal)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == (1 if ignored else 129)  # its id found no stdout to be written to
+    run = only_run(tmp_path)
+    assert record(run)["status"] == ("finished" if ignored else "interrupted")
+    if not ignored:
+        finish(tmp_path, uncut=uncut)
+    assert results(run) == uncut

@@ -144,7 +144,16 @@ def test_digest_is_stable_and_leaves_out_seed_name_paths_checkpoints_and_logs() 
         recipe(seed=7),
         recipe(name="other"),
         recipe(data={"dataset": "cifar10", "root": "/elsewhere"}),
-        recipe(train={"checkpoint_every": 5, "keep": 9, "evaluate_every": 1, "log_every": 3, "memory": "recompute"}),
+        recipe(
+            train={
+                "checkpoint_every": 5,
+                "checkpoint_minutes": 1.0,
+                "keep": 9,
+                "evaluate_every": 1,
+                "log_every": 3,
+                "memory": "recompute",
+            }
+        ),
         recipe(train={"compile": False}),  # what "auto" was in the first runs
         recipe(probe={"head": "knn"}),
         recipe(attack=[{"name": "autoattack"}]),
@@ -163,7 +172,15 @@ def test_digest_is_stable_and_leaves_out_seed_name_paths_checkpoints_and_logs() 
 
 
 def test_what_is_no_part_of_the_encoder_or_of_the_run_is_marked_on_the_fields() -> None:
-    bookkeeping = {"name", "data.root", "train.checkpoint_every", "train.keep", "train.log_every", "train.memory"}
+    bookkeeping = {
+        "name",
+        "data.root",
+        "train.checkpoint_every",
+        "train.checkpoint_minutes",
+        "train.keep",
+        "train.log_every",
+        "train.memory",
+    }
     assert set(outside(Outside.RUN)) == bookkeeping
     assert set(outside(Outside.ENCODER)) == bookkeeping | {"seed", "train.evaluate_every", "probe", "attack"}
 

@@ -58,8 +58,8 @@ def attack(reference: str | None, *, flags: Flags, options: Options) -> None:
         options: Where and how.
 
     Raises:
-        CfamcError: With the exit code of its cause; 5 where a check failed under --strict, 130, 138 or 143 where a
-            signal ended the work.
+        CfamcError: With the exit code of its cause; 5 where a check failed under --strict; 129, 130, 138 or 143 where
+            a signal ended the work.
     """
     check_flags(flags)
     if flags.plot and find_spec("matplotlib") is None:

@@ -31,7 +31,7 @@ def bench(
         options: Where and how.
 
     Raises:
-        CfamcError: With the exit code of its cause; 130, 138 or 143 where a signal arrived; nothing was written.
+        CfamcError: With the exit code of its cause; 129, 130, 138 or 143 where a signal arrived; nothing was written.
     """
     began = time.monotonic()
     recipe = file.load(reference, overrides=overrides)

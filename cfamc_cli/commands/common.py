@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 
 _ENDS = {signal.SIGINT: ExitCode.INTERRUPTED, signal.SIGTERM: ExitCode.TERMINATED}
-if hasattr(signal, "SIGUSR1"):  # not on Windows; another number on macOS
-    _ENDS[signal.SIGUSR1] = ExitCode.ASKED
+if hasattr(signal, "SIGUSR1"):  # neither is on Windows; SIGUSR1 has another number on macOS
+    _ENDS |= {signal.SIGUSR1: ExitCode.ASKED, signal.SIGHUP: ExitCode.HUNG_UP}
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Session:
 
     Attributes:
         options: Where and how.
-        signals: SIGINT, SIGTERM and SIGUSR1, for work that finishes its step and saves.
+        signals: SIGINT, SIGTERM, SIGUSR1 and SIGHUP, for work that finishes its step and saves.
         talk: The person; nobody in the processes of torchrun that do not lead.
     """
 
@@ -130,10 +130,11 @@ def session(options: Options) -> Iterator[Session]:
     """Within, a signal ends the work as an error that says what is kept and how to go on.
 
     Raises:
-        CfamcError: In place of `Interrupted`; exit code 130, 138 or 143.
+        CfamcError: In place of `Interrupted`; exit code 129, 130, 138 or 143.
     """
     signals = Signals()
-    before = {number: signal.signal(number, signals.arrive) for number in _ENDS}
+    told = [number for number in _ENDS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
+    before = {number: signal.signal(number, signals.arrive) for number in told}
     try:
         with render.Terminal(quiet=options.quiet) as terminal:
             working = Session(options, signals, terminal if leads() else NullTalk())

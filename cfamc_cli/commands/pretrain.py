@@ -50,7 +50,7 @@ def pretrain(
         options: Where and how.
 
     Raises:
-        CfamcError: With the exit code of its cause; 130, 138 or 143 where a signal arrived, and the run can be resumed.
+        CfamcError: With the exit code of its cause; 129, 130, 138 or 143 where a signal came, and the run can be resumed.
     """
     if resume is not None:
         recipes = [None] if reference is None else _recipes(reference, overrides, seeds)

@@ -47,7 +47,7 @@ CHOICES: dict[str, tuple[str | bool, ...]] = {
     "train.memory": ("full", "recompute"),
 }
 LEAST, MOST = 3, 100  # batches that are timed, whatever time there is
-_ENDLESS = {"epochs": 100_000.0, "checkpoint_every": 10**9}
+_ENDLESS = {"epochs": 100_000.0, "checkpoint_every": 10**9, "checkpoint_minutes": 0.0}
 _MOST_DATA = 2**30  # bytes of random images
 _RESAMPLES = 2000  # of the bootstrap
 

@@ -7,6 +7,7 @@ The loop never waits for the device between two log intervals: what it reports s
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -82,6 +83,7 @@ class Trainer:
             self.encoder.compile(dynamic=False)  # crops of a group have one shape all along a phase
         self.gradients = GradientSum(list(self.encoder.parameters()), world)
         self.signals = Agreement(world)
+        self.saved = time.monotonic()  # when the last checkpoint was begun; before the first, when the run was
         self.enter(0)
 
     def enter(self, phase: int) -> None:
@@ -185,10 +187,7 @@ class Trainer:
             self.journal.after_batch(self.encoder, z, crops, self.adversary.delta, loss_beside, step=self.step)
             if self._saves_after(batch + 1):
                 self.save(folder)
-            if self.where()["step"] == self.total:
-                self.signals.heard()  # so that nothing stays under way
-            elif signal := self.signals.ask(stop()):
-                self.save(folder)
+            if signal := self._agreed(folder, stop=stop):
                 return signal
 
     def _find_clusters(self) -> Tensor | None:
@@ -297,6 +296,20 @@ class Trainer:
         """Whether a checkpoint is due when so many batches are done."""
         return batches == self.batches or batches % (self.recipe.train.checkpoint_every or self.per_epoch) == 0
 
+    def _agreed(self, folder: Path, *, stop: Callable[[], int]) -> int:
+        """The signal that ends the run after this batch, in all processes, saved; 0 for none.
+
+        Saved is too where the last checkpoint is long ago, by the clock of the process that leads.
+        """
+        if self.where()["step"] == self.total:
+            self.signals.heard()  # so that nothing stays under way
+            return 0
+        overdue = self.world.leads and 0 < 60 * self.recipe.train.checkpoint_minutes < time.monotonic() - self.saved
+        signal, due = divmod(self.signals.ask(2 * stop() + overdue), 2)
+        if signal or due:
+            self.save(folder)
+        return signal
+
     @section("evaluation")
     def _evaluate(self, stop: Callable[[], int]) -> bool:
         """Evaluate in the process that leads; False where a signal cut it."""
@@ -314,6 +327,7 @@ class Trainer:
             CfamcError: It could not be written.
         """
         self.journal.check_finite(self.encoder, self.average.encoder, step=self.step)
+        self.saved = time.monotonic()
         carried = self.adversary.delta if isinstance(self.recipe.adversary, FreeAdversary) else []
         delta = gather_images(carried, self.shares, self.world)
         if not self.world.leads:

@@ -385,6 +385,7 @@ class Train(Table):
     # "recompute" makes each stage of the backbone twice instead of keeping what is in it: slower, and the same bits.
     memory: Annotated[Literal["full", "recompute"], Outside.RUN] = "full"
     checkpoint_every: Annotated[int, Field(ge=0, le=10**9), Outside.RUN] = 0  # batches; 0: the end of each epoch
+    checkpoint_minutes: Annotated[float, Field(ge=0, le=10**6), Outside.RUN] = 10.0  # since the last one; 0: never
     keep: Annotated[int, Field(ge=1, le=10_000), Outside.RUN] = 2  # newest checkpoints
     evaluate_every: Annotated[int, Field(ge=0, le=100_000), Outside.ENCODER] = 0  # epochs; 0: never
     log_every: Annotated[Count, Outside.RUN] = 10  # batches
