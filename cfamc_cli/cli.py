@@ -77,6 +77,7 @@ def pretrain(
     runs: RunsOption = None,
     resume: Annotated[Text, Option(metavar="RUN", help="Go on with a run: its id, path, or latest.")] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Print the resolved recipe and its cost.")] = False,
+    force: Annotated[bool, Option("--force", help="Start although the plan is beyond the memory there is.")] = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -85,7 +86,15 @@ def pretrain(
     from cfamc_cli.commands.pretrain import pretrain as train
 
     seeds_to_train, options = _seeds(seed, seeds), Options(device=device, runs=runs, quiet=quiet, as_json=json)
-    train(recipe, overrides=overrides or [], seeds=seeds_to_train, resume=resume, dry_run=dry_run, options=options)
+    train(
+        recipe,
+        overrides=overrides or [],
+        seeds=seeds_to_train,
+        resume=resume,
+        dry_run=dry_run,
+        force=force,
+        options=options,
+    )
 
 
 @app.command()

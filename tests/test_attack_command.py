@@ -78,7 +78,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = folder / "tiny.toml"
     path.write_text(recipe_text() + '[probe]\nhead = "linear"\nprotocol = "converged"\n' + ATTACKS)
     options = Options(device="cpu", runs=folder / "runs", quiet=True)
-    pretrain(str(path), overrides=[], seeds=[], resume=None, dry_run=False, options=options)
+    pretrain(str(path), overrides=[], seeds=[], resume=None, dry_run=False, force=False, options=options)
     (run,) = list_runs(folder / "runs")
     head_of(run, options)
     return folder / "runs"

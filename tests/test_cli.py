@@ -22,7 +22,7 @@ from cfamc_cli.recipe import file
 SURFACE = {
     "cfamc": "--install-completion --show-completion --version",
     "cfamc bench": "RECIPE --alone --attack --device --json --quiet/-q --runs --seconds --set",
-    "cfamc pretrain": "RECIPE --device --dry-run --json --quiet/-q --resume --runs --seed --seeds --set",
+    "cfamc pretrain": "RECIPE --device --dry-run --force --json --quiet/-q --resume --runs --seed --seeds --set",
     "cfamc probe": (
         "RUN --crops --data --device --epochs --features --head --import --json --limit "
         "--protocol --quiet/-q --resume --runs --set --split"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from tiny import COMPUTATION, recipe_text, tiny_recipe
 
 from cfamc_cli.commands.common import Options
 from cfamc_cli.commands.pretrain import pretrain
-from cfamc_cli.engine import distributed
+from cfamc_cli.engine import device, distributed
 from cfamc_cli.engine.checkpoint import read_tensors
 from cfamc_cli.engine.data.sets import load as load_images
 from cfamc_cli.engine.device import computation
@@ -21,6 +22,7 @@ from cfamc_cli.engine.pretrain import Trainer
 from cfamc_cli.engine.sink import NullLedger, NullTalk
 from cfamc_cli.errors import CfamcError, ExitCode, Interrupted
 from cfamc_cli.recipe.file import load
+from cfamc_cli.recipe.plan import PROCESS, plan
 from cfamc_cli.store import files
 from cfamc_cli.store.ledger import RunLedger, found, found_again
 from cfamc_cli.store.records import (
@@ -194,23 +196,27 @@ def test_no_process_leaves_before_an_interruption_is_written_down(
     monkeypatch.setattr(Trainer, "train", lambda *_, **__: signal.SIGTERM)
     monkeypatch.setattr(distributed, "largest", largest)
     with pytest.raises(CfamcError) as end:
-        pretrain(str(path), overrides=[], seeds=[], resume=None, dry_run=False, options=options)
+        pretrain(str(path), overrides=[], seeds=[], resume=None, dry_run=False, force=False, options=options)
     assert (end.value.exit_code, waits) == (ExitCode.TERMINATED, [(signal.SIGTERM, "interrupted")])
 
 
-def test_the_record_of_a_training_is_that_of_what_was_trained(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("adversary", "replays", "steps"), [("free", 3, 0), ("pgd", 1, 2)])
+def test_the_record_of_a_training_is_that_of_what_was_trained(
+    adversary: str, replays: int, steps: int, tmp_path: Path
+) -> None:
     path, options = tmp_path / "tiny.toml", Options(device="cpu", runs=tmp_path / "runs", quiet=True)
-    path.write_text(recipe_text("emp-ssl", "free"))
+    path.write_text(recipe_text("emp-ssl", adversary))
     short = ["data.limit=70", "train.precision='float32'"]
-    pretrain(str(path), overrides=short, seeds=[3], resume=None, dry_run=False, options=options)
+    pretrain(str(path), overrides=short, seeds=[3], resume=None, dry_run=False, force=False, options=options)
     (run,) = list_runs(tmp_path / "runs")
     record, recipe = run.record(), load(str(path), overrides=short, seed=3)
-    updates = 8 * 3  # 70 images make 8 whole batches, each replayed three times
+    updates = 8 * replays  # 70 images make 8 whole batches
     tensors = read_tensors(run.checkpoints / f"step-{updates:08d}" / "model.safetensors")
     buffers = ("running_mean", "running_var", "tracked")
     weights = sum(value.numel() for name, value in tensors.items() if not name.endswith(buffers))
     assert record.status == "finished"
-    assert record.totals == Totals(steps=updates, view_passes=updates * 8 * 4, parameters=weights)
+    passes, ascent = updates * 8 * 4, 8 * 8 * 4 * steps
+    assert record.totals == Totals(steps=updates, view_passes=passes, attack_view_passes=ascent, parameters=weights)
     assert record.progress == Progress(batch=8, step=updates, epoch=1.0, total=updates)
     assert (record.recipe_digest, record.seed, record.name) == (recipe.digest(), 3, "tiny")
     assert (run.recipe(), load(str(run.recipe_toml))) == (recipe, recipe)
@@ -218,3 +224,30 @@ def test_the_record_of_a_training_is_that_of_what_was_trained(tmp_path: Path) ->
     assert record.data == images.used()
     assert record.data.n == 70
     assert record.environment.computation == computation(torch.device("cpu"), precision="float32")
+
+
+def test_what_is_beyond_the_memory_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, options = tmp_path / "tiny.toml", Options(device="cpu", runs=tmp_path / "runs", quiet=True)
+    path.write_text(recipe_text())
+    needed = plan(load(str(path)), images=64).memory + PROCESS
+    begin = partial(pretrain, str(path), overrides=[], seeds=[], resume=None, dry_run=False, options=options)
+    monkeypatch.setattr(device, "whole_memory", lambda _: needed - 1)
+    with pytest.raises(CfamcError, match=r"the plan takes about [\d.]+ GiB, and cpu has [\d.]+") as refused:
+        begin(force=False)
+    assert refused.value.exit_code == ExitCode.INVALID
+    assert refused.value.hint.startswith("train.memory=recompute plans ")
+    assert refused.value.hint.endswith("; --force starts it all the same")
+    assert not (tmp_path / "runs").exists()
+    begin(force=True)
+    monkeypatch.setattr(device, "whole_memory", lambda _: needed)
+    begin(force=False)
+    assert len(list_runs(tmp_path / "runs")) == 2
+
+
+def test_the_memory_of_this_machine_is_known() -> None:
+    """As its own tools have it; a container may have less."""
+    found = device.whole_memory(torch.device("cpu"))
+    total = int(Path("/proc/meminfo").read_text().split()[1]) * 1024
+    assert found is not None
+    assert 2**28 < found <= total
+    assert device.whole_memory(torch.device("meta")) is None

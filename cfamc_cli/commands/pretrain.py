@@ -15,7 +15,7 @@ from cfamc_cli.commands.common import Options, Session, interruption, session
 from cfamc_cli.engine.sink import NullLedger
 from cfamc_cli.errors import CfamcError, Interrupted, bad_data, invalid
 from cfamc_cli.recipe import file
-from cfamc_cli.recipe.plan import Plan, duration, plan
+from cfamc_cli.recipe.plan import PROCESS, Plan, duration, plan
 from cfamc_cli.recipe.schema import Recipe
 from cfamc_cli.report import terminal
 from cfamc_cli.store.files import sweep
@@ -37,6 +37,7 @@ def pretrain(
     seeds: Sequence[int],
     resume: str | None,
     dry_run: bool,
+    force: bool,
     options: Options,
 ) -> None:
     """Train one run per seed, go on with a run, or say what would be done.
@@ -47,10 +48,11 @@ def pretrain(
         seeds: Seeds to train; the recipe's own where there are none.
         resume: A run to go on with.
         dry_run: Print the resolved recipe and its cost, and do nothing.
+        force: Start a run whose plan is beyond the memory there is.
         options: Where and how.
 
     Raises:
-        CfamcError: With the exit code of its cause; 129, 130, 138 or 143 where a signal came, and the run can be resumed.
+        CfamcError: With the exit code of its cause; 129, 130, 138 or 143 for a signal, and the run can be resumed.
     """
     if resume is not None:
         recipes = [None] if reference is None else _recipes(reference, overrides, seeds)
@@ -68,7 +70,7 @@ def pretrain(
         if dry_run:
             _show_plan(recipes_to_train, options)
             return
-        results = _start(recipes_to_train, options)
+        results = _start(recipes_to_train, options, force=force)
     if options.as_json and results:  # other processes of torchrun have none, and say nothing
         finished = [record.model_dump(mode="json") for record in results]
         terminal.print_json(finished[0] if len(finished) == 1 else {"runs": finished})
@@ -102,11 +104,12 @@ def _costs_in_words(costs: Plan) -> str:
         f"view passes     {costs.view_passes:,}{attack}, forward and backward",
         f"arithmetic      {costs.flops / 1e15:.4g} PFLOP, {costs.flops_per_view / 1e9:.3g} GFLOP a view",
         f"memory          about {full:.2g} GiB in {costs.precision}, {again:.2g} with train.memory = recompute",
+        f"                and on a CPU {PROCESS / 2**30:.1g} for the process itself",
     ]
     return "".join(f"# {line}\n" for line in lines)
 
 
-def _start(recipes: Sequence[Recipe], options: Options) -> list[RunRecord]:
+def _start(recipes: Sequence[Recipe], options: Options, *, force: bool) -> list[RunRecord]:
     """Train one run per recipe; what ends one of them ends the rest, and names those that were finished."""
     recipes = [_pinned(recipe, options.store) for recipe in recipes]
     results: list[RunRecord] = []
@@ -117,7 +120,9 @@ def _start(recipes: Sequence[Recipe], options: Options) -> list[RunRecord]:
                     raise Interrupted(signal)
                 # This and the next two lines before a run is made for nothing.
                 data = working.load_images(recipe, "train")
-                plan(recipe, images=len(data.images))
+                costs = plan(recipe, images=len(data.images))
+                if not force:
+                    _require_memory(costs, working)
                 _starting_weights(recipe, options.store)
                 run = create_run(options.store, recipe.name, now=now()) if working.world.leads else None
                 results += _train(recipe, data, run, working)
@@ -126,6 +131,21 @@ def _start(recipes: Sequence[Recipe], options: Options) -> list[RunRecord]:
             end.details |= {"finished": finished} if finished else {}
             raise
     return results
+
+
+def _require_memory(costs: Plan, working: Session) -> None:
+    """Refuse what would be killed for its memory; with several processes a plan says nothing of each."""
+    from cfamc_cli.engine.device import whole_memory
+
+    there, needed = whole_memory(working.device), costs.memory + (PROCESS if working.device.type == "cpu" else 0)
+    if there is None or needed <= there or working.world.size > 1:
+        return
+    less = f"train.memory=recompute plans {costs.memory_recompute / 2**30:.2g} GiB; or lower "
+    ways = less * (costs.memory_recompute < costs.memory) + "train.batch_size, crops.0.count or model.width"
+    raise invalid(
+        f"the plan takes about {needed / 2**30:.2g} GiB, and {working.device} has {there / 2**30:.2g}",
+        f"{ways}; --force starts it all the same",
+    )
 
 
 def _pinned(recipe: Recipe, store: Path) -> Recipe:

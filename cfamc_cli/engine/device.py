@@ -251,6 +251,20 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def whole_memory(device: torch.device) -> int | None:
+    """Bytes that work on `device` may take at most, of card, machine or container; None where nobody knows."""
+    match device.type:
+        case "cuda":
+            return torch.cuda.get_device_properties(device).total_memory
+        case "cpu":
+            found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")] if hasattr(os, "sysconf") else []
+            with suppress(OSError, ValueError):  # "max" where the control group has no limit of its own
+                found.append(int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
+            return min(found, default=None)
+        case _:
+            return None
+
+
 _LOWER = "lower train.batch_size, crops.0.count or model.width; cfamc pretrain --dry-run estimates the need"
 
 

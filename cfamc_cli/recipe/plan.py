@@ -20,6 +20,7 @@ PER_IMAGES = 1_000  # what counts refer to where the number of images is unknown
 _FLOAT = 4  # bytes of a float32
 _PLACE = 8  # bytes of a place that max-pooling chose
 _WORKSPACES = 2 * 32 * 2**20  # bytes that PyTorch lends cuBLAS on an H100, for training and for the next crops
+PROCESS = 600 * 2**20  # bytes of a process that has torch in it and does nothing: resident, measured on Linux
 _PAYS = 6e16  # floating-point operations of a run from which on it is compiled
 
 
