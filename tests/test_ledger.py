@@ -75,6 +75,20 @@ def train_line(step: int) -> TrainLine:
     )
 
 
+@pytest.mark.parametrize(
+    ("step", "rank", "spread", "collapsed"),
+    [(100, 2.0, 0.1, False), (100, 1.9, 0.5, True), (100, 9.0, 0.09, True), (99, 1.0, 0.0, False)],
+)
+def test_a_run_whose_encoder_collapsed_is_marked_until_it_recovers(
+    step: int, rank: float, spread: float, collapsed: bool, tmp_path: Path
+) -> None:
+    kept, line = begun(tmp_path), train_line(step)
+    kept.metrics(line.model_copy(update={"effective_rank": rank, "feature_std": spread}))
+    assert on_disk(kept).collapsed == collapsed
+    kept.metrics(train_line(step + 1))
+    assert not on_disk(kept).collapsed
+
+
 def evaluation_line(step: int, *, right: int) -> EvaluationLine:
     at = {"step": step, "batch": step // 2, "epoch": step / 4}
     return EvaluationLine.model_validate(

@@ -834,6 +834,17 @@ def test_a_batch_larger_than_the_data_and_supcon_without_labels_are_refused(tiny
         trainer_of(tiny_recipe("supcon"), unlabelled)
 
 
+def test_a_collapse_is_warned_of_once(tiny_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = iter([0.2, 0.05, 0.05, 0.2])
+    monkeypatch.setattr("cfamc_cli.engine.journal.feature_std", lambda _: torch.tensor(next(found)))
+    monkeypatch.setattr("cfamc_cli.store.records._SPREAD", 2)
+    recipe = tiny_recipe("emp-ssl", "none", train={"batch_size": 16, "log_every": 1})
+    _, sink = trained(recipe, tiny_images, tmp_path)
+    (warning,) = sink.warnings
+    assert warning.startswith("update 2: the encoder collapsed: effective rank ")
+    assert "feature std 0.05; lower optimizer.lr" in warning
+
+
 # Resuming what does not fit
 
 

@@ -132,7 +132,8 @@ QUICK = {
 @pytest.mark.parametrize("kind", QUICK)
 def test_a_head_is_a_record_that_can_be_measured_again(probe: Command, kind: str) -> None:
     done = probe("--head", kind, *QUICK[kind], "--json", "--quiet")
-    assert (done.code, done.err) == (0, "")
+    assert done.code == 0
+    assert all("not clearly better than one class" in line for line in done.err.splitlines())  # few steps, few images
     folder = probe.run.probes / f"{kind}-001"
     names = {"record.json"} if kind == "knn" else {"record.json", "head.safetensors"}
     assert {path.name for path in folder.iterdir()} == names
@@ -199,6 +200,19 @@ def test_a_table_says_how_sure_it_is(probe: Command) -> None:
     assert "test % [95 %]" in done.out
     assert all(name in done.out for name in CLASSES)
     assert "took" in done.err
+
+
+def test_a_head_at_chance_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Noise that the class has no part in, and classes that their colour tells."""
+    for name, told in (("noise", 0), ("colour", 100)):
+        images = image_folder(tmp_path / name, train=20, test=20, told=told)
+        probe = Command(make_run(tmp_path / f"{name} runs", images), capsys)
+        done = probe("--protocol", "converged", "--quiet")
+        assert done.code == 0
+        told_so = [line for line in done.err.splitlines() if line.startswith("warning: linear-001 is right on ")]
+        assert [line.endswith("not clearly better than one class for all: 33.3") for line in told_so] == (
+            [True] if name == "noise" else []
+        )
 
 
 def test_options_lie_over_the_recipes_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

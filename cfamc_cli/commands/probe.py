@@ -428,6 +428,10 @@ def _keep(folder: Path, run: RunFolder, task: Task, fitted: Fitted, *, seconds: 
         ),
     )
     save_record(folder / RECORD, record)
+    commonest = max(map(sum, confusion)) / len(test)
+    if record.test_accuracy.low <= commonest:
+        found, one = terminal.interval(record.test_accuracy), terminal.percent(commonest)
+        task.talk.warning(f"{folder.name} is right on {found} %, not clearly better than one class for all: {one}")
 
 
 # Foreign weights

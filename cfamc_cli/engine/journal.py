@@ -79,6 +79,7 @@ class Journal:
         self._first: tuple[int, float] | None = None  # update and time at the end of this sitting's first batch
         self._evaluation = 0.0  # seconds of the last one
         self._predicted = False
+        self._collapsed = False  # whether the last line said so
         self.start(0)
 
     def start(self, step: int) -> None:
@@ -184,7 +185,14 @@ class Journal:
             at_bound = (size >= 0.999 * self._eps).float().mean()
             scalars |= {"delta_mean": size.mean(), "delta_at_bound": at_bound}
         shape = dict(zip(scalars, torch.stack([*scalars.values()]).tolist(), strict=True))  # read at once
-        self.ledger.metrics(TrainLine.model_validate({**where, **means, **shape}))
+        line = TrainLine.model_validate({**where, **means, **shape})
+        self.ledger.metrics(line)
+        if line.collapsed and not self._collapsed:
+            self.talk.warning(
+                f"update {line.step}: the encoder collapsed: effective rank {line.effective_rank:.3g}, feature std "
+                f"{line.feature_std:.2g}; lower optimizer.lr, or weigh what spreads embeddings (objective.tcr_weight)"
+            )
+        self._collapsed = line.collapsed
 
         seconds = max(time.perf_counter() - self._since, 1e-9)
         self._waited += sum(began.elapsed_time(ended) for began, ended in self._pauses) / 1000  # all of them are over

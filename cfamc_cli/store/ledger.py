@@ -138,6 +138,8 @@ class RunLedger:
         self._timing.close()
 
     def _note(self, line: MetricLine) -> None:
+        if isinstance(line, TrainLine) and line.collapsed != self.record.collapsed:
+            self._change(collapsed=line.collapsed)
         if isinstance(line, EvaluationLine):
             evaluation = line.evaluation()
             self._change(evaluation=evaluation, untrained=evaluation if line.step == 0 else self.record.untrained)

@@ -210,6 +210,7 @@ class RunRecord(Record):
     evaluation: Evaluation | None = None  # the last online evaluation
     untrained: Evaluation | None = None  # the same figures for the encoder before its first update
     failure: Failure | None = None
+    collapsed: bool = False  # whether the last line of the training says so
 
 
 class ClassAccuracy(Part):
@@ -592,6 +593,9 @@ class Line(Part):
         return values | dict.fromkeys(lost) | ({"nonfinite": lost} if lost else {})
 
 
+_SPREAD = 100  # updates in which embeddings have left their common start
+
+
 class TrainLine(Line):
     """An interval of training: means over its weight updates, and the last of lr, delta and embeddings."""
 
@@ -605,6 +609,11 @@ class TrainLine(Line):
     delta_at_bound: float | None = None  # share of its entries at eps or 0.1 % below
     effective_rank: float  # of the last update's embeddings of one view; `feature_std` likewise
     feature_std: float
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether images are embedded as one, or along one line; at the start those of any network nearly are."""
+        return self.step >= _SPREAD and (self.effective_rank < 2 or self.feature_std < 0.1)
 
 
 class GripLine(Line):
