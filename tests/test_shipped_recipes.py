@@ -35,9 +35,12 @@ SYSTEMS = {
 }
 
 
+YARDSTICKS = ("cifar10-fast", "cifar10-laptop", "cifar10-laptop-fast")
+
+
 def test_all_are_there() -> None:
     assert list(file.shipped()) == NAMES
-    assert set(NAMES) == {*SYSTEMS, "quickstart", "imagenet100", "folder", "cifar10-laptop", "cifar10-laptop-fast"}
+    assert set(NAMES) == {*SYSTEMS, "quickstart", "imagenet100", "folder", *YARDSTICKS}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -62,6 +65,7 @@ DIGESTS = {
     "cifar10-emp-ssl-crop-pgd": "4a8f998fceaf9d468ce2cb2fb53ce691d8ce1e7e24626752931cacd5f90fa43a",
     "cifar10-emp-ssl-patch-free": "4c3a2b2faf732be7df7a6267f098bbe2c3c2c261f2b9bf5c3518373ae8015ca7",
     "cifar10-emp-ssl-patch-pgd": "a514f91790d7a959a9a2995ea2a5cb4028a0202bd325c468e230a0d8a439aa74",
+    "cifar10-fast": "2695526d66047738845cb7757d56e79f8e6d926a875d864e2762b664e0501ec8",
     "cifar10-laptop": "b5e221a04b77438e2d6f37886f8b1835e66e9b9cb22e15713d1a14c13e7f0e6d",
     "cifar10-laptop-fast": "c0fb55f91a3d1ef8cb48d0757c49cc1723295f15e1af83c6081e2e805ae83c48",
     "cifar10-simclr-clean": "6e23640a8749cb52868a7bc9e48cf25f96756564064bb9d25d5ef3cf0132fc9e",
@@ -116,6 +120,17 @@ def test_laptop_yardstick_and_its_folder_of_images() -> None:
     recipe = file.load("cifar10-laptop", overrides=["data.dataset=folder", "data.root=/data/cifar10"])
     assert (recipe.model.width, recipe.model.hidden_dim, recipe.model.embedding_dim) == (16, 1024, 256)
     assert (recipe.views, recipe.replays, recipe.train.batch_size, recipe.train.epochs) == (4, 3, 100, 1)
+
+
+def test_the_fast_recipe_at_full_size_is_the_laptops() -> None:
+    """But for what full size means: width, crops, and ten times the length."""
+    large, small = (file.load(name).resolved() for name in ("cifar10-fast", "cifar10-laptop-fast"))
+    large["name"], large["model"] = small["name"], small["model"]
+    for part, own in zip((large, *large["phase"]), (small, *small["phase"]), strict=True):
+        assert [group.pop("count") for group in (part["crops"][0], own["crops"][0])] == [16, 4]
+        longer, length = (table.get("train", table) for table in (part, own))
+        assert longer.pop("epochs") == pytest.approx(10 * length.pop("epochs"))
+    assert large == small
 
 
 def test_quickstart_needs_no_download() -> None:
