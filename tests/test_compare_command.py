@@ -7,6 +7,7 @@ import math
 import os
 import random
 import re
+import socket
 import subprocess
 import sys
 import textwrap
@@ -1080,3 +1081,24 @@ def test_ten_thousand_runs_in_five_seconds_and_250_megabytes(tmp_path: Path) -> 
         seconds, peak = measure(tmp_path / "runs", fold)
         assert seconds < 5
         assert peak < 250
+
+
+def test_a_killed_run_is_told_from_one_that_runs(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By who holds it: nobody, a process that is gone, this one, or one of another machine, of which nothing is known."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    running: dict[str, Any] = {"status": "running", "progress": Progress(batch=4, step=12, epoch=0.1, total=1500)}
+    here: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid()}
+    holders: dict[str, dict[str, Any] | None] = {
+        "nobody": None,
+        "gone": here | {"pid": gone.pid},
+        "here": here,
+        "elsewhere": {"host": "other", "pid": 1},
+    }
+    for name, holder in holders.items():
+        path = make_run(store, f"20261122-120009-{name}-000009", **running)
+        if holder is not None:
+            (path / ".lock").write_text(json.dumps(holder))
+    why = {item["what"].split("-")[2]: item["why"] for item in result(capsys, [], store)["left_out"]}
+    dead, alive = "killed, or its machine went down, after 12 of 1,500", "running after 12 of 1,500"
+    assert why == {name: f"{dead if name in ('nobody', 'gone') else alive} weight updates" for name in holders}

@@ -143,7 +143,9 @@ class _Reader:
                 return
             if record.status != "finished":
                 step, total = record.progress.step, record.progress.total
-                self._leave_out(folder.id, f"{record.status} after {step:,} of {total:,} weight updates")
+                dead = record.status == "running" and folder.is_dead()
+                status = "killed, or its machine went down," if dead else record.status
+                self._leave_out(folder.id, f"{status} after {step:,} of {total:,} weight updates")
                 return
             run = self._run(folder, record)
         except (CfamcError, OSError) as error:

@@ -26,6 +26,7 @@ HEAD, PENDING = "head.safetensors", "pending.json"  # of a probe
 OUTCOMES, EXAMPLES = "outcomes.json", "examples.safetensors"  # of an attack; below, its pictures
 BENCHES = "benches"  # in the store, beside the runs; a bench is a folder with a record
 SHEET, LOSS, ACCURACY = "examples.png", "loss.png", "accuracy.png"
+_LOCK = ".lock"
 _SLUG_LENGTH = 48
 _ID = re.compile(r"\d{8}-\d{6}-[a-z0-9-]+-[0-9a-f]{6}")
 _LISTED = 8  # candidates that an error names
@@ -84,6 +85,19 @@ class RunFolder:
             CfamcError: As for `load_record`.
         """
         return load_record(self.resolved_json, Recipe)
+
+    def is_dead(self) -> bool:
+        """Whether nobody works on it any more, as far as this machine knows; asked of a run that says "running"."""
+        try:
+            holder = json.loads(read_bytes(self.path / _LOCK))
+            if holder["host"] != socket.gethostname():
+                return False
+            os.kill(int(holder["pid"]), 0)
+        except ProcessLookupError:
+            return True
+        except (CfamcError, OSError, ValueError, TypeError, KeyError):
+            return not (self.path / _LOCK).exists()
+        return False
 
     def has_checkpoint(self) -> bool:
         """Whether there is a checkpoint, unchecked."""
@@ -255,7 +269,7 @@ def lock(run: RunFolder) -> Iterator[None]:
     Raises:
         CfamcError: A live process holds it (exit code 6), or the run cannot be written.
     """
-    path = run.path.resolve() / ".lock"
+    path = run.path.resolve() / _LOCK
     if path in _held:
         raise _locked(run, "this process")
     with explained(path):
