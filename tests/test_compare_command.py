@@ -10,8 +10,11 @@ import re
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from html.parser import HTMLParser
 from pathlib import Path
@@ -1083,8 +1086,38 @@ def test_ten_thousand_runs_in_five_seconds_and_250_megabytes(tmp_path: Path) -> 
         assert peak < 250
 
 
+def test_what_may_not_be_read_is_left_out(store: Path) -> None:
+    """A run, a folder of probes and an attack that belong to somebody else cost nobody the table."""
+    paths = [make_run(store, f"20261122-12000{place}-x-00000{place}", digest=f"d{place}") for place in (6, 7, 8)]
+    for path in paths:
+        add_attack(path)
+        add_attack(path, "pgd-002")
+    (paths[1] / "probes").mkdir()
+    closed = [paths[0], paths[1] / "probes", paths[2] / "attacks" / "pgd-002"]
+    for path in closed:
+        path.chmod(0)
+    for path in (store, *store.parents):  # which are this user's own
+        if path.owner() == store.owner() and path != Path(tempfile.gettempdir()):
+            path.chmod(path.stat().st_mode | 0o755)
+    child = os.fork()
+    if child == 0:  # another user, for root may read all
+        with suppress(BaseException):
+            if os.geteuid() == 0:
+                os.seteuid(65534)
+            found = gather([], store)
+            rows = Counter(entry.run.id for entry in found.entries)
+            left_out = [what for what, why in found.left_out if "ermission denied" in why]
+            expected = [paths[0].name, f"{paths[1].name} probes", f"{paths[2].name} attacks/pgd-002"]
+            right = left_out == expected and len(found.left_out) == 3
+            os._exit(0 if right and rows == Counter({A: 1, B: 1, paths[1].name: 2, paths[2].name: 1}) else 1)
+        os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    for path in closed:
+        path.chmod(0o755)
+
+
 def test_a_killed_run_is_told_from_one_that_runs(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """By who holds it: nobody, a process that is gone, this one, or one of another machine, of which nothing is known."""
+    """By who holds it: nobody, a process that is gone, this one, or one of a machine of which nothing is known."""
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     running: dict[str, Any] = {"status": "running", "progress": Progress(batch=4, step=12, epoch=0.1, total=1500)}

@@ -149,8 +149,9 @@ class _Reader:
                 return
             run = self._run(folder, record)
         except (CfamcError, OSError) as error:
-            missing = not folder.run_json.exists()
-            self._leave_out(folder.id, "no run.json: not a run, or not yet one" if missing else str(error))
+            self._leave_out(
+                folder.id, "no run.json: not a run, or not yet one" if _is_absent(folder.run_json) else str(error)
+            )
             return
         self.found.folders[run.id] = folder
         before = len(self.found.entries)
@@ -317,7 +318,7 @@ class _Reader:
             try:
                 record = load_record(path, model)
             except CfamcError as error:
-                self._leave_out(f"{run.id} {kind}/{name}", error.message if Path(path).exists() else "unfinished")
+                self._leave_out(f"{run.id} {kind}/{name}", "unfinished" if _is_absent(path) else error.message)
                 continue
             if _is_of_final_encoder(record, run, trained):
                 yield name, record
@@ -350,6 +351,15 @@ class _Reader:
             return
         for key, item in items:
             self._flatten(item, f"{prefix}.{key}" if prefix else str(key), found)
+
+
+def _is_absent(path: Path | str) -> bool:
+    """Whether there is nothing; of what may not be looked at nobody knows."""
+    try:
+        Path(path).stat()
+    except OSError as error:
+        return isinstance(error, FileNotFoundError | NotADirectoryError)
+    return False
 
 
 def _is_of_final_encoder(record: ProbeResult | AttackResult, run: RunFolder, trained: RunRecord) -> bool:

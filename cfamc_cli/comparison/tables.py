@@ -227,12 +227,12 @@ def tabulate(
 
 
 def _first(table: ComparedTable) -> tuple[object, ...]:
-    """Sort key of tables: most trusted rows, then seeds, then the strongest attack, then the most samples."""
+    """Sort key of tables: a comparison, under attack, of the most rows that are trusted, seeds and samples."""
     trusted = [row for row in table.rows if not row.failed]
     of_clean, *size = table.condition.rank()
     strength = table.condition.attack != STRONGEST
     seeds, n = sum(len(row.entries) for row in trusted), max(row.n for row in table.rows)
-    return (bool(table.apart), -len(trusted), -seeds, of_clean, size[0], strength, -n, *size)
+    return (bool(table.apart), len(trusted) < 2, of_clean, -len(trusted), -seeds, size[0], strength, -n, *size)
 
 
 def _apart(table: ComparedTable, first: ComparedTable) -> str:
