@@ -9,6 +9,7 @@ import io
 import json
 import math
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -361,7 +362,6 @@ def test_replacing_needs_force_and_an_earlier_export(
     assert made.export(exports / "empty") == 0  # an empty folder is free
     assert made.export(exports / "empty") == ExitCode.INVALID
     assert "--force replaces it" in capsys.readouterr().err
-    (exports / "empty/stray").touch()
     assert made.export(exports / "empty", "--force", "--part", "encoder") == 0
     assert left(exports) == ["empty"]
     assert left(exports / "empty") == ["README.md", "encoder.safetensors", "export.json"]
@@ -374,6 +374,41 @@ def test_replacing_needs_force_and_an_earlier_export(
     assert made.export(exports / "empty", "--force") == ExitCode.FAILED
     assert left(exports / "empty") == ["README.md", "encoder.safetensors", "export.json"]
     assert left(exports) == ["empty", "mine"]
+
+
+@pytest.mark.parametrize("strange", ["thesis.tex", "README.md", "export.json", "encoder.safetensors", "folder", "link"])
+def test_force_replaces_nothing_but_what_an_export_wrote(
+    strange: str, made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file beside the export's, one of them that was changed, another program's export.json, a folder, a link."""
+    out = tmp_path / "out"
+    assert made.export(out, "--part", "encoder") == 0
+    match strange:
+        case "folder":
+            (out / strange).mkdir()
+        case "link":
+            (out / strange).symlink_to("README.md")
+        case "export.json":
+            (out / strange).write_text('{"files": "all of them"}')
+        case _:
+            (out / strange).write_text("mine")
+    before = {path.name: path.lstat().st_mtime_ns for path in out.iterdir()}
+    assert made.export(out, "--force") == ExitCode.INVALID
+    assert f"out holds {strange}, which is not what the export there wrote" in capsys.readouterr().err
+    assert {path.name: path.lstat().st_mtime_ns for path in out.iterdir()} == before
+
+
+@pytest.mark.parametrize("at", ["before its own is in place", "after"])
+def test_what_a_killed_export_left_is_put_back_or_swept(at: str, made: Made, tmp_path: Path) -> None:
+    out, aside = tmp_path / "out", tmp_path / ".replaced-out-0123abcd"
+    assert made.export(out, "--part", "encoder") == 0
+    if at == "after":
+        shutil.copytree(out, aside)
+    else:
+        out.rename(aside)
+    assert made.export(out) == ExitCode.INVALID  # an export is there
+    assert left(tmp_path) == ["out", "runs"]
+    assert left(out) == ["README.md", "encoder.safetensors", "export.json"]
 
 
 def test_a_folder_that_was_filled_while_the_export_worked_is_left_alone(
@@ -404,9 +439,10 @@ def test_the_sidecar_says_what_a_loader_must_know(
     printed = json.loads(capsys.readouterr().out)
     record = load_record(tmp_path / "out/export.json", ExportRecord)
     assert printed == {"path": str(tmp_path / "out"), **record.model_dump(mode="json")}
-    (written,) = record.files
-    data = (tmp_path / "out" / written.name).read_bytes()
-    assert (written.size, written.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+    assert [written.name for written in record.files] == ["README.md", "encoder.safetensors"]
+    for written in record.files:
+        data = (tmp_path / "out" / written.name).read_bytes()
+        assert (written.size, written.sha256) == (len(data), hashlib.sha256(data).hexdigest())
     assert record.input.model_dump() == {
         "name": "images",
         "channels": "RGB",

@@ -5,6 +5,7 @@ An export is a folder that appears whole: the files, `export.json` for programs 
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import secrets
@@ -21,10 +22,11 @@ from cfamc_cli.recipe.schema import Recipe
 from cfamc_cli.report import terminal
 from cfamc_cli.report.card import card
 from cfamc_cli.report.metrics import by_kind, comma_separated, events
-from cfamc_cli.store.files import explained, staged_folder, write_bytes, write_text
+from cfamc_cli.store.files import explained, staged_folder, sweep, write_bytes, write_text
 from cfamc_cli.store.records import (
     AttackRecord,
     Dashboard,
+    Exported,
     ExportRecord,
     Format,
     InputSpec,
@@ -163,7 +165,7 @@ def _weights(
         f"{path.name}: read back by {check.reader}, differs by at most {check.largest_difference:.2g} "
         f"from the live model at batch {', '.join(map(str, check.batches))}"
     )
-    return made
+    return made.model_copy(update={"files": _files(staged)})  # the card with them
 
 
 def _chosen(
@@ -266,10 +268,14 @@ def _metrics(run: RunFolder, wanted: Dashboard, staged: Path) -> MetricsRecord:
 def _files(folder: Path) -> tuple[Written, ...]:
     written = []
     for path in sorted(folder.iterdir()):
-        with explained(path), path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        written.append(Written(name=path.name, size=path.stat().st_size, sha256=digest))
+        with explained(path):
+            written.append(Written(name=path.name, size=path.stat().st_size, sha256=_sha256(path)))
     return tuple(written)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _refuse_taken(target: Path, *, force: bool) -> None:
@@ -283,15 +289,40 @@ def _refuse_taken(target: Path, *, force: bool) -> None:
         raise invalid(f"{target} exists and is no export", "name another folder with --out")
     if not force:
         raise invalid(f"{target} exists", "--force replaces it; or name another with --out")
+    if strange := _strange(target):
+        message = f"{target} holds {strange}, which is not what the export there wrote"
+        raise invalid(message, "take it out of there, or name another folder with --out")
+
+
+def _strange(folder: Path) -> str | None:
+    """What in the folder of an earlier export its export.json does not list with its digest; None for nothing."""
+    try:
+        listed = {(part.name, part.sha256) for part in load_record(folder / EXPORT, Exported).files}
+    except CfamcError:
+        return EXPORT
+    for path in sorted(folder.iterdir()):
+        if path.name == EXPORT:
+            continue
+        with explained(path):
+            ours = path.is_file() and not path.is_symlink() and (path.name, _sha256(path)) in listed
+        if not ours:
+            return path.name
+    return None
 
 
 @contextmanager
 def _staged(target: Path, *, force: bool) -> Iterator[Path]:
     """Fill a folder that takes its name when it is complete, in place of an earlier export only then."""
-    _refuse_taken(target, force=force)  # before any work is done
     with explained(target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.parent / f".replaced-{secrets.token_hex(4)}"
+        sweep(target.parent)
+        for left in target.parent.glob(f".replaced-{glob.escape(target.name)}-*"):  # an export was killed
+            if target.exists():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.rename(target)
+    aside = target.parent / f".replaced-{target.name}-{secrets.token_hex(4)}"
+    _refuse_taken(target, force=force)  # before any work is done
     try:
         with staged_folder(target) as staged:
             yield staged

@@ -541,6 +541,14 @@ class CheckRecord(Part):
     data: DataUsed
 
 
+class Exported(Record):
+    """What any export.json says of the files beside it, and nothing else of it."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    files: tuple[Written, ...]
+
+
 class ExportRecord(Record):
     """export.json: weights that were handed over."""
 
