@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -212,6 +213,16 @@ def test_a_live_process_holds_its_run_and_a_dead_one_does_not(tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_holder_that_has_not_written_its_name_yet_is_not_called_by_a_dead_ones(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    with holding(run):
+        (tmp_path / ".lock").write_text(json.dumps({"host": socket.gethostname(), "pid": gone.pid, "since": "2026"}))
+        with pytest.raises(CfamcError, match="is held by another process"):
+            store.lock(run).__enter__()
+
+
 def test_a_child_that_outlives_its_parent_does_not_hold_the_run(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     code = """
@@ -379,3 +390,50 @@ def test_the_standard_probe_is_the_newest_linear_one_of_this_encoder_on_all_of_t
     assert (
         refusal.value.hint == "it has linear-002, linear-001, knn-001, linear-003, linear-004, linear-005, linear-006"
     )
+
+
+@pytest.mark.parametrize("link", [".lock", "metrics.jsonl", "checkpoints", "attacks/pgd-001/record.json"])
+def test_no_link_below_a_run_is_followed(link: str, tmp_path: Path) -> None:
+    """What it leads to stays as it was; a run folder that is a link itself is fine."""
+    run, outside = RunFolder(tmp_path / "run"), tmp_path / "outside"
+    (run.path / link).parent.mkdir(parents=True)
+    if link == "checkpoints":
+        outside.mkdir()
+    else:
+        outside.write_text("mine, without a newline")
+    (run.path / link).symlink_to(outside)
+    said = rf"{link} is a symbolic link; those below a run are not followed"
+    with pytest.raises(CfamcError, match=said) as refused, store.lock(run):
+        pass
+    assert refused.value.exit_code == ExitCode.BAD_DATA
+    (run.path / link).unlink()
+    (tmp_path / "linked").symlink_to(run.path)
+    with store.lock(RunFolder(tmp_path / "linked")):
+        pass
+    assert outside.is_dir() or outside.read_text() == "mine, without a newline"
+
+
+def test_no_item_is_held_by_way_of_a_linked_folder(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere" / "pgd-001").mkdir(parents=True)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "attacks").symlink_to(tmp_path / "elsewhere")
+    with (
+        pytest.raises(CfamcError, match="attacks is a symbolic link"),
+        store.lock(RunFolder(tmp_path / "run" / "attacks" / "pgd-001")),
+    ):
+        pass
+
+
+def test_streams_and_cuts_follow_no_link(tmp_path: Path) -> None:
+    """Even one that was put there after the run was looked at."""
+    (tmp_path / "mine").write_text("no line of ours")
+    for name in ("lines", ".lock"):
+        (tmp_path / name).symlink_to(tmp_path / "mine")
+    for use in (
+        lambda: files.JsonLines(tmp_path / "lines"),
+        lambda: files.cut(tmp_path / "lines", 1),
+        lambda: store._open_lock(tmp_path / ".lock", RunFolder(tmp_path)),
+    ):
+        with pytest.raises((CfamcError, OSError), match="symbolic links"):
+            use()
+    assert (tmp_path / "mine").read_text() == "no line of ours"

@@ -194,7 +194,7 @@ class JsonLines:
     def __init__(self, path: Path) -> None:
         self.path = path
         with explained(path):
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
             self._size = _whole_lines(self._descriptor)
             os.ftruncate(self._descriptor, self._size)
 
@@ -241,12 +241,22 @@ def cut(path: Path, size: int) -> None:
         CfamcError: The file is shorter than that, or cannot be written.
     """
     with explained(path):
-        found = path.stat().st_size if path.exists() else 0
+        found = path.lstat().st_size if os.path.lexists(path) else 0
         if found < size:
             raise bad_data(f"{path} has {found:,} bytes where a checkpoint counts on {size:,}")
         if found > size:
-            os.truncate(path, size)
-            sync(path)
+            descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW)
+            try:
+                os.ftruncate(descriptor, size)
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def links_below(folder: Path) -> Iterator[Path]:
+    """Every symbolic link in a folder and the folders in it; none of them is followed."""
+    for place, folders, names in os.walk(folder):
+        yield from (path for name in (*folders, *names) if (path := Path(place, name)).is_symlink())
 
 
 def read_jsonl(path: Path) -> list[dict[str, object]]:

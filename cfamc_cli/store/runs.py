@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from cfamc_cli.errors import CfamcError, ExitCode, invalid
+from cfamc_cli.errors import CfamcError, ExitCode, bad_data, invalid
 from cfamc_cli.recipe.schema import Recipe, as_before
-from cfamc_cli.store.files import explained, read_bytes, sync
+from cfamc_cli.store.files import explained, links_below, process_start, read_bytes, sync
 from cfamc_cli.store.records import ProbeRecord, RunRecord, Status, load_record
 
 LATEST = "latest"
@@ -27,6 +27,7 @@ OUTCOMES, EXAMPLES = "outcomes.json", "examples.safetensors"  # of an attack; be
 BENCHES = "benches"  # in the store, beside the runs; a bench is a folder with a record
 SHEET, LOSS, ACCURACY = "examples.png", "loss.png", "accuracy.png"
 _LOCK = ".lock"
+_KINDS = ("attacks", "probes")  # folders of items in a run
 _SLUG_LENGTH = 48
 _ID = re.compile(r"\d{8}-\d{6}-[a-z0-9-]+-[0-9a-f]{6}")
 _LISTED = 8  # candidates that an error names
@@ -90,14 +91,9 @@ class RunFolder:
         """Whether nobody works on it any more, as far as this machine knows; asked of a run that says "running"."""
         try:
             holder = json.loads(read_bytes(self.path / _LOCK))
-            if holder["host"] != socket.gethostname():
-                return False
-            os.kill(int(holder["pid"]), 0)
-        except ProcessLookupError:
-            return True
-        except (CfamcError, OSError, ValueError, TypeError, KeyError):
-            return not (self.path / _LOCK).exists()
-        return False
+            return bool(holder["host"] == socket.gethostname() and process_start(int(holder["pid"])) is None)
+        except (CfamcError, ValueError, TypeError, KeyError):
+            return not os.path.lexists(self.path / _LOCK)
 
     def has_checkpoint(self) -> bool:
         """Whether there is a checkpoint, unchecked."""
@@ -264,11 +260,15 @@ def _identity(data: Mapping[str, object]) -> dict[str, object]:
 
 @contextmanager
 def lock(run: RunFolder) -> Iterator[None]:
-    """Hold a run for this process alone; the lock ends with the process, however that ends.
+    """Hold a run, or an item of one, for this process alone; the lock ends with the process, however that ends.
 
     Raises:
-        CfamcError: A live process holds it (exit code 6), or the run cannot be written.
+        CfamcError: A live process holds it (exit code 6), the run cannot be written, or there are symbolic links in it,
+            which might lead to files of others (exit code 4).
     """
+    kind = run.path.parent
+    if link := kind if kind.name in _KINDS and kind.is_symlink() else next(links_below(run.path), None):
+        raise bad_data(f"{link} is a symbolic link; those below a run are not followed", "put what it leads to there")
     path = run.path.resolve() / _LOCK
     if path in _held:
         raise _locked(run, "this process")
@@ -293,7 +293,7 @@ def _open_lock(path: Path, run: RunFolder) -> int:
     """Open and lock the file; a POSIX lock, for forked children do not inherit it and outlive their parent with it."""
     while True:
         with ExitStack() as opened:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             opened.callback(os.close, descriptor)
             try:
                 fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -306,8 +306,11 @@ def _open_lock(path: Path, run: RunFolder) -> int:
 
 
 def _holder(data: bytes) -> str:
+    """Who holds a lock, in words; what a dead process wrote is not of the one that has taken it since."""
     try:
         holder = json.loads(data)
+        if holder["host"] == socket.gethostname() and process_start(int(holder["pid"])) is None:
+            return "another process"
         return f"process {int(holder['pid'])} on {holder['host']!s:.64} since {holder['since']!s:.32}"
     except (ValueError, TypeError, KeyError):
         return "another process"  # it has not written its name yet
