@@ -25,6 +25,7 @@ from cfamc_cli.recipe.schema import (
     as_before,
     exact,
     fraction,
+    length,
     number,
     outside,
 )
@@ -101,6 +102,13 @@ def test_other_numbers_are_refused(given: object, message: str) -> None:
     with pytest.raises(ValueError) as refused:  # noqa: PT011 - the text is compared whole
         exact(given)
     assert str(refused.value) == message
+
+
+def test_a_length_ends_where_no_two_images_are_further_apart() -> None:
+    assert [length("1e4"), length("388"), length("8/255")] == ["1e4", "388", "8/255"]
+    for given in ("10001", "1e99", "40000/3"):
+        with pytest.raises(ValueError, match=f"^{given} is longer than the difference of any two images$"):
+            length(given)
 
 
 def test_what_is_written_leaves_out_what_has_no_effect() -> None:

@@ -126,6 +126,8 @@ def test_runs_are_found_by_path_id_prefix_and_age(tmp_path: Path, monkeypatch: p
     assert store.find_run(runs, "latest", accept=lambda run: "-a-" in run.id).id == A
     monkeypatch.chdir(tmp_path / "runs" / A)
     assert store.find_run(Path("nowhere"), ".").id == A
+    with pytest.raises(CfamcError, match="no run ''"):
+        store.find_run(Path("nowhere"), "")
 
 
 @pytest.mark.parametrize(

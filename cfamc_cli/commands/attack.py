@@ -64,7 +64,7 @@ def attack(reference: str | None, *, flags: Flags, options: Options) -> None:
     check_flags(flags)
     if flags.plot and find_spec("matplotlib") is None:
         raise missing_library("--plot needs matplotlib", extra="plots")
-    run = find_run(options.store, reference or LATEST, accept=RunFolder.has_checkpoint)
+    run = find_run(options.store, LATEST if reference is None else reference, accept=RunFolder.has_checkpoint)
     if not run.has_checkpoint():
         hint = f"go on with: cfamc pretrain --resume {options.reference(run)}"
         raise bad_data(f"run {run.id} has no checkpoint to attack yet", hint)

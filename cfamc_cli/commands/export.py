@@ -85,7 +85,7 @@ def export(
         return run.has_checkpoint() if metrics is None else run.metrics.is_file()
 
     with session(options) as working, interruption(message="interrupted; nothing was handed over"):
-        run = find_run(options.store, reference or LATEST, accept=fits)
+        run = find_run(options.store, LATEST if reference is None else reference, accept=fits)
         target = out or Path(f"{run.id}-{metrics or f'{chosen}-{form}'}")
         with _staged(target, force=force) as staged:
             record: Record

@@ -111,7 +111,9 @@ def probe(
                 raise invalid("--import makes a run of its own", "leave out RUN and --resume")
             path = _import(foreign, request, working).path if leads() else Path()
         else:
-            path = find_run(options.store, reference or LATEST, accept=lambda run: run.status == "finished").path
+            path = find_run(
+                options.store, LATEST if reference is None else reference, accept=lambda run: run.status == "finished"
+            ).path
         run = RunFolder(Path(working.agreed(str(path))))
         with interruption(hint=lambda: f"go on with: {_way_on(run, options)}"):
             if resume:

@@ -35,6 +35,7 @@ from cfamc_cli.errors import invalid
 
 # Blocks of the four stages of a ResNet.
 DEPTHS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3)}
+_LONGEST = 10_000  # sqrt(3) times the side of an image in pixels is no more
 _NUMBER = re.compile(r"[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]{1,2})?|\.[0-9]+", re.ASCII)
 _RATIO = re.compile(r"([0-9]+(?:\.[0-9]+)?)/([0-9]+)", re.ASCII)
 
@@ -48,7 +49,7 @@ def exact(value: object) -> str:
     Raises:
         ValueError: Not such a number, or outside [0, 1]; says what was probably meant.
     """
-    text = length(value)
+    text = _number_text(value)
     if fraction(text) > 1:
         raise ValueError(_beyond_a_pixel(text))
     return text
@@ -61,8 +62,15 @@ def length(value: object) -> str:
         value: As for `exact`.
 
     Raises:
-        ValueError: Not such a number.
+        ValueError: Not such a number, or longer than the diagonal of any image.
     """
+    text = _number_text(value)
+    if fraction(text) > _LONGEST:
+        raise ValueError(f"{text} is longer than the difference of any two images")
+    return text
+
+
+def _number_text(value: object) -> str:
     if isinstance(value, bool) or not isinstance(value, str | float | int):
         raise ValueError('must be text such as "8/255" or a number such as 0.03')
     if isinstance(value, int) and value.bit_length() > 64:

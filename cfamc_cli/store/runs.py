@@ -192,7 +192,7 @@ def find_run(store: Path, reference: str, *, accept: Callable[[RunFolder], bool]
     Raises:
         CfamcError: No run or several match; exit code 2, and the hint lists candidates.
     """
-    if (run := _by_path(reference)) is not None:
+    if reference and (run := _by_path(reference)) is not None:
         return run
     with explained(store):
         runs = list_runs(store) if store.is_dir() else []
