@@ -19,7 +19,18 @@ from cfamc_cli import __version__
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.store import environment, records
 from cfamc_cli.store.files import JsonLines
-from cfamc_cli.store.records import Accuracy, Environment, Evaluation, Failure, Outcomes, RunRecord, StageOutcome
+from cfamc_cli.store.records import (
+    Accuracy,
+    AttackRecord,
+    Environment,
+    Evaluation,
+    Failure,
+    Outcomes,
+    ProbeRecord,
+    RunRecord,
+    StageOutcome,
+    load_record,
+)
 
 FAILED = run_record(
     evaluation=Evaluation(
@@ -246,3 +257,47 @@ def test_a_line_that_is_no_metric_is_named(line: str, cause: str, tmp_path: Path
     with pytest.raises(CfamcError, match=re.escape(f"{path}:1: {cause}")) as caught:
         records.read_metrics(path)
     assert caught.value.exit_code == ExitCode.BAD_DATA
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "why"),
+    [
+        ("clean.value", 0.97, "value and interval are not those of 700 of 1000"),
+        ("clean.n", 1008, "value and interval are not those of 700 of 1008"),
+        ("robust.low", 0.2, "value and interval are not those of 300 of 1000"),
+        ("robust.correct", 1001, "value and interval are not those of 1001 of 1000"),
+        ("data.n", 999, "its accuracies are not of the same samples"),
+        ("robust", Accuracy.of(701, 1000).model_dump(), "its accuracies are not of the same samples"),
+        ("robust", Accuracy.of(301, 1000).model_dump(), "its accuracies are not the sums of those of its classes"),
+        ("clean", Accuracy.of(699, 1000).model_dump(), "its accuracies are not the sums of those of its classes"),
+    ],
+)
+def test_an_attack_that_contradicts_itself_is_no_record(key: str, value: object, why: str, tmp_path: Path) -> None:
+    refuse(attack_record(), key, value, why, tmp_path / "record.json")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "why"),
+    [
+        ("test_accuracy", Accuracy.of(701, 1000).model_dump(), "its accuracy is not that of its confusion matrix"),
+        ("test.n", 1001, "its accuracy is not that of its confusion matrix"),
+        ("confusion.3", [70] * 10, "the accuracies of its classes are not those of its confusion matrix"),
+        ("classes.3.accuracy", None, "the accuracies of its classes are not those of its confusion matrix"),
+    ],
+)
+def test_a_probe_that_contradicts_itself_is_no_record(key: str, value: object, why: str, tmp_path: Path) -> None:
+    refuse(probe_record(), key, value, why, tmp_path / "record.json")
+
+
+def refuse(record: ProbeRecord | AttackRecord, key: str, value: object, why: str, path: Path) -> None:
+    """Edit one value of a record on disk, and see it refused for that."""
+    whole = record.model_dump(mode="json")
+    *above, last = key.split(".")
+    part: Any = whole
+    for name in above:
+        part = part[int(name) if isinstance(part, list) else name]
+    part[int(last) if isinstance(part, list) else last] = value
+    path.write_text(json.dumps(whole))
+    with pytest.raises(CfamcError, match=re.escape(why)) as refused:
+        load_record(path, type(record))
+    assert refused.value.exit_code == ExitCode.BAD_DATA

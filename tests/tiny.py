@@ -178,7 +178,7 @@ def probe_record(**changes: Any) -> ProbeRecord:
         train_accuracy=None,
         test_accuracy=Accuracy.of(700, 1000),
         classes=tuple(ClassAccuracy(name=str(k), accuracy=Accuracy.of(70, 100)) for k in range(10)),
-        confusion=tuple(tuple(10 for _ in range(10)) for _ in range(10)),
+        confusion=tuple(tuple({0: 70, 1: 30}.get((j - k) % 10, 0) for j in range(10)) for k in range(10)),
         wall_seconds=30.0,
         environment=ENVIRONMENT,
     )

@@ -24,6 +24,7 @@ from pydantic import (
     JsonValue,
     TypeAdapter,
     ValidationError,
+    model_validator,
 )
 
 from cfamc_cli.errors import CfamcError, bad_data
@@ -85,6 +86,9 @@ def wilson(correct: int, n: int) -> tuple[float, float]:
     return low, 1.0 if correct == n else min(1.0, centre + half)
 
 
+_ROUNDED = 1e-9  # what a number may lose on its way through a file
+
+
 class Accuracy(Part):
     """A measured fraction."""
 
@@ -101,6 +105,13 @@ class Accuracy(Part):
             raise ValueError(f"{correct} of {n} samples")
         low, high = wilson(correct, n)
         return cls(correct=correct, n=n, value=correct / n, low=low, high=high)
+
+    @model_validator(mode="after")
+    def _is_that_of_its_counts(self) -> Self:
+        told, (low, high) = f"{self.correct} of {self.n}", wilson(min(self.correct, self.n), self.n)
+        if max(abs(self.value - self.correct / self.n), abs(self.low - low), abs(self.high - high)) > _ROUNDED:
+            raise ValueError(f"value and interval are not those of {told}")
+        return self
 
 
 class Computation(Part):
@@ -253,6 +264,17 @@ class ProbeRecord(ProbeResult):
     classes: tuple[ClassAccuracy, ...]  # of `test`, in label order
     confusion: tuple[tuple[Count, ...], ...]  # of `test`, a row per true class
 
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> Self:
+        by_class = [(row[label : label + 1], sum(row)) for label, row in enumerate(self.confusion)]
+        told = [((part.accuracy.correct,), part.accuracy.n) if part.accuracy else None for part in self.classes]
+        if told != [own if own[1] else None for own in by_class]:
+            raise ValueError("the accuracies of its classes are not those of its confusion matrix")
+        right, n = sum(sum(own[0]) for own in by_class), sum(own[1] for own in by_class)
+        if (right, n, n) != (self.test_accuracy.correct, self.test_accuracy.n, self.test.n):
+            raise ValueError("its accuracy is not that of its confusion matrix")
+        return self
+
 
 class PendingProbe(Record):
     """probes/<id>/pending.json: a head under way that can be resumed."""
@@ -325,6 +347,12 @@ class AttackResult(Record):
     wall_seconds: Seconds
     environment: Environment
 
+    @model_validator(mode="after")
+    def _counts_the_same_samples(self) -> Self:
+        if not self.data.n == self.clean.n == self.robust.n or self.robust.correct > self.clean.correct:
+            raise ValueError("its accuracies are not of the same samples")
+        return self
+
 
 class AttackRecord(AttackResult):
     """attacks/<id>/record.json: one finished evaluation under attack."""
@@ -340,6 +368,16 @@ class AttackRecord(AttackResult):
     stages: tuple[Stage, ...]
     forward: Count  # forward passes of single samples; `backward` likewise
     backward: Count
+
+    @model_validator(mode="after")
+    def _sums_up(self) -> Self:
+        for whole, parts in (
+            (self.clean, [part.clean for part in self.classes]),
+            (self.robust, [part.robust for part in self.classes]),
+        ):
+            if (whole.correct, whole.n) != (sum(p.correct for p in parts if p), sum(p.n for p in parts if p)):
+                raise ValueError("its accuracies are not the sums of those of its classes")
+        return self
 
 
 Mask = tuple[bool, ...]
