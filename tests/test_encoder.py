@@ -137,7 +137,8 @@ def test_blocks_that_are_made_again_are_the_same_in_every_bit(
         net = build_encoder(
             Model(backbone=backbone, width=8, hidden_dim=16, embedding_dim=8), generator=torch.Generator()
         )
-        net.backbone.memory = memory
+        if memory == "recompute":
+            net.recompute()
         delta, kept, found = uniform(2, 4, 3, 16, 16, key="x").float().requires_grad_(), 0, list[torch.Tensor]()
 
         def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -170,7 +171,7 @@ def test_blocks_that_are_made_again_are_the_same_in_every_bit(
 
 def test_only_training_with_gradients_makes_blocks_again(monkeypatch: pytest.MonkeyPatch) -> None:
     net, x = Encoder(TINY), torch.zeros(2, 3, 8, 8)
-    net.backbone.memory = "recompute"
+    net.recompute()
     made: list[object] = []
 
     def note(part: nn.Module, x: torch.Tensor, **_: object) -> object:

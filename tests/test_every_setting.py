@@ -56,6 +56,10 @@ PHASE: dict[str, Any] = {
     "optimizer": {"lr": 0.3},
     "schedule": {"name": "cosine"},
 }
+VIT: dict[str, Any] = {
+    "backbone": "timm:vit_tiny_patch16_224",
+    "options": {"img_size": 12, "patch_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 2},
+}
 TRAINED = [
     BASE
     | {
@@ -67,6 +71,12 @@ TRAINED = [
     BASE | {"objective": {"name": "supcon"}, "train": BASE["train"] | {"evaluate_every": 1}},
     BASE | {"objective": {"name": "emp-ssl"}, "phase": [PHASE]},
     BASE | {"objective": {"name": "emp-ssl"}, "phase": [PHASE | {"objective": {"name": "clusters", "count": 3}}]},
+    BASE
+    | {
+        "objective": {"name": "emp-ssl"},
+        "model": VIT | {"hidden_dim": 8, "embedding_dim": 4},
+        "crops": [{"count": 2, "size": 12}],
+    },
 ]
 
 # What is cheap, for the keys of these names in any table of a head or of an attack
@@ -77,6 +87,8 @@ OVERRIDES: dict[str, tuple[Any, ...]] = {
     "data.dataset": ("fashion-mini",),  # the others are downloaded
     "data.root": ("moved",),  # the same images elsewhere
     "data.holdout": (4,),  # an image of each class
+    "model.backbone": ("resnet34", "timm:deit_tiny_distilled_patch16_224"),
+    "model.options": (VIT["options"] | {"depth": 2},),
     "train.init": ("source",),  # a run of the store
 }
 

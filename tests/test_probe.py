@@ -526,7 +526,7 @@ def test_what_is_trained_moves_and_the_rest_stays(kind: str, tmp_path: Path) -> 
     assert not any(key.startswith("encoder.projector") for key in tuned)
     assert any(key.startswith("encoder.pre_feature") for key in tuned) == (kind != "clean")  # clean reads the backbone
     passes = 2 if kind == "trades" else 1  # an attack's passes leave batch norm alone
-    assert whole.classifier.encoder.backbone.bn1.num_batches_tracked == passes * whole.updates
+    assert whole.classifier.encoder.state_dict()["backbone.bn1.num_batches_tracked"] == passes * whole.updates
 
 
 def ascent(

@@ -6,9 +6,9 @@ import time
 from collections.abc import Sequence
 
 from cfamc_cli.commands.common import Options, Session, interruption, session
+from cfamc_cli.engine.costs import plan_of
 from cfamc_cli.errors import invalid
 from cfamc_cli.recipe import file
-from cfamc_cli.recipe.plan import plan
 from cfamc_cli.recipe.schema import Recipe
 from cfamc_cli.report import bench as sheets
 from cfamc_cli.report import terminal
@@ -37,7 +37,7 @@ def bench(
     recipe = file.load(reference, overrides=overrides)
     if attack and not recipe.attack:
         raise invalid(f"{recipe.name} has no [[attack]] to measure", "leave --attack out")
-    plan(recipe)  # what does not fit its data is seen before torch is loaded
+    plan_of(recipe)  # what does not fit its data is seen before torch is loaded
     with session(options) as working, interruption(message="interrupted; nothing was written"):
         record = _measured(recipe, working, seconds=seconds, alone=alone, attack=attack)
         folder = new_item(options.store / BENCHES, recipe.name)
@@ -61,7 +61,7 @@ def _measured(recipe: Recipe, session: Session, *, seconds: float, alone: bool, 
 
     if session.world.size > 1:
         raise invalid("a bench measures one process", "start it without torchrun")
-    costs, device = plan(recipe), session.device
+    costs, device = plan_of(recipe), session.device
     variants = engine.variants(recipe, device=device, seconds=seconds, alone=alone, talk=session.talk)
     best, own = engine.best(variants).settings, variants[0].settings
     precisions = [

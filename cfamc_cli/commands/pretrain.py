@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cfamc_cli.commands.common import Options, Session, interruption, session
+from cfamc_cli.engine.costs import plan_of, require_size
 from cfamc_cli.engine.sink import NullLedger
 from cfamc_cli.errors import CfamcError, Interrupted, bad_data, invalid
 from cfamc_cli.recipe import file
-from cfamc_cli.recipe.plan import PROCESS, Plan, duration, plan
+from cfamc_cli.recipe.plan import PROCESS, Plan, duration
 from cfamc_cli.recipe.schema import Recipe
 from cfamc_cli.report import terminal
 from cfamc_cli.store.files import sweep
@@ -84,7 +85,7 @@ def _recipes(reference: str, overrides: Sequence[str], seeds: Sequence[int]) -> 
 
 def _show_plan(recipes: Sequence[Recipe], options: Options) -> None:
     """Print the first recipe and its cost; the others differ in their seed alone."""
-    recipe, costs, seeds = recipes[0], plan(recipes[0]), [recipe.seed for recipe in recipes]
+    recipe, costs, seeds = recipes[0], plan_of(recipes[0]), [recipe.seed for recipe in recipes]
     if options.as_json:
         terminal.print_json({"recipe": recipe.resolved(), "plan": dataclasses.asdict(costs), "seeds": seeds})
     else:
@@ -113,14 +114,17 @@ def _start(recipes: Sequence[Recipe], options: Options, *, force: bool) -> list[
     """Train one run per recipe; what ends one of them ends the rest, and names those that were finished."""
     recipes = [_pinned(recipe, options.store) for recipe in recipes]
     results: list[RunRecord] = []
+    if recipes[0].model.timm is not None:  # recipes differ in their seed alone
+        plan_of(recipes[0])  # before any image is read
     with session(options) as working:
         try:
             for recipe in recipes:
                 if results and (signal := working.signals.pending()):  # it came too late to cut the run before
                     raise Interrupted(signal)
-                # This and the next two lines before a run is made for nothing.
+                # This and the next lines before a run is made for nothing.
                 data = working.load_images(recipe, "train")
-                costs = plan(recipe, images=len(data.images))
+                require_size(recipe.model, *data.images.shape[-2:])
+                costs = plan_of(recipe, images=len(data.images))
                 if not force:
                     _require_memory(costs, working)
                 _starting_weights(recipe, options.store)
@@ -232,7 +236,7 @@ def _train(recipe: Recipe, data: ImageSet, run: RunFolder | None, session: Sessi
         positions = _take_up(trainer, run, session)
         if kept is not None:
             kept.cut_back(positions)
-            costs = plan(recipe, images=len(data.images))
+            costs = plan_of(recipe, images=len(data.images))
             totals = Totals(
                 steps=trainer.total,
                 view_passes=costs.view_passes,

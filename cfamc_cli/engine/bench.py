@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from cfamc_cli.datasets import KNOWN_SETS
 from cfamc_cli.engine import monitor
+from cfamc_cli.engine.costs import plan_of
 from cfamc_cli.engine.data.sets import ImageSet
 from cfamc_cli.engine.device import (
     Precision,
@@ -35,7 +36,7 @@ from cfamc_cli.engine.pretrain import Trainer
 from cfamc_cli.engine.sections import Clock, Lap, Section
 from cfamc_cli.engine.sink import NullLedger, NullTalk, Talk
 from cfamc_cli.errors import CfamcError, ExitCode
-from cfamc_cli.recipe.plan import Plan, plan
+from cfamc_cli.recipe.plan import Plan
 from cfamc_cli.recipe.schema import NoAdversary, Recipe
 from cfamc_cli.store.records import PeakRate, SectionTime, Spread, TrainingCost, Variant
 
@@ -70,7 +71,7 @@ def variants(recipe: Recipe, *, device: torch.device, seconds: float, alone: boo
     Raises:
         CfamcError: The recipe's own settings diverge or are too large, and so does all else.
     """
-    costs = plan(recipe)
+    costs = plan_of(recipe)
     data = random_images(recipe, costs.images)
     own = resolved_settings(recipe, costs.images, device=device, talk=talk)
 
@@ -270,7 +271,7 @@ def _cost(
     counted: tuple[int, int] | None,
     first: bool,
 ) -> TrainingCost:
-    costs = plan(recipe)
+    costs = plan_of(recipe)
     evaluation = sum(lap.host.get("evaluation", 0.0) for lap in warm)
     mean = statistics.fmean(lap.seconds for lap in laps)
     extra = max(0.0, sum(lap.seconds for lap in warm) - evaluation - len(warm) * mean)

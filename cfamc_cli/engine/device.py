@@ -18,9 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cfamc_cli.engine.costs import plan_of
 from cfamc_cli.engine.sink import Talk
 from cfamc_cli.errors import CfamcError, invalid
-from cfamc_cli.recipe.plan import compiling_pays, plan
+from cfamc_cli.recipe.plan import compiling_pays
 from cfamc_cli.recipe.schema import Recipe
 from cfamc_cli.store.records import Computation
 
@@ -131,7 +132,7 @@ def pick_compile(recipe: Recipe, images: int, device: torch.device, *, talk: Tal
     if train.compile != "auto":
         return train.compile
     whole = train.memory == "full" and train.batch_norm == "local"  # else what is compiled falls into many graphs
-    if device.type != "cuda" or not whole or not compiling_pays(plan(recipe, images)):
+    if device.type != "cuda" or not whole or not compiling_pays(plan_of(recipe, images)):
         return False
     try:
         torch.compile(torch.relu)(torch.ones(2, device=device))

@@ -1,4 +1,6 @@
-"""The encoder: a ResNet with torchvision's parameter names at any width, `pre_feature`, and the projector.
+"""The encoder: a backbone, `pre_feature`, and the projector.
+
+The backbone is a ResNet with torchvision's parameter names at any width, or one that timm makes (timm_backbone).
 
 ResNet: He et al., arXiv:1512.03385, with the stride of a bottleneck on its 3x3 convolution as in torchvision; heads as
 in EMP-SSL (arXiv:2304.03977). Symbols: F backbone features (8 width; 32 width for bottlenecks), D embedding dimension.
@@ -8,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Literal
+from types import MethodType
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from cfamc_cli.engine.costs import require_size
 from cfamc_cli.recipe.schema import DEPTHS, Features, Model
 
 
@@ -93,7 +97,7 @@ class ResNet(nn.Module):
 
     memory: Literal["full", "recompute"] = "full"
 
-    def __init__(self, backbone: Literal["resnet18", "resnet34", "resnet50"], *, stem: str, width: int) -> None:
+    def __init__(self, backbone: str, *, stem: str, width: int) -> None:
         super().__init__()
         block = Bottleneck if backbone == "resnet50" else BasicBlock
         if stem == "cifar":
@@ -134,13 +138,26 @@ class ResNet(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Backbone, `pre_feature` (what heads read) and projector (what the objective reads)."""
+    """Backbone, `pre_feature` (what heads read) and projector (what the objective reads).
+
+    Attributes:
+        feature_dim: F.
+    """
 
     def __init__(self, model: Model) -> None:
         super().__init__()
-        self.backbone = ResNet(model.backbone, stem=model.stem, width=model.width)
+        self.model = model
+        self.backbone: nn.Module
+        if model.timm is None:
+            self.backbone = ResNet(model.backbone, stem=model.stem, width=model.width)
+            self.feature_dim = self.backbone.feature_dim
+        else:
+            from cfamc_cli.engine import timm_backbone
+
+            self.backbone = timm_backbone.create(model)
+            self.feature_dim = timm_backbone.features_of(self.backbone)
         self.pre_feature = nn.Sequential(
-            nn.Linear(self.backbone.feature_dim, model.hidden_dim), nn.BatchNorm1d(model.hidden_dim), nn.ReLU()
+            nn.Linear(self.feature_dim, model.hidden_dim), nn.BatchNorm1d(model.hidden_dim), nn.ReLU()
         )
         self.projector = nn.Sequential(
             nn.Linear(model.hidden_dim, model.hidden_dim),
@@ -149,8 +166,23 @@ class Encoder(nn.Module):
             nn.Linear(model.hidden_dim, model.embedding_dim),
         )
 
+    def recompute(self) -> None:
+        """Keep of each block only what goes into it while training; see `ResNet.memory`."""
+        if isinstance(self.backbone, ResNet):
+            self.backbone.memory = "recompute"
+        else:
+            from cfamc_cli.engine import timm_backbone
+
+            timm_backbone.recompute(self.backbone, _in_training)
+
     def features(self, x: Tensor, *, features: Features = "pre_feature") -> Tensor:
-        """What a head reads: (N, 3, S, S) in [0, 1] to (N, hidden_dim) or (N, F)."""
+        """What a head reads: (N, 3, S, S) in [0, 1] to (N, hidden_dim) or (N, F).
+
+        Raises:
+            CfamcError: Exit 2; a backbone of timm does not take images of that size.
+        """
+        if not torch.compiler.is_compiling():
+            require_size(self.model, *x.shape[-2:])
         x = x.contiguous(memory_format=torch.channels_last)
         x = self.backbone(x)
         return x if features == "backbone" else self.pre_feature(x)
@@ -207,12 +239,20 @@ def _norms(module: nn.Module) -> list[_BatchNorm]:
     return [part for part in module.modules() if isinstance(part, _BatchNorm)]
 
 
-def _recomputed(part: Callable[[Tensor], Tensor], x: Tensor, *, norms: Sequence[_BatchNorm]) -> Tensor:
+def _recomputed(part: Callable[..., Any], *x: Any, norms: Sequence[_BatchNorm], **further: Any) -> Any:
     """What `part` makes of `x`, keeping `x` alone for the backward pass, which makes the rest again."""
     second = _like_now(norms, [norm.track_running_stats for norm in norms])
     return checkpoint(
-        part, x, use_reentrant=False, preserve_rng_state=False, context_fn=lambda: (nullcontext(), second)
+        part, *x, use_reentrant=False, preserve_rng_state=False, context_fn=lambda: (nullcontext(), second), **further
     )
+
+
+def _in_training(forward: MethodType, *x: Any, **further: Any) -> Any:
+    """What a block's own `forward` makes of `x`, `_recomputed` while it trains."""
+    block: Any = forward.__self__
+    if not block.training or not torch.is_grad_enabled():
+        return forward(*x, **further)
+    return _recomputed(forward, *x, norms=_norms(block), **further)
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """Weights that load elsewhere: written, read back from the file, and held against the live model.
 
-A part is the backbone (torchvision's names), backbone and `pre_feature`, or those with a linear head. Formats are
-safetensors, torch.export's archive (.pt2) and ONNX, the last two for any batch size and one image size. Symbols: N
-images, F features, C classes, S pixels of a side. Images are float32 in [0, 1], and so is all arithmetic.
+A part is the backbone (torchvision's or timm's names), backbone and `pre_feature`, or those with a linear head.
+Formats are safetensors, torch.export's archive (.pt2) and ONNX, the last two for any batch size and one image size.
+Symbols: N images, F features, C classes, S pixels of a side. Images are float32 in [0, 1], and so is all arithmetic.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Subject:
 
 
 def backbone_of(encoder: Encoder, model: Model, *, device: torch.device) -> Subject:
-    """The backbone, from images to (N, F), under torchvision's names."""
+    """The backbone, from images to (N, F), under torchvision's or timm's names."""
     output = OutputSpec(name="features", dim=feature_dim(encoder, "backbone"))
     return Subject(model, _portable(encoder.backbone), encoder.backbone, device, output)
 
@@ -210,7 +210,7 @@ def read_back(subject: Subject, path: Path, *, wanted: Format) -> tuple[str, For
         case "safetensors":
             twin = _twin(subject)
             twin.load_state_dict(checkpoint.read_tensors(path))
-            return _version("torchvision"), twin.eval()
+            return _version("torchvision" if subject.model.timm is None else "timm"), twin.eval()
         case "pt2":
             return _version("torch"), torch.export.load(path).module()
         case "onnx":
@@ -231,9 +231,10 @@ def _onnx_session(path: Path) -> Forward:
 
 
 def _twin(subject: Subject) -> nn.Module:
-    """Other modules of the same names: torchvision's backbone, and plain layers on it."""
+    """Other modules of the same names: torchvision's or timm's own backbone, and plain layers on it."""
     with torch.random.fork_rng(devices=[]):  # the initial weights are drawn, and overwritten
-        backbone, stack = torchvision_backbone(subject.model), subject.module
+        own = torchvision_backbone if subject.model.timm is None else timm_backbone
+        backbone, stack = own(subject.model), subject.module
         if not isinstance(stack, Stack):
             return backbone
         pre_feature, head, hidden = None, None, subject.model.hidden_dim
@@ -261,6 +262,14 @@ def torchvision_backbone(model: Model) -> nn.Module:
     net.fc = nn.Identity()
     built: nn.Module = net
     return built
+
+
+def timm_backbone(model: Model) -> nn.Module:
+    """Timm's own net, with the options of the recipe and without a classifier, as model cards build it."""
+    import timm
+
+    net: nn.Module = timm.create_model(model.timm or "", num_classes=0, **model.options)
+    return net
 
 
 def _portable(module: nn.Module) -> nn.Module:

@@ -75,7 +75,8 @@ class Trainer:
         self.parts, self.digest = recipe.parts(), recipe.digest()
         self.total = recipe.updates(len(data.images))
         self.encoder = build_encoder(recipe.model, generator=addressed_generator("init", recipe.seed)).to(device)
-        self.encoder.backbone.memory = recipe.train.memory
+        if recipe.train.memory == "recompute":
+            self.encoder.recompute()
         if recipe.train.batch_norm == "synchronised":
             synchronise(self.encoder, device=device, world=world)
         self.average = Average(self.encoder, decay=recipe.train.average)

@@ -1,14 +1,15 @@
 """What a recipe costs before anything runs: counts, parameters, arithmetic and memory. Never imports torch.
 
 The encoder is torchvision's ResNet without its classifier, `pre_feature` and the projector, as in
-cfamc_cli/engine/encoder.py; tests hold the counts here to the modules there. Symbols: B images of a batch, V crops of
-an image, S side of a crop in pixels, F backbone features.
+cfamc_cli/engine/encoder.py; tests hold the counts here to the modules there. What a backbone of timm takes is measured
+by cfamc_cli/engine/timm_backbone.py and handed in. Symbols: B images of a batch, V crops of an image, S side of a crop
+in pixels, F backbone features.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -22,6 +23,28 @@ _PLACE = 8  # bytes of a place that max-pooling chose
 _WORKSPACES = 2 * 32 * 2**20  # bytes that PyTorch lends cuBLAS on an H100, for training and for the next crops
 PROCESS = 600 * 2**20  # bytes of a process that has torch in it and does nothing: resident, measured on Linux
 _PAYS = 6e16  # floating-point operations of a run from which on it is compiled
+
+
+class Part(NamedTuple):
+    """A piece of a backbone that comes after another, in numbers of one view."""
+
+    kept: int  # kept for the backward pass
+    output: int
+    largest: int  # the largest tensor in it
+    places: int = 0  # that max-pooling chose
+    again: bool = True  # whether train.memory = "recompute" makes it twice, and keeps its output alone
+
+
+class Shape(NamedTuple):
+    """What a backbone comes to, for views of one size."""
+
+    features: int  # F
+    parameters: int  # trained numbers
+    products: int  # multiply-adds of the forward pass of one view
+    parts: tuple[Part, ...]  # in order
+
+
+Measured: TypeAlias = Mapping[int, Shape]  # by the size of a crop in pixels
 
 
 @dataclass(frozen=True)
@@ -52,12 +75,13 @@ class Plan:
     precision: Precision  # what these are for
 
 
-def plan(recipe: Recipe, images: int | None = None) -> Plan:
+def plan(recipe: Recipe, images: int | None = None, *, measured: Measured | None = None) -> Plan:
     """Count what a run of `recipe` does.
 
     Args:
         recipe: A checked recipe.
         images: Training images, where they were counted; else those of a known set, or 1,000 of a folder.
+        measured: A backbone that timm makes, for each size of a crop; None for our ResNets, which are counted here.
 
     Raises:
         CfamcError: As for `Recipe.require_fit`.
@@ -66,7 +90,7 @@ def plan(recipe: Recipe, images: int | None = None) -> Plan:
     count = max(PER_IMAGES, recipe.fewest_images) if counted is None else counted
     if counted is not None:
         recipe.require_fit(counted)
-    return _in_turn([_plan_of_phase(part, count, per_thousand=counted is None) for part in parts])
+    return _in_turn([_plan_of_phase(part, count, measured, per_thousand=counted is None) for part in parts])
 
 
 def _in_turn(plans: Sequence[Plan]) -> Plan:
@@ -86,22 +110,25 @@ def _in_turn(plans: Sequence[Plan]) -> Plan:
     )
 
 
-def _plan_of_phase(recipe: Recipe, count: int, *, per_thousand: bool) -> Plan:
+def _plan_of_phase(recipe: Recipe, count: int, measured: Measured | None, *, per_thousand: bool) -> Plan:
     """The cost of a recipe without phases over `count` images."""
     batch, batches = recipe.train.batch_size, recipe.batches(count)
     updates = batches * recipe.replays
 
     # Per image: arithmetic of all its crops, and of those that a PGD step passes.
-    costs = [group.count * flops_per_view(recipe.model, size=group.size) for group in recipe.crops]
+    costs = [group.count * flops_per_view(recipe.model, measured, size=group.size) for group in recipe.crops]
     # A free adversary lives on the passes that train the weights, and what is spared is embedded by them.
     attacked = recipe.ascent_steps * recipe.moved_views
     attack_cost = (
         recipe.ascent_steps * sum(costs[recipe.spared_groups :]) * 2 // 3
     )  # no gradient of a weight is computed
 
-    parameters, backbone_parameters = parameter_counts(recipe.model)
+    parameters, backbone_parameters = parameter_counts(recipe.model, measured)
     precision: Precision = "float32" if recipe.train.precision == "float32" else "bfloat16"
-    activations = {keep: activation_bytes(recipe, precision=precision, memory=keep) for keep in ("full", "recompute")}
+    full, again = (
+        activation_bytes(recipe, measured, precision=precision, memory=keep) for keep in ("full", "recompute")
+    )
+    activations = full if recipe.train.memory == "full" else again
     pixels = sum(batch * group.count * 3 * group.size**2 for group in recipe.crops)
     kept_pixels = 2 if isinstance(recipe.adversary, NoAdversary) else 4  # the next crops are made meanwhile
     known = KNOWN_SETS.get(recipe.data.dataset)
@@ -121,13 +148,13 @@ def _plan_of_phase(recipe: Recipe, count: int, *, per_thousand: bool) -> Plan:
         backbone_parameters=backbone_parameters,
         flops_per_view=sum(costs) / recipe.views,
         flops=batch * (updates * sum(costs) + batches * attack_cost),
-        memory=others + activations[recipe.train.memory],
+        memory=others + activations,
         weight_bytes=weight_bytes,
-        activation_bytes=activations[recipe.train.memory],
+        activation_bytes=activations,
         data_bytes=data_bytes,
         crop_bytes=crop_bytes,
-        memory_full=others + activations["full"],
-        memory_recompute=others + activations["recompute"],
+        memory_full=others + full,
+        memory_recompute=others + again,
         precision=precision,
     )
 
@@ -170,7 +197,19 @@ class _Conv(NamedTuple):
         return self.outputs * self.size**2
 
 
-class _Part(NamedTuple):
+def _resnet(model: Model, size: int) -> Shape:
+    """A ResNet of ours for crops of `size` pixels."""
+    blocks = list(_blocks(model, size=size))
+    convolutions = [conv for block in blocks for conv in block.convolutions]
+    return Shape(
+        features=model.feature_dim,
+        parameters=sum(conv.weights + 2 * conv.outputs for conv in convolutions),
+        products=sum(conv.weights * conv.size**2 for conv in convolutions),
+        parts=tuple(block.part for block in blocks),
+    )
+
+
+class _Block(NamedTuple):
     """The stem, or a block: its convolutions, the last of which is the shortcut where `shortcut` is true."""
 
     convolutions: tuple[_Conv, ...]
@@ -178,22 +217,21 @@ class _Part(NamedTuple):
     pooled: int = 0  # numbers that come out of max-pooling
 
     @property
-    def output(self) -> int:
-        return self.pooled or self.convolutions[-1].numbers
+    def part(self) -> Part:
+        """Of each convolution what goes into its batch norm and what comes out, but for shortcuts: of those a sum."""
+        sizes = [conv.numbers for conv in self.convolutions]
+        kept = sum(sizes) + sum(sizes[:-1] if self.shortcut else sizes) + self.pooled
+        return Part(kept=kept, output=self.pooled or sizes[-1], largest=max(sizes), places=self.pooled)
 
-    @property
-    def largest(self) -> int:
-        return max(conv.numbers for conv in self.convolutions)
 
-
-def _parts(model: Model, *, size: int) -> Iterator[_Part]:
-    """The backbone for crops of `size` pixels, in order."""
+def _blocks(model: Model, *, size: int) -> Iterator[_Block]:
+    """The stem and the blocks for crops of `size` pixels, in order."""
     if model.stem == "cifar":
         side = size
-        yield _Part((_Conv(3, model.width, 3, side),), shortcut=False)
+        yield _Block((_Conv(3, model.width, 3, side),), shortcut=False)
     else:
         side = _halved(_halved(size))  # max-pooling, kernel 3, stride 2
-        yield _Part((_Conv(3, model.width, 7, _halved(size)),), shortcut=False, pooled=model.width * side**2)
+        yield _Block((_Conv(3, model.width, 7, _halved(size)),), shortcut=False, pooled=model.width * side**2)
     inputs = model.width
     for stage, depth in enumerate(DEPTHS[model.backbone]):
         width = model.width * 2**stage
@@ -206,39 +244,45 @@ def _parts(model: Model, *, size: int) -> Iterator[_Part]:
             else:
                 main = [_Conv(inputs, width, 3, side), _Conv(width, width, 3, side)]
             shortcut = [_Conv(inputs, outputs, 1, side)] if strided or inputs != outputs else []
-            yield _Part((*main, *shortcut), shortcut=bool(shortcut))
+            yield _Block((*main, *shortcut), shortcut=bool(shortcut))
             inputs = outputs
-
-
-def _convolutions(model: Model, *, size: int) -> Iterator[_Conv]:
-    for part in _parts(model, size=size):
-        yield from part.convolutions
 
 
 def _halved(size: int) -> int:
     return (size + 1) // 2
 
 
-def _linears(model: Model) -> tuple[tuple[int, int], ...]:
+def _shape(model: Model, measured: Measured | None, *, size: int) -> Shape:
+    return _resnet(model, size) if measured is None else measured[size]
+
+
+def _linears(model: Model, features: int) -> tuple[tuple[int, int], ...]:
     """(inputs, outputs) of the linear layers, all with bias: pre_feature, then the projector's two."""
     hidden = model.hidden_dim
-    return (model.feature_dim, hidden), (hidden, hidden), (hidden, model.embedding_dim)
+    return (features, hidden), (hidden, hidden), (hidden, model.embedding_dim)
 
 
-def parameter_counts(model: Model) -> tuple[int, int]:
+def parameter_counts(model: Model, measured: Measured | None = None) -> tuple[int, int]:
     """Trained numbers of the whole encoder, and of its backbone."""
-    backbone = sum(conv.weights + 2 * conv.outputs for conv in _convolutions(model, size=32))
-    heads = sum((inputs + 1) * outputs for inputs, outputs in _linears(model)) + 2 * 2 * model.hidden_dim
-    return backbone + heads, backbone
+    shape = _shape(model, measured, size=32 if measured is None else next(iter(measured)))
+    linears = _linears(model, shape.features)
+    heads = sum((inputs + 1) * outputs for inputs, outputs in linears) + 2 * 2 * model.hidden_dim
+    return shape.parameters + heads, shape.parameters
 
 
-def flops_per_view(model: Model, *, size: int) -> int:
+def flops_per_view(model: Model, measured: Measured | None = None, *, size: int) -> int:
     """Floating-point operations of one view, forward and backward: 2 per multiply-add, backward twice the forward."""
-    convolved = sum(conv.weights * conv.size**2 for conv in _convolutions(model, size=size))
-    return 3 * 2 * (convolved + sum(inputs * outputs for inputs, outputs in _linears(model)))
+    shape = _shape(model, measured, size=size)
+    return 3 * 2 * (shape.products + sum(inputs * outputs for inputs, outputs in _linears(model, shape.features)))
 
 
-def activation_bytes(recipe: Recipe, *, precision: Precision, memory: Literal["full", "recompute"]) -> int:
+def activation_bytes(
+    recipe: Recipe,
+    measured: Measured | None = None,
+    *,
+    precision: Precision,
+    memory: Literal["full", "recompute"],
+) -> int:
     """The most that a step holds for its backward pass at a time, in bytes.
 
     When that pass comes to a part, the part's own activations are there, two gradients, and of each part before it what
@@ -246,29 +290,22 @@ def activation_bytes(recipe: Recipe, *, precision: Precision, memory: Literal["f
     """
     width, highest, held = 4 if precision == "float32" else 2, 0, 0
     for group in recipe.crops:
-        views = recipe.train.batch_size * group.count
+        views, shape = recipe.train.batch_size * group.count, _shape(recipe.model, measured, size=group.size)
         held += views * 3 * group.size**2 * width if width < _FLOAT else 0
-        for part in _parts(recipe.model, size=group.size):
-            kept = views * (width * _kept(part) + _PLACE * part.pooled)
+        for part in shape.parts:
+            kept = views * (width * part.kept + _PLACE * part.places)
             highest = max(highest, held + kept + views * width * (part.output + part.largest))
-            held += kept if memory == "full" else views * width * part.output
-        held += views * width * _kept_by_heads(recipe.model)
+            held += views * width * part.output if memory == "recompute" and part.again else kept
+        held += views * width * _kept_by_heads(recipe.model, shape.features)
     return max(highest, held)
 
 
 def activations_per_view(model: Model, *, size: int) -> int:
-    """Numbers that one view keeps for the backward pass; the places that max-pooling chose are none.
-
-    Of each convolution what goes into its batch norm and what comes out, but for shortcuts, of which a sum is kept;
-    likewise of the linear layers.
-    """
-    return sum(map(_kept, _parts(model, size=size))) + _kept_by_heads(model)
+    """Numbers that one view keeps for the backward pass; the places that max-pooling chose are none."""
+    shape = _resnet(model, size)
+    return sum(part.kept for part in shape.parts) + _kept_by_heads(model, shape.features)
 
 
-def _kept(part: _Part) -> int:
-    twice = part.convolutions[:-1] if part.shortcut else part.convolutions
-    return sum(conv.numbers for conv in (*part.convolutions, *twice)) + part.pooled
-
-
-def _kept_by_heads(model: Model) -> int:
-    return model.feature_dim + 2 * 2 * model.hidden_dim + model.embedding_dim
+def _kept_by_heads(model: Model, features: int) -> int:
+    """Of a linear layer and its batch norm what goes in and what comes out."""
+    return features + 2 * 2 * model.hidden_dim + model.embedding_dim

@@ -36,6 +36,7 @@ from cfamc_cli.errors import invalid
 # Blocks of the four stages of a ResNet.
 DEPTHS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3)}
 _LONGEST = 10_000  # sqrt(3) times the side of an image in pixels is no more
+TIMM = "timm:"  # before the name of a backbone that the library timm makes
 _NUMBER = re.compile(r"[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]{1,2})?|\.[0-9]+", re.ASCII)
 _RATIO = re.compile(r"([0-9]+(?:\.[0-9]+)?)/([0-9]+)", re.ASCII)
 
@@ -127,6 +128,39 @@ def _without_nul(text: str) -> str:
     if "\0" in text:
         raise ValueError("a path cannot hold a NUL character")
     return text
+
+
+def _backbone(name: str) -> str:
+    if name in DEPTHS or re.fullmatch(TIMM + "[a-z0-9_]{1,100}", name, re.ASCII):
+        return name
+    if name.startswith(TIMM):
+        raise ValueError(f'"{TIMM}" stands before a name of small letters, digits and _, without a tag of weights')
+    expected = ", ".join(f"'{known}'" for known in (*DEPTHS, f"{TIMM}NAME"))
+    raise PydanticCustomError("literal_error", "must be one of {expected}", {"expected": expected})
+
+
+def _options(options: dict[str, Any]) -> dict[str, Any]:
+    """Check what timm's `create_model` shall be told beside the name."""
+    for key, value in options.items():
+        if key in _OURS:
+            raise ValueError(
+                f'"{key}" is not yours to set: a backbone begins untrained, reads RGB and has no classifier'
+            )
+        if "drop" in key:
+            raise ValueError(f'"{key}" cannot be set: nothing is dropped, since an adversary needs passes that repeat')
+        numbers = [value]
+        while any(isinstance(part, list) for part in numbers):
+            numbers = [inner for part in numbers for inner in (part if isinstance(part, list) else [part])]
+        if not numbers or not all(isinstance(part, bool | int | float | str) for part in numbers):
+            raise ValueError(f'"{key}" must be a number, text, true, false or a list of those')
+        if any(isinstance(part, int | float) and not abs(part) <= 65536 for part in numbers):
+            raise ValueError(f'"{key}" is out of range: numbers lie within 65,536 of 0')
+    return options
+
+
+# What `create_model` is told by us, or never
+_OURS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "model_name"}
+_OURS |= {"num_classes", "in_chans", "features_only", "device", "dtype", "scriptable", "exportable", "no_jit"}
 
 
 def _no_number(value: object) -> object:
@@ -265,15 +299,27 @@ class Augment(Table):
 class Model(Table):
     """Backbone, the `pre_feature` layer that linear heads read, and the projector."""
 
-    backbone: Literal["resnet18", "resnet34", "resnet50"] = "resnet18"
+    backbone: Annotated[str, AfterValidator(_backbone)] = "resnet18"  # resnet18, resnet34, resnet50 or timm:NAME
     stem: Literal["cifar", "imagenet"] = "cifar"
     width: Annotated[int, Field(ge=1, le=512)] = 64  # channels of the first stage
+    # What timm is told beside the name, such as img_size and patch_size of a vision transformer.
+    options: Annotated[dict[str, Any], AfterValidator(_options), Later()] = {}
     hidden_dim: Annotated[int, Field(ge=2, le=65536)] = 4096
     embedding_dim: Annotated[int, Field(ge=2, le=65536)] = 1024
 
+    def idle(self) -> dict[str, str]:
+        if self.timm is None:
+            return {"options": f"only a backbone {TIMM}NAME has any"}
+        return dict.fromkeys(("stem", "width"), f"{self.backbone} has its own (see model.options)")
+
+    @property
+    def timm(self) -> str | None:
+        """The name by which timm knows the backbone; None for our ResNets."""
+        return self.backbone.removeprefix(TIMM) if self.backbone.startswith(TIMM) else None
+
     @property
     def feature_dim(self) -> int:
-        """F, what the backbone hands on: eight times the width, and in bottlenecks four times that."""
+        """F, what a ResNet of ours hands on: eight times the width, and in bottlenecks four times that."""
         return self.width * (32 if self.backbone == "resnet50" else 8)
 
 

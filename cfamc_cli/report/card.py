@@ -31,8 +31,8 @@ def card(made: ExportRecord, recipe: Recipe, run: RunRecord) -> str:
         run=run,
         file=f"{made.part}.{made.format}",
         library_width=_LIBRARY_WIDTH,
-        depths=DEPTHS[recipe.model.backbone],
-        backbone_dim=recipe.model.feature_dim,
+        depths=DEPTHS.get(recipe.model.backbone, ()),
+        backbone_dim="features" if recipe.model.timm else recipe.model.feature_dim,  # the net itself tells it
         pre_feature=made.part == "encoder" or "pre_feature" in read,
         probes=markdown_table(("probe", "head", "features", "data", "n", "accuracy"), map(_probe_row, made.probes)),
         attacks=markdown_table(_ATTACK_COLUMNS, map(_attack_row, made.attacks)),

@@ -221,7 +221,7 @@ def load_encoder(folder: Path, model: Model, *, device: torch.device, talk: Talk
 
 def feature_dim(encoder: Encoder, features: Features) -> int:
     """F, the length of what a head reads."""
-    return encoder.backbone.feature_dim if features == "backbone" else len(encoder.state_dict()["pre_feature.0.bias"])
+    return encoder.feature_dim if features == "backbone" else len(encoder.state_dict()["pre_feature.0.bias"])
 
 
 def load_classifier(loaded: LoadedEncoder, probe: ProbeRecord, path: Path, recipe: Recipe) -> Classifier:
