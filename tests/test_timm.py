@@ -346,8 +346,8 @@ def test_heads_attacks_and_exports_work(
     for head in ("linear", "finetune", "crops"):
         (record,) = work("attack", "--head", f"{head}-001", "--eps", "8/255", "--steps", "2")["results"]
         assert record["robust"]["correct"] <= record["clean"]["correct"]
-    for part, head in (("backbone", []), ("classifier", ["--head", "linear-001"])):
-        made = work("export", "--part", part, *head, "--out", f"safetensors-{part}")
+    for part, chosen in (("backbone", []), ("classifier", ["--head", "linear-001"])):
+        made = work("export", "--part", part, *chosen, "--out", f"safetensors-{part}")
         assert made["check"]["reader"].startswith("timm ")
     for part, output in (("backbone", "features"), ("classifier", "logits")):
         monkeypatch.chdir(work.folder / f"safetensors-{part}")

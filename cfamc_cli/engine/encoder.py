@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from cfamc_cli.engine.costs import require_size
+from cfamc_cli.engine.costs import require_library, require_size
 from cfamc_cli.recipe.schema import DEPTHS, Features, Model
 
 
@@ -152,6 +152,7 @@ class Encoder(nn.Module):
             self.backbone = ResNet(model.backbone, stem=model.stem, width=model.width)
             self.feature_dim = self.backbone.feature_dim
         else:
+            require_library(model)
             from cfamc_cli.engine import timm_backbone
 
             self.backbone = timm_backbone.create(model)

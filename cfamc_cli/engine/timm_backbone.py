@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from cfamc_cli.datasets import KNOWN_SETS
-from cfamc_cli.engine.costs import require_library
 from cfamc_cli.errors import invalid
 from cfamc_cli.recipe.plan import Part, Shape
 from cfamc_cli.recipe.schema import Model, Recipe, key_of
@@ -34,9 +33,8 @@ def create(model: Model) -> nn.Module:
     passes that repeat. Its initial weights are drawn from torch's default generator.
 
     Raises:
-        CfamcError: Exit 2; timm is missing, knows no such name, or cannot make it with those options.
+        CfamcError: Exit 2; timm knows no such name, or cannot make it with those options.
     """
-    require_library(model)
     name, options = model.timm or "", model.options
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
