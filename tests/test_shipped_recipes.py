@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from cfamc_cli.commands import recipes
+from cfamc_cli.engine.costs import plan_of
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.recipe import file
-from cfamc_cli.recipe.plan import plan
 from cfamc_cli.recipe.schema import FreeAdversary, PgdAdversary
 
 FOLDER = Path(__file__).parent.parent / "recipes"
@@ -40,13 +40,13 @@ YARDSTICKS = ("cifar10-fast", "cifar10-laptop", "cifar10-laptop-fast")
 
 def test_all_are_there() -> None:
     assert list(file.shipped()) == NAMES
-    assert set(NAMES) == {*SYSTEMS, "quickstart", "imagenet100", "folder", *YARDSTICKS}
+    assert set(NAMES) == {*SYSTEMS, "quickstart", "imagenet100", "folder", *YARDSTICKS, "cifar10-vit-laptop"}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_loads_plans_and_names_its_source(name: str) -> None:
     recipe = file.load(name)
-    assert plan(recipe).batches > 0
+    assert plan_of(recipe).batches > 0
     assert file.load(str(FOLDER / f"{name}.toml")) == recipe
     header = (FOLDER / f"{name}.toml").read_text().split("\n\n")[0].splitlines()
     assert all(line.startswith("# ") for line in header)
@@ -72,6 +72,7 @@ DIGESTS = {
     "cifar10-simclr-crop-free": "b3f3b4f650e8b312fcdf08b56771d8729f98395593047b46b54bef1ebc0c8e35",
     "cifar10-simclr-crop-pgd": "b6dac6571f36d3299850e369d2bda6dd43d5055592a56bf5e1fbfb1ea84af04c",
     "cifar10-simclr-patch-pgd": "e92fded08cce83927e36819410f7037345aae62d6ff0bbf964db3e90306acdd9",
+    "cifar10-vit-laptop": "b199590ca08fab0061590a1cd58e0e89e633f6a286525cabf1c7f7c96b7cab1d",
     "cifar100": "9a8fe8998ca3e73c183e0fefd4a82b90869502cd862ea8c6e4e1b266d2ea331d",
     "folder": "12c9d05f140beeeb1a36360c963eb81c563a99cbc43632885b7270b9de9023d7",
     "imagenet100": "8c0b0420f73036dd9f9a3a795277929dbe68bad967ddeb40a67ee900352d367f",
