@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -54,6 +55,10 @@ class Listener(NullTalk):
 
     def __init__(self) -> None:
         self.progressed: list[tuple[str, int, int]] = []
+        self.warnings: list[str] = []
+
+    def warning(self, text: str) -> None:
+        self.warnings.append(text)
 
     def progress(self, task: str, done: int, total: int, values: Mapping[str, float]) -> None:
         self.progressed.append((task, done, total))
@@ -278,6 +283,32 @@ def test_a_damaged_pack_is_made_again(tmp_path: Path, cut_at: int, suffix: str) 
     path.write_bytes(content[:cut_at])
     assert torch.equal(read(Settings(root=str(root)), cache).images, kept)
     assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("part", ["pixels", "labels"])
+def test_a_pack_whose_content_changed_is_made_again(part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under the old fingerprint, and as large as before; an unchanged one is read through once in a process."""
+    settings, cache, listener = Settings(root=str(make_folder(tmp_path / "images"))), tmp_path / "cache", Listener()
+    first = read(settings, cache)
+    kept, labels = first.images.clone(), first.require_labels().clone()
+    (path,) = (cache / "packs").glob("*.npy" if part == "pixels" else "*.json")
+    content = path.read_bytes()
+    path.unlink()  # what is mapped stays
+    changed = content[:-50] + bytes(50) if part == "pixels" else content.replace(b"[0, 0, 0, 1", b"[0, 0, 1, 1")
+    assert len(changed) == len(content)
+    assert changed != content
+    path.write_bytes(changed)
+    monkeypatch.setattr(packs, "_whole", set())  # as a process that starts
+    again = load(settings, "train", seed=0, cache=cache, talk=listener)
+    assert torch.equal(again.images, kept)
+    assert torch.equal(again.require_labels(), labels)
+    assert again.fingerprint == first.fingerprint
+    (warning,) = listener.warnings
+    assert warning.endswith(".npy has changed since it was packed: it is packed anew")
+
+    with mock.patch.object(packs, "fingerprint", side_effect=packs.fingerprint) as computed:
+        assert [read(settings, cache).fingerprint for _ in range(3)] == [first.fingerprint] * 3
+    assert computed.call_count == 1
 
 
 @pytest.mark.parametrize("content", ["[]", "7", "null", '{"key": null}'])

@@ -24,6 +24,7 @@ from cfamc_cli.store.files import explained, staged_file, sweep, write_text
 
 Pixels = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
+_whole: set[tuple[Path, int, int, int, str]] = set()  # packs whose content this process has seen to be right
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,10 @@ def packed(folder: Path, name: str, *, key: str, make: Callable[[], Raw], task: 
         found = json.loads(manifest.read_bytes())
         if found["key"] == key:
             labels = found["labels"] and torch.tensor(found["labels"])
-            return Pack(_mapped(pixels), labels, tuple(found["classes"]), found["fingerprint"])
+            pack = Pack(_mapped(pixels), labels, tuple(found["classes"]), found["fingerprint"])
+            if _is_whole(pack, pixels):
+                return pack
+            talk.warning(f"{pixels} has changed since it was packed: it is packed anew")
     except (OSError, ValueError, TypeError, KeyError):
         pass  # absent or damaged: made anew
     raw = make()
@@ -103,6 +107,15 @@ def packed(folder: Path, name: str, *, key: str, make: Callable[[], Raw], task: 
         if other != pixels:
             other.unlink(missing_ok=True)
     return pack
+
+
+def _is_whole(pack: Pack, pixels: Path) -> bool:
+    """Whether a pack holds what its fingerprint says; read once in a process, as long as its file stays as it is."""
+    status = pixels.stat()
+    seen = (pixels, status.st_ino, status.st_size, status.st_mtime_ns, pack.fingerprint)
+    if seen not in _whole and fingerprint(pack.images, pack.labels, pack.classes) == pack.fingerprint:
+        _whole.add(seen)
+    return seen in _whole
 
 
 @contextmanager
