@@ -39,10 +39,10 @@ def saved(tmp_path: Path) -> Path:
 
 
 def refused(work: Callable[[], object], name: str) -> CfamcError:
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(CfamcError) as caught:
         work()
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
     error = caught.value
     assert error.exit_code == ExitCode.BAD_DATA
     assert name in error.message

@@ -38,10 +38,10 @@ PRINTS_ONE = "`cfamc recipes show cifar10` prints a recipe that loads"
 
 
 def refusal(reference: object = "cifar10", *overrides: str, seed: int | None = None) -> CfamcError:
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(CfamcError) as refused:
         file.load(str(reference), overrides=overrides, seed=seed)
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
     assert refused.value.exit_code is ExitCode.INVALID
     return refused.value
 
