@@ -21,7 +21,7 @@ from tiny import tiny_recipe
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.recipe import file, wording
 from cfamc_cli.recipe.plan import plan
-from cfamc_cli.recipe.schema import Cosine, FreeAdversary, Lars, Recipe
+from cfamc_cli.recipe.schema import Cosine, FreeAdversary, Lars, NoAdversary, PgdAdversary, Recipe
 
 MINIMAL = """schema = 1
 name = "minimal"
@@ -268,20 +268,31 @@ def test_a_seed_given_twice() -> None:
     assert problems("seed=1", seed=2) == ["seed: given twice, by --seed and by --set"]
 
 
-def test_another_choice_leaves_stale_keys_and_the_hint_says_how_to_replace_the_table() -> None:
-    assert problems("adversary.name=none") == [
-        f'unknown key "adversary.{key}": name = "none" has no {key}'
-        for key in ("eps", "step_size", "replays", "start", "views")
-    ]
-    error = refusal("cifar10", "adversary.name=none")
-    assert error.hint == "remove such keys, or replace the whole table: --set 'adversary={ ... }'"
-    assert file.load("cifar10", overrides=['adversary={name="none"}']).adversary.name == "none"
+def test_another_kind_takes_what_belongs_to_the_old_one_out_of_its_table() -> None:
+    """What both have stays as the file has it, the rest is the new kind's own; other tables stay as they are."""
+    before = file.load("cifar10", overrides=["adversary.eps=4/255"])
+    pgd = file.load("cifar10", overrides=["adversary.eps=4/255", "adversary.name=pgd"])
+    assert pgd.adversary == PgdAdversary(name="pgd", eps="4/255", step_size="0.01", steps=5, views="all")
+    assert pgd.model_copy(update={"adversary": before.adversary}) == before
+    assert file.load("cifar10", overrides=["adversary.name=none"]).adversary == NoAdversary(name="none")
+    assert file.load("cifar10", overrides=["objective.name=emp-ssl"]) == file.load("cifar10")
+    attacks = file.load("cifar10", overrides=["attack.1.name=autoattack"]).attack
+    assert [(attack.name, attack.eps) for attack in attacks] == [("pgd", "4/255"), ("autoattack", "8/255")]
+    assert file.load("cifar10-laptop-fast", overrides=["probe.head=knn"]).probe.head == "knn"
+    phase = file.load("cifar10-laptop-fast", overrides=["phase.0.adversary.name=none"])
+    assert [part.adversary.name for part in phase.parts()] == ["free", "none"]
+
+
+def test_what_a_person_gives_of_another_kind_is_told() -> None:
     assert problems("schedule.name=official-cosine", "schedule.warmup=3") == [
         'unknown key "schedule.warmup": name = "official-cosine" has no warmup'
     ]
-    assert problems("attack.0.name=autoattack") == [
-        f'unknown key "attack.0.{key}": name = "autoattack" has no {key}' for key in ("step_size", "steps")
+    assert problems("adversary.name=none", "adversary.replays=2") == [
+        'unknown key "adversary.replays": name = "none" has no replays'
     ]
+    assert problems("adversary.steps=2") == ['unknown key "adversary.steps": name = "free" has no steps']
+    hint = "remove such keys, or replace the whole table: --set 'adversary={ ... }'"
+    assert refusal("cifar10", "adversary.steps=2").hint == hint
 
 
 # Errors of one table

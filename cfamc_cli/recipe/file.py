@@ -14,6 +14,7 @@ import re
 import stat
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,8 @@ def load(reference: str, *, overrides: Sequence[str] = (), seed: int | None = No
 
     Args:
         reference: Path of a TOML file, or the name of a recipe that ships with the package.
-        overrides: Texts such as "train.epochs=5" or "crops.0.count=8", applied in order.
+        overrides: Texts such as "train.epochs=5" or "crops.0.count=8", applied in order. One that changes a table's
+            kind, such as "adversary.name=none", takes what the file says of the old kind alone out of it.
         seed: Taken instead of the recipe's own.
 
     Raises:
@@ -64,6 +66,7 @@ def load(reference: str, *, overrides: Sequence[str] = (), seed: int | None = No
     """
     raw = parse(read(find(reference), label=reference), label=reference)
     problems = list(_override(raw, overrides))
+    _drop_stale(raw, {override.partition("=")[0].strip() for override in overrides})
     if seed is not None:
         if any(override.partition("=")[0].strip() == "seed" for override in overrides):
             problems.append(Problem("seed", "given twice, by --seed and by --set"))
@@ -207,6 +210,22 @@ def _override(raw: dict[str, Any], overrides: Sequence[str]) -> Iterator[Problem
             wrong = _place(raw, keys, _value(text.strip()))
         if wrong:
             yield Problem(f"--set {plain_text(path)}", wrong)
+
+
+def _drop_stale(raw: dict[str, Any], given: AbstractSet[str]) -> None:
+    """Take keys of the file out of tables whose kind --set changed, where the new kind has none such."""
+    tables = {path.rpartition(".")[0] for path in given if path.endswith((".name", ".head"))}
+    try:
+        if tables:
+            Recipe.model_validate(raw)
+    except ValidationError as found:
+        for problem in word_problems(found.errors(include_url=False)):
+            path, _, key = problem.path.rpartition(".")
+            if problem.stale and path in tables and problem.path not in given:
+                node: Any = raw
+                for step in path.split("."):
+                    node = node[int(step) if isinstance(node, list) else step]
+                del node[key]
 
 
 def _value(text: str) -> Any:
