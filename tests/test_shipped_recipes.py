@@ -65,9 +65,9 @@ DIGESTS = {
     "cifar10-emp-ssl-crop-pgd": "4a8f998fceaf9d468ce2cb2fb53ce691d8ce1e7e24626752931cacd5f90fa43a",
     "cifar10-emp-ssl-patch-free": "4c3a2b2faf732be7df7a6267f098bbe2c3c2c261f2b9bf5c3518373ae8015ca7",
     "cifar10-emp-ssl-patch-pgd": "a514f91790d7a959a9a2995ea2a5cb4028a0202bd325c468e230a0d8a439aa74",
-    "cifar10-fast": "2695526d66047738845cb7757d56e79f8e6d926a875d864e2762b664e0501ec8",
+    "cifar10-fast": "facf94965efd48bfb77400128508dee66ecc3ef15390ea09993a936410cb965e",
     "cifar10-laptop": "b5e221a04b77438e2d6f37886f8b1835e66e9b9cb22e15713d1a14c13e7f0e6d",
-    "cifar10-laptop-fast": "c0fb55f91a3d1ef8cb48d0757c49cc1723295f15e1af83c6081e2e805ae83c48",
+    "cifar10-laptop-fast": "620ac9bc4d006b135e0f632486ba8e19a216544e71cab5d4b10d7beea0051624",
     "cifar10-simclr-clean": "6e23640a8749cb52868a7bc9e48cf25f96756564064bb9d25d5ef3cf0132fc9e",
     "cifar10-simclr-crop-free": "b3f3b4f650e8b312fcdf08b56771d8729f98395593047b46b54bef1ebc0c8e35",
     "cifar10-simclr-crop-pgd": "b6dac6571f36d3299850e369d2bda6dd43d5055592a56bf5e1fbfb1ea84af04c",
@@ -76,7 +76,7 @@ DIGESTS = {
     "cifar100": "9a8fe8998ca3e73c183e0fefd4a82b90869502cd862ea8c6e4e1b266d2ea331d",
     "folder": "12c9d05f140beeeb1a36360c963eb81c563a99cbc43632885b7270b9de9023d7",
     "imagenet100": "8c0b0420f73036dd9f9a3a795277929dbe68bad967ddeb40a67ee900352d367f",
-    "quickstart": "56287581f5c8580420c8d7234b7a2dbb299a7b443ba93fcdebb08919309f99a9",
+    "quickstart": "d223aaf93784cfcf2fc54b1c0866f897f49e2b35b67663dc2c256c9bb5bc7b83",
 }
 
 

@@ -52,9 +52,9 @@ LONG = 1000  # so many times as long, a run's cost is its length's, whatever is 
 SPLIT = "holdout"
 
 
-def then(epochs: float, *, size: int, lr: float, end: float = 0.0) -> str:
+def then(epochs: float, *, size: int, lr: float, end: float = 0.0, scale: float = 0.6) -> str:
     """A later phase as the base has it, as TOML."""
-    crops = f"{{count = 4, size = {size}, scale = [0.25, 1.0]}}"
+    crops = f"{{count = 4, size = {size}, scale = [{scale}, 1.0]}}"
     schedule = f'{{name = "cosine", end = {end}}}'
     return f"{{epochs = {epochs}, crops = [{crops}], optimizer = {{lr = {lr}}}, schedule = {schedule}}}"
 
@@ -70,7 +70,7 @@ def throughout(key: str, value: object) -> tuple[str, str]:
 
 def clusters(count: int) -> str:
     """A last phase on clusters: a fifth of the arithmetic that trains, one weak crop of each image, plain SGD."""
-    crops, schedule = "{count = 1, scale = [0.5, 1.0]}", '{name = "cosine"}'
+    crops, schedule = "{count = 1, scale = [0.8, 1.0]}", '{name = "cosine"}'
     objective = f'{{name = "clusters", count = {count}}}'
     sgd = "{lr = 0.1, trust_coefficient = 1000.0}"  # so large that clip holds every ratio at 1
     given = f"augment = {PLAIN}, objective = {objective}, optimizer = {sgd}, schedule = {schedule}"
@@ -80,8 +80,10 @@ def clusters(count: int) -> str:
 # What --set says. Each is one change, made in both phases; the base's rate falls to a tenth before its last phase.
 LEVERS: dict[str, tuple[str, ...]] = {
     "base": (),
-    "crop-scale-0.08": throughout("crops.0.scale", [0.08, 1.0]),
-    "crop-scale-0.4": throughout("crops.0.scale", [0.4, 1.0]),
+    "crop-scale-0.08": ("crops.0.scale=[0.08, 1.0]",),
+    "crop-scale-0.4": ("crops.0.scale=[0.4, 1.0]",),
+    "last-scale-0.25": ("phase.0.crops.0.scale=[0.25, 1.0]",),
+    "last-scale-0.8": ("phase.0.crops.0.scale=[0.8, 1.0]",),
     "colours-published": (
         "augment={jitter = [0.4, 0.4, 0.4, 0.2], jitter_p = 0.8, grayscale_p = 0.2, blur_p = 0.1, solarize_p = 0.1}",
     ),
@@ -90,7 +92,7 @@ LEVERS: dict[str, tuple[str, ...]] = {
     "size-16-24-32": (  # 40, 40 and 20 % of the batches, on one cosine
         "crops.0.size=16",
         "schedule.end=0.65",
-        f"phase=[{then(0.16, size=24, lr=0.195, end=0.15)}, {then(0.08, size=32, lr=0.03)}]",
+        f"phase=[{then(0.16, size=24, lr=0.195, end=0.15, scale=0.25)}, {then(0.08, size=32, lr=0.03)}]",
     ),
     "crops-2": throughout("crops.0.count", 2),
     "crops-8": throughout("crops.0.count", 8),
