@@ -33,7 +33,7 @@ from cfamc_cli.engine.evaluation.verify import Predictor
 from cfamc_cli.engine.sink import NullTalk
 from cfamc_cli.errors import CfamcError
 from cfamc_cli.recipe import file
-from cfamc_cli.recipe.schema import Attack, Probe, Recipe, Table
+from cfamc_cli.recipe.schema import Attack, Normalize, Probe, Recipe, Table
 from cfamc_cli.store.records import Outcome
 
 # Runs of two batches that together make every setting of training effective
@@ -68,7 +68,12 @@ TRAINED = [
         "schedule": {"name": "official-cosine"},
     },
     BASE | {"objective": {"name": "simclr"}, "adversary": {"name": "pgd", "steps": 3, "step_size": "3/255"}},
-    BASE | {"objective": {"name": "supcon"}, "train": BASE["train"] | {"evaluate_every": 1}},
+    BASE
+    | {
+        "objective": {"name": "supcon"},
+        "train": BASE["train"] | {"evaluate_every": 1},
+        "model": BASE["model"] | {"normalize": {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}, "input_size": 10},
+    },
     BASE | {"objective": {"name": "emp-ssl"}, "phase": [PHASE]},
     BASE | {"objective": {"name": "emp-ssl"}, "phase": [PHASE | {"objective": {"name": "clusters", "count": 3}}]},
     BASE
@@ -90,6 +95,7 @@ OVERRIDES: dict[str, tuple[Any, ...]] = {
     "model.backbone": ("resnet34", "timm:deit_tiny_distilled_patch16_224"),
     "model.options": (VIT["options"] | {"depth": 2},),
     "train.init": ("source",),  # a run of the store
+    "model.normalize": (Normalize(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),),
 }
 
 # What the weights of a run on a CPU cannot show, and why

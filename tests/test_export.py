@@ -27,7 +27,7 @@ from cfamc_cli.engine.heads.classifier import Classifier, LinearHead, write_head
 from cfamc_cli.engine.sink import NullTalk
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.recipe.file import to_toml
-from cfamc_cli.recipe.schema import Features, Model
+from cfamc_cli.recipe.schema import Features, Model, Normalize
 from cfamc_cli.report.metrics import comma_separated
 from cfamc_cli.store.records import (
     Accuracy,
@@ -277,6 +277,35 @@ def test_a_classifier_predicts_the_same_through_other_runtimes(
         assert torch.equal(found.argmax(1), live(images).argmax(1))
     data = (tmp_path / f"out/classifier.{form}").read_bytes()
     assert str(Path(export.__file__).parent).encode() not in data  # where it was made is nobody's business
+
+
+@pytest.mark.parametrize(
+    ("form", "part"),
+    [
+        ("safetensors", "backbone"),
+        ("safetensors", "encoder"),
+        pytest.param("pt2", "backbone", marks=pytest.mark.slow),
+        pytest.param("onnx", "backbone", marks=pytest.mark.slow),
+    ],
+)
+def test_normalisation_and_size_go_along_in_every_format(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, part: str
+) -> None:
+    wanted = Normalize(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+    made = Made(tmp_path / "runs", normalize=wanted, input_size=20)
+    assert made.export(tmp_path / "out", "--part", part, "--format", form) == 0
+    found = run_card(tmp_path / "out", monkeypatch, IMAGES.numpy() if form == "onnx" else IMAGES)["features"]
+    with torch.no_grad():
+        live = made.encoder.features(IMAGES, features="backbone" if part == "backbone" else "pre_feature")
+        bare = made.encoder.backbone(IMAGES)
+    torch.testing.assert_close(torch.as_tensor(found), live, rtol=1e-3, atol=1e-4)
+    assert part == "encoder" or not torch.allclose(live, bare, rtol=1e-2, atol=1e-2)
+    card = (tmp_path / "out/README.md").read_text()
+    assert (
+        "Subtracting the mean 0.5, 0.4, 0.3 and dividing by 0.2, 0.3, 0.4 is part of the network. Resizing to 20"
+        in card
+    )
+    assert load_record(tmp_path / "out/export.json", ExportRecord).input.range == (0.0, 1.0)
 
 
 # Nothing unchecked is handed over

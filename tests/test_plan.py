@@ -44,6 +44,13 @@ def test_parameters_equal_the_modules(backbone: Backbone, stem: Literal["cifar",
     assert parameter_counts(model) == (total, sum(p.numel() for p in encoder.backbone.parameters()))
 
 
+def test_a_network_that_resizes_costs_what_it_sees() -> None:
+    seen, resizing = Model(width=8), Model(width=8, input_size=64)
+    assert flops_per_view(resizing, size=32) == flops_per_view(seen, size=64)
+    assert activations_per_view(resizing, size=32) == activations_per_view(seen, size=64)
+    assert parameter_counts(resizing) == parameter_counts(seen)
+
+
 @pytest.mark.parametrize(
     ("backbone", "stem", "size"),
     [

@@ -203,11 +203,14 @@ def test_what_came_later_is_as_before_while_it_stands_at_its_default(monkeypatch
     kept = {key: value for key, value in first["train"].items() if key not in ("average", "batch_norm")}
     data = {key: value for key, value in first["data"].items() if key != "holdout"}
     schedule = {"name": "cosine", "warmup": 0}  # of the two schedules the one with a later key
-    assert as_before(first) == first | {"data": data, "schedule": schedule, "train": kept | {"compile": False}}
+    model = {key: value for key, value in first["model"].items() if key not in ("normalize", "input_size")}
+    then = {"data": data, "model": model, "schedule": schedule, "train": kept | {"compile": False}}
+    assert as_before(first) == first | then
     monkeypatch.setitem(Recipe.model_fields, "train", FieldInfo.from_annotated_attribute(Longer, Longer()))
     longer = first | {"train": first["train"] | {"added": 3, "nothing": None}}
     assert as_before(longer) == as_before(first)
     longer["data"] = first["data"] | {"holdout": 1}
+    longer["model"] = first["model"] | {"normalize": {"mean": [0.0] * 3, "std": [1.0] * 3}, "input_size": 64}
     longer["schedule"] = first["schedule"] | {"end": 0.5}
     longer["train"] |= {"added": 4, "nothing": 1, "compile": True, "average": 0.5, "batch_norm": "synchronised"}
     assert as_before(longer) == longer

@@ -20,7 +20,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from cfamc_cli.engine.costs import require_library, require_size
-from cfamc_cli.recipe.schema import DEPTHS, Features, Model
+from cfamc_cli.engine.crops import interpolation
+from cfamc_cli.recipe.schema import DEPTHS, Features, Model, Normalize
 
 
 class BasicBlock(nn.Module):
@@ -137,16 +138,56 @@ class ResNet(nn.Module):
         return pooled
 
 
+class Input(nn.Module):
+    """What a network does to images before its first layer: (N, 3, H, W) in [0, 1], resized and normalised.
+
+    Resizing is that of crops, two interpolation matrices with antialiasing, so that attacks pass through it. Mean, std
+    and size are buffers: a network that sees other pixels is another one, to its digest and where it is handed over.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, normalize: Normalize | None, size: int | None) -> None:
+        super().__init__()
+        self.side = size
+        if size is not None:
+            self.register_buffer("size", torch.tensor(size))
+        self.normalizes = normalize is not None
+        if normalize is not None:
+            self.register_buffer("mean", torch.tensor(normalize.mean).view(3, 1, 1))
+            self.register_buffer("std", torch.tensor(normalize.std).view(3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.side is not None and x.shape[-2:] != (self.side, self.side):
+            whole = torch.is_autocast_enabled(x.device.type)  # half the digits would move pixels by a grey level
+            with torch.autocast(x.device.type, enabled=False) if whole else nullcontext():
+                rows, columns = (
+                    interpolation(x.new_zeros(()), x.new_full((), pixels), source=pixels, size=self.side)
+                    for pixels in x.shape[-2:]
+                )
+                x = rows @ x @ columns.T
+        return (x - self.mean) / self.std if self.normalizes else x
+
+
+def input_of(model: Model) -> Input | None:
+    """What stands before the backbone; None where that sees pixels as they are."""
+    plain = model.normalize is None and model.input_size is None
+    return None if plain else Input(model.normalize, model.input_size)
+
+
 class Encoder(nn.Module):
     """Backbone, `pre_feature` (what heads read) and projector (what the objective reads).
 
     Attributes:
+        input: What is done to images before; None where nothing is.
         feature_dim: F.
     """
 
     def __init__(self, model: Model) -> None:
         super().__init__()
         self.model = model
+        self.input = input_of(model)
         self.backbone: nn.Module
         if model.timm is None:
             self.backbone = ResNet(model.backbone, stem=model.stem, width=model.width)
@@ -182,6 +223,7 @@ class Encoder(nn.Module):
         Raises:
             CfamcError: Exit 2; a backbone of timm does not take images of that size.
         """
+        x = x if self.input is None else self.input(x)
         if not torch.compiler.is_compiling():
             require_size(self.model, *x.shape[-2:])
         x = x.contiguous(memory_format=torch.channels_last)

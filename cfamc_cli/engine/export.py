@@ -11,6 +11,7 @@ import copy
 import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, assert_never
@@ -36,20 +37,23 @@ _ONNX_LIMIT = 3 * 2**29  # bytes of weights; a protocol buffer ends at 2 GiB, so
 
 
 class Stack(nn.Module):
-    """Backbone, `pre_feature` and head, as far as there are any, under those names: (N, 3, S, S) to (N, F) or (N, C).
+    """Input, backbone, `pre_feature` and head, as far as there are any, by name: (N, 3, S, S) to (N, F) or (N, C).
 
     Attributes:
+        input: What is done to images before; None where nothing is.
         backbone: From images to features.
         pre_feature: What heads read; None where they read the backbone.
         head: A plain linear layer; None where features are handed over.
     """
 
-    def __init__(self, backbone: nn.Module, pre_feature: nn.Module | None, head: nn.Module | None) -> None:
+    def __init__(
+        self, backbone: nn.Module, pre_feature: nn.Module | None, head: nn.Module | None, before: nn.Module | None
+    ) -> None:
         super().__init__()
-        self.backbone, self.pre_feature, self.head = backbone, pre_feature, head
+        self.input, self.backbone, self.pre_feature, self.head = before, backbone, pre_feature, head
 
     def forward(self, images: Tensor) -> Tensor:
-        x: Tensor = self.backbone(images)
+        x: Tensor = self.backbone(images if self.input is None else self.input(images))
         if self.pre_feature is not None:
             x = self.pre_feature(x)
         return x if self.head is None else self.head(x)
@@ -67,14 +71,15 @@ class Subject:
 
 
 def backbone_of(encoder: Encoder, model: Model, *, device: torch.device) -> Subject:
-    """The backbone, from images to (N, F), under torchvision's or timm's names."""
+    """The backbone, from images to (N, F), by torchvision's or timm's names, which follow those of an input layer."""
     output = OutputSpec(name="features", dim=feature_dim(encoder, "backbone"))
-    return Subject(model, _portable(encoder.backbone), encoder.backbone, device, output)
+    whole = encoder.backbone if encoder.input is None else Stack(encoder.backbone, None, None, encoder.input)
+    return Subject(model, _portable(whole), partial(encoder.features, features="backbone"), device, output)
 
 
 def encoder_of(encoder: Encoder, model: Model, *, device: torch.device) -> Subject:
     """Backbone and `pre_feature`, from images to what heads read; the projector served the objective alone."""
-    module = _portable(Stack(encoder.backbone, encoder.pre_feature, None))
+    module = _portable(Stack(encoder.backbone, encoder.pre_feature, None, encoder.input))
     output = OutputSpec(name="features", dim=feature_dim(encoder, "pre_feature"))
     return Subject(model, module, encoder.features, device, output)
 
@@ -91,7 +96,8 @@ def classifier_of(classifier: Classifier, model: Model, *, device: torch.device)
             "export --part encoder, or name a linear, robust-linear or finetune head with --head",
         )
     encoder, head = classifier.encoder, _plain_linear(classifier.head)
-    module = Stack(encoder.backbone, encoder.pre_feature if classifier.features == "pre_feature" else None, head)
+    pre_feature = encoder.pre_feature if classifier.features == "pre_feature" else None
+    module = Stack(encoder.backbone, pre_feature, head, encoder.input)
     return Subject(model, _portable(module), classifier, device, OutputSpec(name="logits", dim=head.out_features))
 
 
@@ -230,6 +236,22 @@ def _onnx_session(path: Path) -> Forward:
     return lambda x: torch.from_numpy(session.run(None, {INPUT: x.numpy()})[0])
 
 
+class _PlainInput(nn.Module):
+    """What model cards say of an input layer, by torch's own functions."""
+
+    def __init__(self, like: nn.Module) -> None:
+        super().__init__()
+        for name, buffer in like.named_buffers():
+            self.register_buffer(name, torch.empty_like(buffer))
+
+    def forward(self, x: Tensor) -> Tensor:
+        held = dict(self.named_buffers())
+        if "size" in held:
+            side = (int(held["size"]),) * 2
+            x = nn.functional.interpolate(x, side, mode="bilinear", align_corners=False, antialias=True)
+        return (x - held["mean"]) / held["std"] if "mean" in held else x
+
+
 def _twin(subject: Subject) -> nn.Module:
     """Other modules of the same names: torchvision's or timm's own backbone, and plain layers on it."""
     with torch.random.fork_rng(devices=[]):  # the initial weights are drawn, and overwritten
@@ -243,7 +265,7 @@ def _twin(subject: Subject) -> nn.Module:
             pre_feature = nn.Sequential(nn.Linear(dim, hidden), nn.BatchNorm1d(hidden), nn.ReLU())
         if isinstance(stack.head, nn.Linear):
             head = nn.Linear(stack.head.in_features, stack.head.out_features)
-        return Stack(backbone, pre_feature, head)
+        return Stack(backbone, pre_feature, head, None if stack.input is None else _PlainInput(stack.input))
 
 
 def torchvision_backbone(model: Model) -> nn.Module:

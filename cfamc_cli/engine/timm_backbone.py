@@ -95,11 +95,11 @@ def measure(recipe: Recipe) -> dict[int, Shape]:
     """
     model, known = recipe.model, KNOWN_SETS.get(recipe.data.dataset)
     sizes = {
-        key_of(place, f"crops.{index}.size"): group.size
+        key_of(place, f"crops.{index}.size"): model.input_size or group.size
         for place, part in enumerate(recipe.parts())
         for index, group in enumerate(part.crops)
     }
-    whole = recipe.data.size or (known.size if known else None)  # of the images that heads read
+    whole = model.input_size or recipe.data.size or (known.size if known else None)  # of the images that heads read
     for key, size in (sizes if whole is None else sizes | {"data.size": whole}).items():
         require_size(model, size, size, what=f"{key}: ")
     if recipe.train.memory == "recompute" and not blocks_of(_on_meta(model.model_dump_json())):

@@ -226,6 +226,7 @@ class _Block(NamedTuple):
 
 def _blocks(model: Model, *, size: int) -> Iterator[_Block]:
     """The stem and the blocks for crops of `size` pixels, in order."""
+    size = model.input_size or size
     if model.stem == "cifar":
         side = size
         yield _Block((_Conv(3, model.width, 3, side),), shortcut=False)
@@ -253,7 +254,7 @@ def _halved(size: int) -> int:
 
 
 def _shape(model: Model, measured: Measured | None, *, size: int) -> Shape:
-    return _resnet(model, size) if measured is None else measured[size]
+    return _resnet(model, size) if measured is None else measured[model.input_size or size]
 
 
 def _linears(model: Model, features: int) -> tuple[tuple[int, int], ...]:

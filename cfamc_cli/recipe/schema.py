@@ -179,6 +179,7 @@ Length = Annotated[str, BeforeValidator(length)]
 PathText = Annotated[str, Field(min_length=1), AfterValidator(_without_nul)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Deviation = Annotated[float, Field(gt=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Epochs = Annotated[float, Field(gt=0, le=100_000)]
@@ -296,8 +297,18 @@ class Augment(Table):
         return {"jitter": "jitter_p is 0"} if self.jitter_p == 0 else {}
 
 
+class Normalize(Table):
+    """What a network was trained to expect of pixels: (x - mean) / std, for red, green and blue."""
+
+    mean: Annotated[tuple[Probability, Probability, Probability], Field(strict=False)]
+    std: Annotated[tuple[Deviation, Deviation, Deviation], Field(strict=False)]
+
+
 class Model(Table):
-    """Backbone, the `pre_feature` layer that linear heads read, and the projector."""
+    """Backbone, the `pre_feature` layer that linear heads read, and the projector.
+
+    `normalize` and `input_size` are part of the network: images, crops and attacks stay in [0, 1] before them.
+    """
 
     backbone: Annotated[str, AfterValidator(_backbone)] = "resnet18"  # resnet18, resnet34, resnet50 or timm:NAME
     stem: Literal["cifar", "imagenet"] = "cifar"
@@ -306,6 +317,9 @@ class Model(Table):
     options: Annotated[dict[str, Any], AfterValidator(_options), Later()] = {}
     hidden_dim: Annotated[int, Field(ge=2, le=65536)] = 4096
     embedding_dim: Annotated[int, Field(ge=2, le=65536)] = 1024
+    normalize: Annotated[Normalize | None, Later()] = None
+    # Pixels of a side that the backbone sees: whatever comes in is resized to that, with antialiasing.
+    input_size: Annotated[int | None, Field(ge=8, le=1024), Later()] = None
 
     def idle(self) -> dict[str, str]:
         if self.timm is None:
