@@ -138,6 +138,19 @@ def probe(
     foreign: Annotated[
         File, Option("--import", metavar="FILE", help="Make a run of foreign weights: safetensors or .pt.")
     ] = None,
+    mean: Annotated[
+        Text, Option(metavar="NAME|R,G,B", help="Of --import: it reads (x - mean) / std, such as imagenet's.")
+    ] = None,
+    std: Annotated[Text, Option(metavar="NAME|R,G,B", help="Of --import: as --mean.")] = None,
+    size: Annotated[
+        Number, Option(min=8, max=1024, metavar="N", help="Of --import: it reads images resized to N pixels.")
+    ] = None,
+    batch_norm: Annotated[
+        Text, Option(metavar="BRANCH", help="Of --import: which of several batch norms, such as pgd or 1.")
+    ] = None,
+    network: Annotated[
+        Text, Option(metavar="TEXT", help="Of --import: which of several networks, by a part of its names.")
+    ] = None,
     resume: Annotated[bool, Option("--resume", help="Go on with the run's newest unfinished head.")] = False,
     device: DeviceOption = "auto",
     runs: RunsOption = None,
@@ -148,6 +161,7 @@ def probe(
     from cfamc_cli.commands.common import Options
     from cfamc_cli.commands.probe import Request
     from cfamc_cli.commands.probe import probe as fit
+    from cfamc_cli.commands.probe_import import Import
 
     request = Request(
         head=head,
@@ -161,7 +175,13 @@ def probe(
         overrides=tuple(overrides or ()),
     )
     options = Options(device=device, runs=runs, quiet=quiet, as_json=json)
-    fit(run, request=request, foreign=foreign, resume=resume, options=options)
+    reading = {"mean": mean, "std": std, "size": size, "batch_norm": batch_norm, "network": network}
+    if foreign is None and (
+        idle := [f"--{key.replace('_', '-')}" for key, value in reading.items() if value is not None]
+    ):
+        raise invalid(f"{', '.join(idle)} would have no effect without --import", "leave out what is of --import")
+    imported = None if foreign is None else Import(foreign, mean, std, size, batch_norm, network)
+    fit(run, request=request, foreign=imported, resume=resume, options=options)
 
 
 @app.command()

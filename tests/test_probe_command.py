@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-import torchvision
+from foreign_networks import Theirs, drawn, read_in_this_process, torchvision_network
 from PIL import Image
 from safetensors.torch import save_file
 from tiny import image_folder, run_record, tiny_recipe
@@ -32,6 +31,7 @@ from cfamc_cli.engine.data.sets import load
 from cfamc_cli.engine.device import Precision, computation
 from cfamc_cli.engine.encoder import build_encoder
 from cfamc_cli.engine.heads import classifier as heads
+from cfamc_cli.engine.heads import imported
 from cfamc_cli.engine.heads.classifier import Classifier
 from cfamc_cli.engine.heads.frozen import classify
 from cfamc_cli.engine.heads.imported import read_foreign
@@ -373,10 +373,123 @@ def test_a_killed_head_is_finished_as_an_uncut_one(probe: Command, kind: str) ->
     assert {path.name for path in folder.iterdir()} == {"record.json", "head.safetensors"}
 
 
-def torchvision_weights() -> dict[str, Tensor]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return dict(torchvision.models.resnet18(num_classes=3).state_dict())
+# Foreign networks, whose layouts are those of tests/test_imported.py
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    read_in_this_process(monkeypatch)
+
+
+def kuangliu(folder: Path, *, classes: int = 3) -> Path:
+    torch.save({"net": drawn(Theirs(classes=classes)).float().state_dict()}, folder / "theirs.pth")
+    return folder / "theirs.pth"
+
+
+@pytest.mark.usefixtures("here")
+def test_an_encoder_becomes_a_run(probe: Command, tmp_path: Path) -> None:
+    file = tmp_path / "theirs.pt"
+    torch.save({"state_dict": drawn(Theirs(branches=2)).float().state_dict()}, file)
+    done = probe(
+        "--import", str(file), "--batch-norm", "pgd", "--data", str(tmp_path / "images"), "--epochs", "1", "--json"
+    )
+    assert done.code == 0, done.err
+    assert "1 (pgd) is read" in done.err
+    assert (done.json["head"], done.json["features"]) == ("linear", "backbone")
+    run = RunFolder(probe.run.path.parent / done.json["run"])
+    record = load_record(run.run_json, RunRecord)
+    assert (record.status, record.imported) == ("finished", str(file))
+    assert "without a pre_feature" in probe.refused(run.id, "--features", "pre_feature", code=2)
+    classifier = classifier_in(run, run.probes / "linear-001")
+    assert classifier.features == "backbone"
+    assert classifier.encoder.input is not None
+    assert run.recipe().model.normalize is not None  # the file says so
+
+
+@pytest.mark.usefixtures("here")
+def test_a_classifier_becomes_a_run_with_its_last_layer_as_head(
+    probe: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, data = kuangliu(tmp_path), ("--data", str(tmp_path / "images"))
+    done = probe("--import", str(file), *data, "--mean", "half", "--size", "24", "--json")
+    assert done.code == 0, done.err
+    assert "its last layer net.linear is the head; its outputs are taken as 0 ant, 1 bee, 2 cat" in done.err
+    assert "likely trained" not in done.err
+    assert (done.json["id"], done.json["head"], done.json["settings"]) == (
+        "imported-001",
+        "imported",
+        {"head": "imported", "features": "backbone"},
+    )
+    assert done.json["train"] == {"dataset": "unknown", "split": "train", "n": 0, "fingerprint": ""}
+    run = RunFolder(probe.run.path.parent / done.json["run"])
+    assert [path.name for path in run.probes.iterdir()] == ["imported-001"]
+    classifier = classifier_in(run, run.probes / "imported-001")
+    theirs = drawn(Theirs())
+    assert isinstance(theirs, Theirs)
+    x = torch.rand(4, 3, 12, 12, generator=addressed_generator("x"))
+    with torch.no_grad():
+        large = torch.nn.functional.interpolate(x, (24, 24), mode="bilinear", antialias=True)
+        wanted = theirs.linear(theirs.features((large.double() - 0.5) / 0.5))
+        torch.testing.assert_close(classifier(x).double(), wanted, rtol=1e-4, atol=1e-4)
+    images = load_judged_images(run, load_record(run.probes / "imported-001/record.json", ProbeRecord), talk=NullTalk())
+    right = int((classify(classifier, images.images, device=CPU) == images.require_labels()).sum())
+    assert done.json["test_accuracy"]["correct"] == right
+
+    capsys.readouterr()
+    attack = ["attack", run.id, "--eps", "2/255", "--steps", "2", "--limit", "6", "--json"]
+    assert cli.run([*attack, "--runs", str(probe.run.path.parent), "--device", "cpu"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["attacks"][0]["probe"] == "imported-001" if "attacks" in record else record["probe"] == "imported-001"
+    assert [path.name for path in run.probes.iterdir()] == ["imported-001"]  # nothing had to be fitted
+
+
+@pytest.mark.usefixtures("here")
+def test_a_last_layer_of_other_classes_is_left_out_and_a_head_is_fitted(
+    probe: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged: list[object] = []
+    monkeypatch.setattr(imported, "better_with", lambda foreign, *_: judged.append(foreign.last))
+    done = probe(
+        *("--import", str(kuangliu(tmp_path, classes=7)), "--data", str(tmp_path / "images"), "--epochs", "1", "--json")
+    )
+    assert done.code == 0, done.err
+    assert "left out: net.linear tells 7 classes, not the 3 of the data" in done.err
+    assert done.json["id"] == "linear-001"
+    assert judged == [None]
+
+
+@pytest.mark.usefixtures("here")
+def test_what_there_is_to_suspect_is_said(probe: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save(torchvision_network("resnet18", "imagenet").float().state_dict(), tmp_path / "theirs.pt")
+    monkeypatch.setattr(imported, "better_with", lambda *_: (5, 14, 15))
+    asked = ("--import", str(tmp_path / "theirs.pt"), "--data", str(tmp_path / "images"))
+    said = " ".join(probe(*asked).err.split())
+    assert "an ImageNet stem reads images of 12 pixels" in said
+    assert "mostly trained on normalised pixels" in said
+    assert "its last layer is right on 14 of 15 images normalised as for imagenet, and on 5 without" in said
+    assert "no more than chance" in said
+    quiet = " ".join(probe(*asked, "--mean", "imagenet", "--size", "32").err.split())
+    assert "normalised" not in quiet
+    assert "an ImageNet stem" not in quiet
+
+
+@pytest.mark.usefixtures("here")
+def test_flags_of_an_import_are_refused_where_they_say_nothing(probe: Command, tmp_path: Path) -> None:
+    data = ("--data", str(tmp_path / "images"))
+    file = ("--import", str(kuangliu(tmp_path)), *data)
+    assert "--mean, --batch-norm would have no effect without --import" in probe.refused(
+        "--mean", "half", "--batch-norm", "1", code=2
+    )
+    assert "--std is missing" in probe.refused(*file, "--mean", "0.5,0.5,0.5", code=2)
+    assert "--mean is missing" in probe.refused(*file, "--std", "0.5,0.5,0.5", code=2)
+    assert "one of: imagenet, cifar10" in probe.refused(*file, "--mean", "imagnet", "--std", "half", code=2)
+    for mean, std in (("1,2", "half"), ("123,116,103", "58,57,57"), ("half", "0,1,1"), ("nan,0,0", "half")):
+        assert "three numbers each, of pixels in [0, 1]" in probe.refused(*file, "--mean", mean, "--std", std, code=2)
+    assert "--batch-norm has no effect" in probe.refused(*file, "--batch-norm", "pgd", code=2)
+    assert "run of its own" in probe.refused("latest", *file, code=2)
+    assert "--data cifar10" in probe.refused("--import", "x.pt", code=2)
+    assert "no such file" in probe.refused("--import", str(tmp_path / "none.pt"), *data, code=4)
+    assert len(list(probe.run.path.parent.iterdir())) == 1
 
 
 def official_weights() -> dict[str, Tensor]:
@@ -385,38 +498,7 @@ def official_weights() -> dict[str, Tensor]:
     return {key.replace("projector.", "projection."): value for key, value in encoder.state_dict().items()}
 
 
-def test_a_torchvision_encoder_becomes_a_run(probe: Command, tmp_path: Path) -> None:
-    weights = torchvision_weights()
-    file = tmp_path / "theirs.pt"
-    torch.save({"state_dict": {f"module.{key}": value for key, value in weights.items()}, "epoch": 3}, file)
-    read = read_foreign(file)
-    assert read.backbone_only
-    assert read.model.model_dump() == {
-        "backbone": "resnet18",
-        "stem": "imagenet",
-        "width": 64,
-        "hidden_dim": 2,
-        "embedding_dim": 2,
-    }
-    assert "module.fc.bias, module.fc.weight" in read.notes[0]
-    reference = torchvision.models.resnet18(num_classes=3)
-    reference.load_state_dict(weights)
-    reference.fc = torch.nn.Identity()
-    x = torch.rand(2, 3, 40, 40, generator=addressed_generator("x"))
-    with torch.no_grad():
-        ours = read.encoder.eval().features(x, features="backbone")
-        torch.testing.assert_close(ours, reference.eval()(x), rtol=1e-4, atol=1e-5)
-
-    done = probe("--import", str(file), "--data", str(tmp_path / "images"), "--epochs", "1", "--json")
-    assert done.code == 0, done.err
-    assert done.json["features"] == "backbone"
-    run = RunFolder(probe.run.path.parent / done.json["run"])
-    record = load_record(run.run_json, RunRecord)
-    assert (record.status, record.imported) == ("finished", str(file))
-    assert "without a pre_feature" in probe.refused(run.id, "--features", "pre_feature", code=2)
-    assert classifier_in(run, run.probes / "linear-001").features == "backbone"
-
-
+@pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("prefix", ["", "module.", "model.encoder."])
 def test_an_encoder_of_the_official_layout_is_read_whole(tmp_path: Path, prefix: str) -> None:
     weights = official_weights()
@@ -425,32 +507,17 @@ def test_an_encoder_of_the_official_layout_is_read_whole(tmp_path: Path, prefix:
     read = read_foreign(file)
     assert not read.backbone_only
     assert (read.model.stem, read.model.width, read.model.hidden_dim, read.model.embedding_dim) == ("cifar", 8, 16, 8)
-    assert len(read.notes) == 1
+    assert read.notes == ()
     for key, value in read.encoder.state_dict().items():
         assert torch.equal(value, weights[key.replace("projector.", "projection.")])
 
 
-class Hostile:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (print, ("this must not run",))
-
-
-def test_files_that_hold_no_encoder(probe: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_that_hold_no_encoder(probe: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = ("--data", str(tmp_path / "images"))
-    assert "--data cifar10" in probe.refused("--import", "x.pt", code=2)
-    assert "no such file" in probe.refused("--import", str(tmp_path / "none.pt"), *data, code=4)
-    hostile = tmp_path / "hostile.pt"
-    torch.save({"conv1.weight": Hostile()}, hostile)
-    assert "more than weights" in probe.refused("--import", str(hostile), *data, code=4)
-    hostile.write_bytes(pickle.dumps(Hostile()))
-    message = probe.refused("--import", str(hostile), *data, code=4)
-    assert "hostile.pt" in message
-    text = tmp_path / "page.safetensors"
-    text.write_text("<html>not found</html>")
-    assert "page.safetensors" in probe.refused("--import", str(text), *data, code=4)
     other = tmp_path / "other.safetensors"
     save_file({"blocks.0.weight": torch.zeros(2, 2)}, other)
-    assert "no ResNet: it holds blocks.0.weight" in probe.refused("--import", str(other), *data, code=4)
+    assert "no ResNet: it holds blocks.0" in probe.refused("--import", str(other), *data, code=4)  # by its own process
+    read_in_this_process(monkeypatch)
     lacking = official_weights()
     del lacking["backbone.layer2.0.bn1.weight"]
     save_file({key: value.contiguous() for key, value in lacking.items()}, other)

@@ -16,6 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import JsonValue
+
 from cfamc_cli.commands.common import (
     SAME_COMMAND,
     Options,
@@ -26,6 +28,7 @@ from cfamc_cli.commands.common import (
     load_images,
     session,
 )
+from cfamc_cli.commands.probe_import import Import, import_run
 from cfamc_cli.datasets import KNOWN_SETS
 from cfamc_cli.errors import Interrupted, bad_data, invalid
 from cfamc_cli.recipe import file
@@ -33,13 +36,13 @@ from cfamc_cli.recipe.plan import duration
 from cfamc_cli.recipe.schema import Data, Finetune, Judged, Recipe, RobustLinear
 from cfamc_cli.report import terminal
 from cfamc_cli.store.environment import capture_environment
-from cfamc_cli.store.ledger import found
 from cfamc_cli.store.records import (
+    IMPORTED,
     Accuracy,
     DataUsed,
+    HeadKind,
     PendingProbe,
     ProbeRecord,
-    Totals,
     images_of,
     load_record,
     now,
@@ -52,7 +55,6 @@ from cfamc_cli.store.runs import (
     PENDING,
     RECORD,
     RunFolder,
-    create_run,
     find_probe,
     find_run,
     lock,
@@ -65,6 +67,7 @@ if TYPE_CHECKING:
     from cfamc_cli.engine.data.sets import ImageSet
     from cfamc_cli.engine.heads.classifier import LoadedEncoder
     from cfamc_cli.engine.heads.frozen import Fitted, Task
+    from cfamc_cli.engine.heads.imported import LastLayer
     from cfamc_cli.engine.sink import Talk
 
 _MOST_CLASSES = 20  # that a table lists; a record has them all
@@ -89,11 +92,11 @@ def probe(
     reference: str | None,
     *,
     request: Request,
-    foreign: Path | None,
+    foreign: Import | None,
     resume: bool,
     options: Options,
 ) -> None:
-    """Fit one head, go on with one, or make a run of foreign weights and fit one to it.
+    """Fit one head, go on with one, or make a run of a foreign network, whose last layer may be a head already.
 
     Args:
         reference: A run: its id, path, or "latest"; None for the newest finished one.
@@ -106,23 +109,19 @@ def probe(
         CfamcError: With the exit code of its cause.
     """
     with session(options) as working:
-        if foreign is not None:
-            if reference is not None or resume:
-                raise invalid("--import makes a run of its own", "leave out RUN and --resume")
-            path = _import(foreign, request, working).path if leads() else Path()
-        else:
+        kept: Path | None = None
+        if foreign is None:
             path = find_run(
                 options.store, LATEST if reference is None else reference, accept=lambda run: run.status == "finished"
             ).path
+        elif reference is not None or resume:
+            raise invalid("--import makes a run of its own", "leave out RUN and --resume")
+        else:
+            path, kept = _import(foreign, request, working) if leads() else (Path(), None)
         run = RunFolder(Path(working.agreed(str(path))))
+        enough = working.agreed("kept" if kept is not None and request == Request(data=request.data) else "")
         with interruption(hint=lambda: f"go on with: {_way_on(run, options)}"):
-            if resume:
-                if request != Request():
-                    raise invalid("--resume goes on with the head as it was begun", "leave the other options out")
-                folder = _go_on(run, working)
-            else:
-                recipe, transfer = _settled(run, request), request.data is not None
-                folder = _fit(run, recipe, working, transfer=transfer, limit=request.limit, split=request.split)
+            folder = kept if enough else _fit_asked(run, request, working, resume=resume)
     if folder is None:
         return
     record = load_record(folder / RECORD, ProbeRecord)
@@ -292,6 +291,16 @@ def _same_data(found: DataUsed, expected: DataUsed, *, whose: str) -> None:
 # Fitting
 
 
+def _fit_asked(run: RunFolder, request: Request, working: Session, *, resume: bool) -> Path | None:
+    """Fit the head that was asked for, or the newest unfinished one; returns what `_fit` does."""
+    if not resume:
+        recipe, transfer = _settled(run, request), request.data is not None
+        return _fit(run, recipe, working, transfer=transfer, limit=request.limit, split=request.split)
+    if request != Request():
+        raise invalid("--resume goes on with the head as it was begun", "leave the other options out")
+    return _go_on(run, working)
+
+
 def _go_on(run: RunFolder, working: Session) -> Path | None:
     """Finish the newest unfinished head; returns what `_fit` does."""
     unfinished = unfinished_probes(run)
@@ -387,8 +396,10 @@ def _begin(run: RunFolder, task: Task, *, transfer: bool, limit: int | None) -> 
     return folder
 
 
-def _keep(folder: Path, run: RunFolder, task: Task, fitted: Fitted, *, seconds: float) -> None:
-    """Write the weights of a head, then its record, which makes it one."""
+def _keep(
+    folder: Path, run: RunFolder, task: Task, fitted: Fitted, *, seconds: float, imported: LastLayer | None = None
+) -> None:
+    """Write the weights of a head, then its record, which makes it one; nobody knows what an imported one saw."""
     from cfamc_cli.engine.checkpoint import digest_of
     from cfamc_cli.engine.device import computation, describe
     from cfamc_cli.engine.heads.classifier import write_head
@@ -396,6 +407,10 @@ def _keep(folder: Path, run: RunFolder, task: Task, fitted: Fitted, *, seconds: 
 
     recipe, loaded, train, test = task.recipe, task.loaded, task.train, task.test
     settings, accuracy, digest = recipe.probe, None, None
+    kind: HeadKind = settings.head if imported is None else IMPORTED
+    features = settings.features if imported is None else imported.features
+    told: dict[str, JsonValue] = {"head": kind, "features": features}
+    unknown = DataUsed(dataset="unknown", split="train", n=0, fingerprint="")
     finetuned = isinstance(settings, Finetune)
     # a frozen encoder that changed would make every number of this head worthless
     assert finetuned or digest_of(loaded.encoder) == loaded.digest, "fitting a head changed the encoder"
@@ -409,15 +424,15 @@ def _keep(folder: Path, run: RunFolder, task: Task, fitted: Fitted, *, seconds: 
         id=folder.name,
         run=run.id,
         created=now(),
-        head=settings.head,
-        features=settings.features,
-        settings=settings.model_dump(mode="json"),
+        head=kind,
+        features=features,
+        settings=settings.model_dump(mode="json") if imported is None else told,
         recipe_digest=run.record().recipe_digest,
         seed=recipe.seed,
         encoder_digest=loaded.digest,
         head_digest=digest,
         data=recipe.data.model_dump(mode="json"),
-        train=train.used(),
+        train=train.used() if imported is None else unknown,
         test=test.used(),
         train_accuracy=accuracy,
         converged=fitted.converged,
@@ -439,38 +454,35 @@ def _keep(folder: Path, run: RunFolder, task: Task, fitted: Fitted, *, seconds: 
 # Foreign weights
 
 
-def _import(path: Path, request: Request, working: Session) -> RunFolder:
-    """Make a finished run of somebody else's encoder."""
-    from cfamc_cli.engine import checkpoint
-    from cfamc_cli.engine.checkpoint import Checkpoint
-    from cfamc_cli.engine.device import describe
-    from cfamc_cli.engine.heads.imported import read_foreign
-
+def _import(asked: Import, request: Request, working: Session) -> tuple[Path, Path | None]:
+    """Make a run of a foreign network; returns its folder, and that of its last layer where this is a head."""
     if request.data is None:
         raise invalid("which images shall the imported encoder be probed on?", "such as: --data cifar10")
-    foreign = read_foreign(path)
-    raw: dict[str, object] = {
-        "schema": 1,
-        "name": path.stem[:200] or "imported",
-        "data": _data_table(request.data),
-        "crops": [{"count": 16, "size": 32 if foreign.model.stem == "cifar" else 224}],
-        "model": foreign.model.model_dump(mode="json"),
-        "objective": {"name": "emp-ssl"},
-        "adversary": {"name": "none"},
-        "probe": {"head": "linear", "features": "backbone" if foreign.backbone_only else "pre_feature"},
-    }
-    recipe = file.validate(raw, label=str(path))
-    run = create_run(working.options.store, recipe.name, now=now())
-    record = found(run, recipe, device=describe(working.device))
-    progress = {"step": 0, "recipe": recipe.digest(), "positions": {}, "backbone_only": foreign.backbone_only}
-    checkpoint.save(run.checkpoints, 0, Checkpoint(foreign.encoder.state_dict(), {}, progress))
-    totals = Totals(steps=0, view_passes=0, parameters=checkpoint.count_parameters(foreign.encoder))
-    save_record(run.run_json, record.model_copy(update={"status": "finished", "totals": totals, "imported": str(path)}))
-    model = foreign.model
-    working.talk.message(f"imported {path} as {run.id}: {model.backbone}, {model.stem} stem, width {model.width}")
-    for text in foreign.notes:
-        working.talk.message(text)
-    return run
+    run, last = import_run(asked, _data_table(request.data), working)
+    return run.path, None if last is None else _keep_last_layer(run, last, working)
+
+
+def _keep_last_layer(run: RunFolder, last: LastLayer, working: Session) -> Path:
+    """Judge the last layer of an imported classifier, and keep it as a head that nobody has to fit."""
+    from cfamc_cli.engine.heads.classifier import Classifier, load_encoder
+    from cfamc_cli.engine.heads.frozen import Fitted, Task, classify
+
+    started, recipe, device = time.monotonic(), run.recipe(), working.device
+    loaded = load_encoder(run.checkpoints, recipe.model, device=device, talk=working.talk)
+    test = load_images(recipe, "test", talk=working.talk).labelled()
+    task = Task(loaded, recipe, test, test, working.talk)
+    classifier = Classifier(loaded.encoder, last.head.to(device), features=last.features).eval()
+    answers = classify(classifier, test.images, device=device, each=task.progress("judging the last layer"))
+    fitted, folder = Fitted(classifier, None, answers), new_item(run.probes, IMPORTED)
+    _keep(folder, run, task, fitted, seconds=time.monotonic() - started, imported=last)
+    assert test.labels is not None, "labelled() raises otherwise"
+    right, n = int((answers.cpu() == test.labels).sum()), len(test)
+    if Accuracy.of(right, n).low * len(test.classes) <= 1:
+        working.talk.warning(
+            f"{last.name} is right on {right} of {n} images, no more than chance: was it trained, and on classes in "
+            f"this order? fit a head with: cfamc probe {working.options.reference(run)} --head linear"
+        )
+    return folder
 
 
 # Telling

@@ -50,7 +50,8 @@ Weights = Literal["backbone", "encoder", "classifier"]
 Format = Literal["safetensors", "pt2", "onnx"]
 Dashboard = Literal["csv", "tensorboard"]
 Space = Literal["image", "crops"]  # where an attacker acts
-HeadKind = Literal["linear", "robust-linear", "crops", "knn", "finetune"]
+HeadKind = Literal["linear", "robust-linear", "crops", "knn", "finetune", "imported"]
+IMPORTED: HeadKind = "imported"  # the last layer of a classifier that others trained
 
 
 class Part(BaseModel):

@@ -18,7 +18,7 @@ from pathlib import Path
 from cfamc_cli.errors import CfamcError, ExitCode, bad_data, invalid
 from cfamc_cli.recipe.schema import Recipe, as_before
 from cfamc_cli.store.files import explained, links_below, process_start, read_bytes, sync
-from cfamc_cli.store.records import ProbeRecord, RunRecord, Status, load_record
+from cfamc_cli.store.records import IMPORTED, ProbeRecord, RunRecord, Status, load_record
 
 LATEST = "latest"
 RECORD = "record.json"  # what makes a probe or an attack one
@@ -242,12 +242,12 @@ def find_probe(run: RunFolder, reference: str) -> Path:
 
 
 def standard_probe(run: RunFolder, encoder_digest: str) -> Path | None:
-    """The newest linear head that was fitted to this encoder on all of the run's own data."""
+    """The newest linear head that was fitted to this encoder on all of the run's own data, or imported with it."""
     own, data = run.record().data, _identity(run.recipe().data.model_dump(mode="json"))
     whole = own.n if own is not None and own.dataset != "stl10" else None  # of stl10 a part has labels
     for folder, record in reversed(finished_probes(run)):
         same = record.encoder_digest == encoder_digest and _identity(record.data) == data
-        if record.head == "linear" and same and whole in (None, record.train.n):
+        if record.head in ("linear", IMPORTED) and same and whole in (None, record.train.n):
             return folder
     return None
 

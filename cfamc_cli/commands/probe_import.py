@@ -1,0 +1,165 @@
+"""`cfamc probe --import`: a run of a network that somebody else trained, and what there is to suspect of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cfamc_cli.commands.common import Session, load_images
+from cfamc_cli.errors import CfamcError, invalid
+from cfamc_cli.recipe import file
+from cfamc_cli.recipe.schema import Normalize, Recipe
+from cfamc_cli.store.ledger import found
+from cfamc_cli.store.records import Totals, now, save_record
+from cfamc_cli.store.runs import RunFolder, create_run
+
+if TYPE_CHECKING:
+    from cfamc_cli.engine.heads.imported import Foreign, LastLayer, Reading
+
+# Mean and std that networks are commonly trained with; kuangliu's std is the mean of the images' own deviations.
+NORMALIZATIONS = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar10-kuangliu": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+_SMALL = 64  # pixels of a side: images that an ImageNet stem makes next to nothing of
+
+
+@dataclass(frozen=True)
+class Import:
+    """A file of foreign weights, and how it is to be read as flags say it; None leaves that to the file."""
+
+    path: Path
+    mean: str | None = None  # a name of `NORMALIZATIONS`, or three numbers
+    std: str | None = None
+    size: int | None = None  # pixels of a side that the network expects
+    batch_norm: str | None = None
+    network: str | None = None
+
+    def reading(self) -> Reading:
+        """The flags as the engine takes them.
+
+        Raises:
+            CfamcError: Exit 2; --mean and --std are no normalisation.
+        """
+        from cfamc_cli.engine.heads.imported import Reading
+
+        return Reading(_normalize(self.mean, self.std), self.size, self.batch_norm, self.network)
+
+
+def _normalize(mean: str | None, std: str | None) -> Normalize | None:
+    """The normalisation of two flags; the name of a common one stands for both."""
+    if mean is None and std is None:
+        return None
+    given = {"--mean": (mean or std or "", 0), "--std": (std or mean or "", 1)}
+    if None in (mean, std) and (mean or std) not in NORMALIZATIONS:
+        flag = "--std" if std is None else "--mean"
+        raise invalid(f"{flag} is missing: three numbers of one flag say nothing of the other", f"say {flag} too")
+    numbers: list[tuple[float, ...]] = []
+    for flag, (text, place) in given.items():
+        if text in NORMALIZATIONS:
+            numbers.append(NORMALIZATIONS[text][place])
+            continue
+        try:
+            numbers.append(tuple(float(part) for part in text.split(",")))
+        except ValueError as error:
+            names = ", ".join(NORMALIZATIONS)
+            raise invalid(f"{flag} {text!r:.80} is no normalisation", f"three numbers, or one of: {names}") from error
+    try:
+        return Normalize.model_validate({"mean": numbers[0], "std": numbers[1]})
+    except ValueError as error:
+        message = f"--mean {mean or std}, --std {std or mean}: three numbers each, of pixels in [0, 1], std above 0"
+        raise invalid(message[:300], "such as: --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225") from error
+
+
+def import_run(asked: Import, data: Mapping[str, object], working: Session) -> tuple[RunFolder, LastLayer | None]:
+    """Make a finished run of somebody else's network; nothing is left of one that cannot be read.
+
+    Args:
+        asked: The file, and how to read it.
+        data: The [data] table of the images that it is to be measured on.
+        working: The command at work.
+
+    Returns:
+        The run, and the last layer of a classifier of so many classes as the data has.
+
+    Raises:
+        CfamcError: Exit 4; file or data cannot be used. Exit 2; the flags do not fit the file.
+    """
+    from cfamc_cli.engine import checkpoint
+    from cfamc_cli.engine.checkpoint import Checkpoint
+    from cfamc_cli.engine.device import describe
+    from cfamc_cli.engine.heads.imported import read_foreign
+
+    path, talk = asked.path, working.talk
+    foreign = read_foreign(path, asked.reading())
+    model, last = foreign.model, foreign.last
+    raw: dict[str, object] = {
+        "schema": 1,
+        "name": path.stem[:200] or "imported",
+        "data": data,
+        "crops": [{"count": 16, "size": 32 if model.stem == "cifar" or model.input_size else 224}],
+        "model": model.model_dump(mode="json"),
+        "objective": {"name": "emp-ssl"},
+        "adversary": {"name": "none"},
+        "probe": {"head": "linear", "features": "backbone" if foreign.backbone_only else "pre_feature"},
+    }
+    recipe = file.validate(raw, label=str(path))
+    classes = load_images(recipe, "test", talk=talk).classes
+    if last is not None and len(last.head.bias) != len(classes):
+        talk.message(f"left out: {last.name} tells {len(last.head.bias):,} classes, not the {len(classes)} of the data")
+        last = None
+    run = create_run(working.options.store, recipe.name, now=now())
+    record = found(run, recipe, device=describe(working.device))
+    progress = {"step": 0, "recipe": recipe.digest(), "positions": {}, "backbone_only": foreign.backbone_only}
+    checkpoint.save(run.checkpoints, 0, Checkpoint(foreign.encoder.state_dict(), {}, progress))
+    totals = Totals(steps=0, view_passes=0, parameters=checkpoint.count_parameters(foreign.encoder))
+    save_record(run.run_json, record.model_copy(update={"status": "finished", "totals": totals, "imported": str(path)}))
+    stem = "3x3 stem of stride 1 without pooling" if model.stem == "cifar" else "7x7 stem"
+    talk.message(f"imported {path} as {run.id}: {model.backbone}, {stem}, width {model.width}")
+    for text in foreign.notes:
+        talk.message(text)
+    if last is not None:
+        names = ", ".join(f"{place} {name}" for place, name in enumerate(classes[:10]))
+        more = "" if len(classes) <= 10 else f" and so on to {len(classes) - 1}"
+        talk.message(f"its last layer {last.name} is the head; its outputs are taken as {names}{more}")
+    _suspect(replace(foreign, last=last), recipe, working)
+    return run, last
+
+
+def _suspect(foreign: Foreign, recipe: Recipe, working: Session) -> None:
+    """Say what makes it likely that the network was trained on other pixels."""
+    from cfamc_cli.engine.heads.imported import better_with
+
+    model, talk, dataset = foreign.model, working.talk, recipe.data.dataset
+    images = load_images(recipe, "test", talk=talk)
+    if model.stem == "imagenet" and model.input_size is None and images.images.shape[-1] <= _SMALL:
+        pixels = images.images.shape[-1]
+        talk.warning(f"an ImageNet stem reads images of {pixels} pixels: was it trained on larger ones? say --size 224")
+    if model.normalize is not None:
+        return
+    known = dataset if dataset in NORMALIZATIONS and model.stem == "cifar" else "imagenet"
+    mean, std = NORMALIZATIONS[known]
+    talk.message(
+        "pixels reach the network in [0, 1] as they are; one that was trained on others needs --mean and --std"
+    )
+    if model.stem == "imagenet":
+        talk.warning("networks with an ImageNet stem are mostly trained on normalised pixels: see --mean imagenet")
+    try:
+        images = images.labelled()
+        bank = images if foreign.last is not None else load_images(recipe, "train", talk=talk).labelled()
+        better = better_with(foreign, Normalize(mean=mean, std=std), bank, images)
+    except CfamcError as error:
+        talk.message(f"whether it wants normalised pixels could not be tried: {error.message}")
+        return
+    if better is not None:
+        without, with_it, n = better
+        what = "its last layer" if foreign.last is not None else "the nearest neighbour vote"
+        talk.warning(
+            f"{what} is right on {with_it} of {n} images normalised as for {known}, and on {without} without: "
+            f"it was likely trained so; import it again with --mean {known}"
+        )
