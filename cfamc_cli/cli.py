@@ -193,7 +193,8 @@ def attack(
         Option(
             "--attack",
             metavar="NAME",
-            help="pgd, fgsm, apgd-ce, apgd-dlr, apgd-t, fab, square, autoattack, autoattack-rand or embedding.",
+            help="pgd, fgsm, apgd-ce, apgd-dlr, apgd-t, fab, square, autoattack, autoattack-rand or embedding; "
+            "or a measure: smallest or smoothing.",
         ),
     ] = None,
     steps: Annotated[Number, Option(metavar="N", help="Steps of the attack.")] = None,
@@ -202,6 +203,14 @@ def attack(
     norm: Annotated[Text, Option(metavar="NAME", help="linf or l2, which has defaults of its own.")] = None,
     search_precision: Annotated[
         Text, Option(metavar="NAME", help="float32, or tf32 on CUDA: what it finds must hold in float32.")
+    ] = None,
+    queries: Annotated[Number, Option(metavar="N", help="Queries of square, for each image.")] = None,
+    targets: Annotated[Number, Option(metavar="N", help="Likeliest wrong classes that fab and apgd-t aim at.")] = None,
+    sigma: Annotated[Text, Option(metavar="LENGTH", help="Noise of smoothing, such as 0.25.")] = None,
+    n0: Annotated[Number, Option("--n0", metavar="N", help="Noisy copies that choose a class, for smoothing.")] = None,
+    n: Annotated[Number, Option("--n", metavar="N", help="Noisy copies that prove it, for smoothing.")] = None,
+    alpha: Annotated[
+        float | None, Option(metavar="P", help="How often a certificate may be wrong, for smoothing.")
     ] = None,
     limit: Annotated[Number, Option(min=1, metavar="N", help="Attack the first N images of a balanced order.")] = None,
     split: SplitOption = None,
@@ -233,6 +242,12 @@ def attack(
         restarts=restarts,
         norm=norm,
         search_precision=search_precision,
+        queries=queries,
+        targets=targets,
+        sigma=sigma,
+        n0=n0,
+        n=n,
+        alpha=alpha,
         limit=limit,
         split=split,
         head=head,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -632,6 +634,82 @@ def test_without_matplotlib_plots_are_refused_first(attack: Attack, monkeypatch:
     assert "hint: pip install 'cfamc[plots]'" in err
 
 
+# Measures
+
+
+def test_one_run_gives_the_curve_and_an_attack_that_broke_a_sample_at_less_counts(attack: Attack, store: Path) -> None:
+    code, out, _ = attack("--attack", "smallest", "--steps", "3", "--targets", "2", "--limit", "20", "--json")
+    assert code == 0
+    alone = json.loads(out)
+    assert alone["measure"] == "smallest"
+    assert alone["settings"] == {"name": "smallest", "norm": "linf", "steps": 3, "targets": 2}
+    assert attack("--eps", "2/255", "--steps", "9", "--step-size", "0.001", "--limit", "20")[0] == 0
+    _, record = kept(store)
+    assert alone["clean"] == record["clean"]
+    code, out, err = attack("--attack", "smallest", "--steps", "3", "--targets", "2", "--limit", "20", "--json")
+    assert code == 0
+    assert "goes on from 3 finished blocks" in err
+    held, folder = json.loads(out), the_run(store).measures / "smallest-001"
+    lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    eps = [math.inf if value is None else value for line in lines[1:] for value in line["columns"]["eps"]]
+    outcomes = load_record(the_run(store).attacks / "pgd-001" / "outcomes.json", Outcomes)
+    broken = unpack_bits(outcomes.stages[0].broken, 20)
+    least = [min(value, 2 / 255) if hit else value for value, hit in zip(eps, broken, strict=True)]
+    assert held["figures"]["median eps"] == statistics.median(least)
+    assert held["figures"]["broken at less by an attack of one eps"] == sum(map(float.__lt__, least, eps)) > 0
+    by_eps = {point["at"]: point["accuracy"]["correct"] for point in held["points"]}
+    assert by_eps[2 / 255] == sum(value > 2 / 255 + 1e-6 for value in least) <= record["robust"]["correct"]
+    assert by_eps[0] == record["clean"]["correct"]
+    assert [flag["name"] for flag in held["flags"]][-2:] == ["contradiction", "without-example"]
+    code, out, _ = attack("--attack", "smallest", "--steps", "3", "--targets", "2", "--limit", "20")
+    assert f"median eps {held['figures']['median eps']:.4g}" in out
+
+
+def test_a_certificate_is_no_attack(attack: Attack, store: Path) -> None:
+    flags = ("--attack", "smoothing", "--sigma", "0.1", "--n0", "9", "--n", "40", "--alpha", "0.05", "--limit", "20")
+    code, out, err = attack(*flags, "--json")
+    assert code == 0
+    made = json.loads(out)
+    assert made["settings"] == {"name": "smoothing", "sigma": "0.1", "n0": 9, "n": 40, "alpha": 0.05}
+    assert "neither an attack nor the accuracy of the classifier itself" in err
+    assert made["forward"] == 20 * (9 + 40 + 3)  # two looks at how many classes there are, and a clean prediction
+    lines = (the_run(store).measures / "smoothing-001" / "samples.jsonl").read_text().splitlines()[1:]
+    columns = [json.loads(line)["columns"] for line in lines]
+    radii = [r or 0.0 for c in columns for r in c["radius"]]
+    right = [bit for c in columns for bit in c["right"]]
+    certified = {point["at"]: point["accuracy"]["correct"] for point in made["points"]}
+    for at, correct in certified.items():
+        assert correct == sum(radius > at and bit == 1 for radius, bit in zip(radii, right, strict=True))
+    assert 0 < certified[0.0] < 20
+    assert not the_run(store).attacks.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("smallest", "--eps", "8/255"), "--eps has no effect on smallest"),
+        (("smallest", "--audit"), "--audit has no effect on smallest"),
+        (("smallest", "--sigma", "0.5"), "--sigma has no effect on smallest"),
+        (("smallest", "--space", "crops"), "--space crops has no effect on smallest"),
+        (("smallest", "--steps", "0"), "--steps: should be greater than or equal to 1"),
+        (("fgsm", "--targets", "2"), "--targets has no effect on fgsm"),
+        (("smoothing", "--sigma", "64"), "--sigma: 64 is in units of the image range: did you mean 64/255?"),
+        (("smoothing", "--sigma", "0"), "--sigma: must be above 0"),
+    ],
+)
+def test_a_setting_without_effect_is_refused(attack: Attack, arguments: tuple[str, ...], message: str) -> None:
+    code, _, err = attack("--attack", *arguments)
+    assert code == ExitCode.INVALID
+    assert f"error: {message}" in err
+
+
+def test_square_and_fab_take_queries_and_targets() -> None:
+    (square,) = asked_attacks(Flags(attack="square", queries=7), tiny_recipe())
+    (fab,) = asked_attacks(Flags(attack="fab", targets=2, steps=3), tiny_recipe())
+    assert square.model_dump()["queries"] == 7
+    assert (fab.model_dump()["targets"], fab.model_dump()["steps"]) == (2, 3)
+
+
 # Aggregated crops
 
 
@@ -645,7 +723,15 @@ def test_both_spaces_of_an_aggregated_head(attack: Attack, store: Path) -> None:
     assert (image["attack"], image["threat"]["space"], image["id"]) == ("pgd", "image", "pgd-001")
     assert image["robust"]["correct"] < image["clean"]["correct"]
     assert image["trusted"]
-    assert "same fixed crops" in image["notes"][0]
+    assert "its own fixed crops" in image["notes"][0]
+    assert image["settings"]["crops"] == "of each image"
+    (run,) = list_runs(store)
+    (folder,) = run.probes.glob("crops-*")
+    record = load_record(folder / "record.json", ProbeRecord)
+    images = load_judged_images(run, record, talk=NullTalk())
+    chosen = balanced_order(images.require_labels(), "balanced order", images.fingerprint)[:20]
+    logits = classifier_in(run, folder)(images.images[chosen].float() / 255, chosen)
+    assert image["clean"]["correct"] == int((logits.argmax(1) == images.require_labels()[chosen]).sum())
     code, out, _ = attack(*flags, "--space", "crops")
     assert code == 0
     (crops,) = json.loads(out)["results"]

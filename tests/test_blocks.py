@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fixed_inputs import signed
 from on_meta import META, watched
 from PIL import Image, ImageDraw, ImageFont
 from stages import apgd, embedding, ensemble, pgd
@@ -28,7 +29,7 @@ from cfamc_cli.engine.evaluation import folding, pictures
 from cfamc_cli.engine.evaluation.blocks import Evaluation, Examples, evaluate
 from cfamc_cli.engine.evaluation.examples import Gallery
 from cfamc_cli.engine.evaluation.folding import frozen_copy
-from cfamc_cli.engine.evaluation.predictor import as_predictor, stacked_crops
+from cfamc_cli.engine.evaluation.predictor import CropsOfImages, as_predictor, stacked_crops
 from cfamc_cli.engine.evaluation.verify import Meter, Predictor, in_region, look, undisturbed
 from cfamc_cli.engine.heads.classifier import Classifier, CropSource, LinearHead
 from cfamc_cli.engine.randomness import addressed_generator, addressed_seed, balanced_order
@@ -983,13 +984,19 @@ def test_images_or_their_crops_are_what_is_attacked() -> None:
     classifier = Classifier(encoder, head.requires_grad_(False), features="pre_feature", crops=source).eval()
     x, indices = X[:6], torch.tensor([4, 70, 2, 3, 9, 11])
 
-    by_image = as_predictor(classifier, x, space="image")
-    first = classifier.read(x, torch.zeros(6, dtype=torch.int64))  # every image through the crops of the first
+    places = CropsOfImages(x, indices, eps=EPS, norm="linf")
+    assert places.shared == 0
+    by_image = as_predictor(classifier, x, space="image", places=places)
+    own = classifier.read(x, indices)
     assert by_image.modules == (classifier,)
     assert by_image.embed is not None
-    torch.testing.assert_close(by_image.embed(x), first)
+    torch.testing.assert_close(by_image.embed(x), own)
+    moved = (x + EPS * torch.sign(signed(*x.shape, key="moved")).float()).clamp(0, 1)
     for predict in (by_image.logits, by_image.search):
-        torch.testing.assert_close(predict(x), classifier.logits(first), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(predict(x), classifier.logits(own), atol=1e-4, rtol=1e-4)
+        expected = classifier(moved, indices)  # moved as far as may be, in whatever company
+        torch.testing.assert_close(predict(moved), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(predict(moved[[5, 2]]), expected[[5, 2]], atol=1e-4, rtol=1e-4)
 
     crops = stacked_crops(classifier, x, indices)
     cut = classifier.cut(x, indices)  # (3, 6, 3, 8, 8)
@@ -1002,6 +1009,26 @@ def test_images_or_their_crops_are_what_is_attacked() -> None:
     expected = classifier.logits(torch.stack([encoder.features(part, features="pre_feature") for part in cut]).mean(0))
     for predict in (by_crops.logits, by_crops.search):
         torch.testing.assert_close(predict(crops), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_point_within_eps_is_read_through_the_crops_of_its_own_image(norm: Norm) -> None:
+    """Also where it is nearest to another: such images read the crops of the first."""
+    x, indices, eps = X[:12].clone(), torch.arange(100, 112), 0.04 if norm == "linf" else 0.5
+    x[7] = (x[3] + 1.5 * eps * (torch.ones(3, 8, 8) if norm == "linf" else torch.eye(8) / 24**0.5)).clamp(0, 1)
+    x[9] = x[7]
+    places = CropsOfImages(x, indices, eps=eps, norm=norm)
+    assert places.shared == 2
+    expected = indices.clone()
+    expected[[7, 9]] = 103
+    way = x.roll(1, 0) - x  # towards another image, as far as may be; for 3 towards 7
+    way[3] = x[7] - x[3]
+    step = eps * (way.sign() if norm == "linf" else way / norms(way, norm="l2").clamp_min(1e-9)[:, None, None, None])
+    step[norms(step, norm=norm) > norms(way, norm=norm)] = way[norms(step, norm=norm) > norms(way, norm=norm)]
+    assert torch.equal(places(x), expected)
+    assert torch.equal(places(x + step), expected)
+    assert CropsOfImages(x, indices, eps=0.7 * eps, norm=norm).shared == 1  # the way between 3 and 7 is too long
+    assert torch.equal(places((x + step)[[4, 3]]), expected[[4, 3]])
 
 
 # Examples and their picture

@@ -13,11 +13,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import JsonValue
+
 from cfamc_cli.commands.attack_report import NOT_AUDITED, Result, curves, draw_accuracy, draw_loss, lacks_audit, tell
-from cfamc_cli.commands.attack_settings import Flags, asked_attacks, check_flags
+from cfamc_cli.commands.attack_settings import Flags, asked_attacks, asked_measure, check_flags
 from cfamc_cli.commands.common import SAME_COMMAND, Options, Session, interruption, session
+from cfamc_cli.commands.measure import measured
 from cfamc_cli.errors import bad_data, invalid, missing_library
-from cfamc_cli.recipe.schema import Attack, EmbeddingAttack, PgdAttack, Recipe, number
+from cfamc_cli.recipe.schema import Attack, EmbeddingAttack, Norm, PgdAttack, Recipe, number
 from cfamc_cli.store.environment import capture_environment
 from cfamc_cli.store.files import write_bytes
 from cfamc_cli.store.outcomes import Ledger, key_of, open_ledger
@@ -25,6 +28,7 @@ from cfamc_cli.store.records import (
     Accuracy,
     AttackRecord,
     ClassRobustness,
+    Environment,
     Outcome,
     Outcomes,
     ProbeRecord,
@@ -43,6 +47,8 @@ if TYPE_CHECKING:
     from cfamc_cli.engine.attacks.plan import Plan
     from cfamc_cli.engine.evaluation.blocks import Commit, Evaluation, Examples
     from cfamc_cli.engine.evaluation.examples import Gallery
+    from cfamc_cli.engine.evaluation.predictor import CropsOfImages
+    from cfamc_cli.engine.evaluation.verify import Predictor
 
 _PLOTTED = 64  # samples of the loss curve
 _AUDITED, _PLAIN = "audited", "plain"  # what the leading process tells the others to make; nothing where all is there
@@ -69,7 +75,8 @@ def attack(reference: str | None, *, flags: Flags, options: Options) -> None:
         hint = f"go on with: cfamc pretrain --resume {options.reference(run)}"
         raise bad_data(f"run {run.id} has no checkpoint to attack yet", hint)
     recipe, status = run.recipe(), run.record().status
-    asked = asked_attacks(flags, recipe)
+    measure = asked_measure(flags)
+    asked = asked_attacks(flags, recipe) if measure is None else ()
     message, again = "interrupted; every finished stage is kept", "go on with the same command"
     with session(options) as working, interruption(message=message, hint=lambda: again):
         from cfamc_cli.engine.device import has_tf32, out_of_memory
@@ -82,7 +89,10 @@ def attack(reference: str | None, *, flags: Flags, options: Options) -> None:
             working.talk.warning(f"run {run.id} is not finished but {status}: attacking its newest checkpoint")
         lower = "lower --limit, or choose another --device; what is finished is kept"
         with peers(working.world, hint=SAME_COMMAND), out_of_memory(hint=lower):
-            work = _Work(run, recipe, flags, working)
+            work = Work(run, recipe, flags, working)
+            if measure is not None:
+                measured(work, measure, options)
+                return
             if not working.world.leads:
                 for table in asked:
                     work.assist(table)
@@ -92,13 +102,12 @@ def attack(reference: str | None, *, flags: Flags, options: Options) -> None:
     tell(run, results, drawn, strict=flags.strict, options=options)
 
 
-class _Work:
-    """The evaluations of one command: run, head and samples are the same in all of them."""
+class Work:
+    """The evaluations and measures of one command: run, head and samples are the same in all of them."""
 
     def __init__(self, run: RunFolder, recipe: Recipe, flags: Flags, working: Session) -> None:
         from cfamc_cli.commands.probe import ensure_head, load_attacked_images
         from cfamc_cli.engine.distributed import first_on_each_node
-        from cfamc_cli.engine.evaluation.predictor import as_predictor
         from cfamc_cli.engine.heads.classifier import load_classifier, load_encoder
         from cfamc_cli.engine.randomness import balanced_order
 
@@ -128,7 +137,24 @@ class _Work:
         self.x, self.y = self.data.images[self.chosen].float() / 255, labels[self.chosen]
         if self.space == "crops":
             self.x = self._cropped()
-        self.target = as_predictor(self.classifier, self.x[:8].to(self.device), space=self.space)
+        self.own_crops = self.classifier.crops is not None and self.space == "image"
+        self._places: dict[tuple[str, str], CropsOfImages] = {}
+
+    def places(self, norm: Norm, eps: str) -> CropsOfImages | None:
+        """Whose crops an image is read through, for an attacker of that reach; None where the head reads none of it."""
+        from cfamc_cli.engine.evaluation.predictor import CropsOfImages
+
+        if self.own_crops and (norm, eps) not in self._places:
+            x = self.x.to(self.device)
+            self._places[norm, eps] = CropsOfImages(x, self.chosen, eps=number(eps), norm=norm)
+        return self._places.get((norm, eps))
+
+    def target(self, norm: Norm = "linf", eps: str = "0") -> Predictor:
+        """What an attacker of that reach attacks."""
+        from cfamc_cli.engine.evaluation.predictor import as_predictor
+
+        sample = self.x[:8].to(self.device)
+        return as_predictor(self.classifier, sample, space=self.space, places=self.places(norm, eps))
 
     def _cropped(self) -> Tensor:
         """The crops of each image, stacked in its channels: (N, n 3, S, S)."""
@@ -197,7 +223,7 @@ class _Work:
         from cfamc_cli.engine.evaluation.blocks import BLOCK, evaluate
 
         return evaluate(
-            self.target,
+            self.target(table.norm, table.eps),
             self.x,
             self.y,
             plan=planned,
@@ -226,6 +252,10 @@ class _Work:
     def _threat(self, table: Attack) -> ThreatModel:
         return ThreatModel(space=self.space, norm=table.norm, eps=table.eps)
 
+    def _settings(self, table: Attack) -> dict[str, JsonValue]:
+        """Those of the attack; an aggregated head was once read through the crops of one image alone."""
+        return table.model_dump(mode="json") | ({"crops": "of each image"} if self.own_crops else {})
+
     def _empty(self, table: Attack, block: int) -> Outcomes:
         """outcomes.json before the first outcome; its key is of all that they depend on but their number."""
         key = {
@@ -238,7 +268,7 @@ class _Work:
             "order": self.order_digest,
             "threat": self._threat(table).model_dump(),
             "attack": self._name(table),
-            "settings": table.model_dump(mode="json"),
+            "settings": self._settings(table),
             "seed": self.recipe.seed,
             "block": block,
         }
@@ -254,17 +284,13 @@ class _Work:
         )
 
     def _record(self, table: Attack, item: str, evaluation: Evaluation, notes: tuple[str, ...]) -> AttackRecord:
-        from cfamc_cli.engine.device import computation, describe
-
         whole, probe, totals = len(self.data), self.probe, evaluation.totals()
         subset = f"the first {self.n} of {whole} {self.images} in an order balanced by class, fixed by the data"
         if self.space == "crops":
             notes += ("each crop is perturbed by itself: not comparable with a perturbed image",)
-        elif probe.head == "crops":
-            notes += (
-                f"every image is read through the same fixed crops, those of {self.data.split} image 0, "
-                "and attacked through them",
-            )
+        elif places := self.places(table.norm, table.eps):
+            notes += (f"every image is read through its own fixed crops and attacked through them; {places.shared} "
+                      "read those of another, which lies within twice eps",)  # fmt: skip
 
         def share(bits: Sequence[bool], label: int) -> Accuracy | None:
             own = [bit for bit, of in zip(bits, self.y.tolist(), strict=True) if of == label]
@@ -287,7 +313,7 @@ class _Work:
             features=probe.features,
             threat=self._threat(table),
             attack=self._name(table),
-            settings=table.model_dump(mode="json"),
+            settings=self._settings(table),
             data=self.data.used().model_copy(update={"n": self.n}),
             subset=f"all {self.n} {self.images}" if self.n == whole else subset,
             notes=notes,
@@ -305,8 +331,14 @@ class _Work:
             forward=sum(total.forward for total in totals),
             backward=sum(total.backward for total in totals),
             wall_seconds=sum(total.wall_seconds for total in totals),
-            environment=capture_environment(describe(self.device), computation(self.device, precision="float32")),
+            environment=self.environment(),
         )
+
+    def environment(self) -> Environment:
+        """Where and how results are computed."""
+        from cfamc_cli.engine.device import computation, describe
+
+        return capture_environment(describe(self.device), computation(self.device, precision="float32"))
 
     def _draw_examples(self, ledger: Ledger, gallery: Gallery, record: AttackRecord) -> None:
         from cfamc_cli.engine.evaluation.pictures import Shown, sheet
@@ -352,9 +384,10 @@ class _Work:
                 self.talk.warning(f"{result.record.id}: no sample is classified right, so there is no loss to draw")
                 continue
             x, y = self.x[rows].to(self.device), self.y[rows].to(self.device)
-            with undisturbed(self.target.modules, self.device):
+            target = self.target(table.norm, table.eps)
+            with undisturbed(target.modules, self.device):
                 losses, right = loss_by_step(
-                    self.target.search, x, y, eps=eps, norm=table.norm, step_size=step_size, steps=steps
+                    target.search, x, y, eps=eps, norm=table.norm, step_size=step_size, steps=steps
                 )
             title = f"PGD {table.norm} {table.eps}, step {step_size:.3g}, {len(rows)} samples right at first"
             drawn[result.folder / LOSS] = draw_loss(losses, right, title=title)

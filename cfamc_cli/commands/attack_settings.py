@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from cfamc_cli.errors import invalid
-from cfamc_cli.recipe.schema import Attack, Judged, Recipe, Table, fraction
+from cfamc_cli.recipe.schema import Attack, Judged, Measure, Recipe, Table, fraction
 from cfamc_cli.store.records import Space
 
 
@@ -18,12 +18,18 @@ class Flags:
     """What the command line says of the evaluation; an attack that is described here replaces the recipe's attacks."""
 
     eps: tuple[str, ...] = ()  # radii, exact text
-    attack: str | None = None  # its name; the next five are its settings
+    attack: str | None = None  # its name, or that of a measure; those up to `alpha` are its settings
     steps: int | None = None
     step_size: str | None = None  # exact text
     restarts: int | None = None
     norm: str | None = None  # "linf" or "l2"
     search_precision: str | None = None  # "float32" or "tf32"
+    queries: int | None = None
+    targets: int | None = None
+    sigma: str | None = None  # exact text
+    n0: int | None = None
+    n: int | None = None
+    alpha: float | None = None
     limit: int | None = None  # so many samples, the first of the balanced order; all of them for None
     split: Judged | None = None  # which images; held-out ones where there are some, else test images
     head: str | None = None  # id of a probe, or a kind of head
@@ -44,10 +50,35 @@ def check_flags(flags: Flags) -> None:
 
 
 _ATTACK: TypeAdapter[Attack] = TypeAdapter(Attack)
-_TABLES: dict[str, type[Table]] = {
-    name: table for table in get_args(get_args(Attack)[0]) for name in get_args(table.model_fields["name"].annotation)
-}
+_MEASURE: TypeAdapter[Measure] = TypeAdapter(Annotated[Measure, Field(discriminator="name")])
+_ATTACKS, _MEASURES = (
+    {name: table for table in tables for name in get_args(table.model_fields["name"].annotation)}
+    for tables in (get_args(get_args(Attack)[0]), get_args(Measure))
+)
+_TABLES: dict[str, type[Table]] = _ATTACKS | _MEASURES
+_SETTINGS = (
+    *("steps", "step_size", "restarts", "norm", "search_precision", "queries", "targets"),
+    *("sigma", "n0", "n", "alpha"),
+)
 _RAND = "autoattack-rand"  # on the command line; in a recipe it is version = "rand"
+
+
+def asked_measure(flags: Flags) -> Measure | None:
+    """The measure that the flags describe; None where they ask for attacks.
+
+    Raises:
+        CfamcError: Exit 2; a flag is malformed or has no effect on the measure.
+    """
+    name = flags.attack
+    if name is None or name not in _MEASURES:
+        return None
+    given = _given(flags, name)
+    for flag in ("eps", "audit", "save_examples", "plot"):
+        if getattr(flags, flag):
+            raise invalid(f"{_flag(flag)} has no effect on {name}")
+    if flags.space != "image":
+        raise invalid(f"--space crops has no effect on {name}", "leave --space out")
+    return _validated(_MEASURE, {"name": name} | given)
 
 
 def asked_attacks(flags: Flags, recipe: Recipe) -> tuple[Attack, ...]:
@@ -56,31 +87,40 @@ def asked_attacks(flags: Flags, recipe: Recipe) -> tuple[Attack, ...]:
     Raises:
         CfamcError: Exit 2; a flag is malformed or has no effect on the attack.
     """
-    given = {key: getattr(flags, key) for key in ("steps", "step_size", "restarts", "norm", "search_precision")}
-    given = {key: value for key, value in given.items() if value is not None}
-    if not given and not flags.eps and flags.attack is None:
-        if not recipe.attack:
-            raise invalid("the recipe of this run has no [[attack]]", "name one: cfamc attack --eps 8/255")
-        return recipe.attack
     name = flags.attack or "pgd"
     known = [*_TABLES, _RAND]
     if name not in known:
         close = difflib.get_close_matches(name[:40].lower(), known, n=1)
         meant = f'did you mean "{close[0]}"? ' if close else ""
         raise invalid(f'--attack: "{name[:40]}" is no attack', f"{meant}there are: {', '.join(known)}")
+    given = _given(flags, name)
+    if not given and not flags.eps and flags.attack is None:
+        if not recipe.attack:
+            raise invalid("the recipe of this run has no [[attack]]", "name one: cfamc attack --eps 8/255")
+        return recipe.attack
     table = {"name": "autoattack", "version": "rand"} if name == _RAND else {"name": name}
-    for key in given:
-        if key not in _TABLES[table["name"]].model_fields:
-            raise invalid(f"{_flag(key)} has no effect on {name}")
-    found = tuple(_validated(table | given | sized) for sized in [{"eps": text} for text in flags.eps] or [{}])
+    sizes: list[dict[str, str]] = [{"eps": text} for text in flags.eps] or [{}]
+    found = tuple(_validated(_ATTACK, table | given | size) for size in sizes)
     if len({fraction(attack.eps) for attack in found}) < len(found):
         raise invalid("--eps: a radius is given twice")
     return found
 
 
-def _validated(table: dict[str, Any]) -> Attack:
+def _given(flags: Flags, name: str) -> dict[str, Any]:
+    """The settings among the flags, each of which the table of that name has."""
+    given = {key: value for key in _SETTINGS if (value := getattr(flags, key)) is not None}
+    fields = _TABLES["autoattack" if name == _RAND else name].model_fields
+    if idle := [key for key in given if key not in fields]:
+        raise invalid(f"{_flag(idle[0])} has no effect on {name}")
+    return given
+
+
+A = TypeVar("A")
+
+
+def _validated(kind: TypeAdapter[A], table: dict[str, Any]) -> A:
     try:
-        return _ATTACK.validate_python(table)
+        return kind.validate_python(table)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         field, message = str(problem["loc"][-1]), " ".join(problem["msg"].replace("Input should", "should").split())

@@ -637,6 +637,31 @@ class AutoAttackAttack(EpsAttack):
     version: Literal["standard", "rand"] = "standard"
 
 
+class Smallest(Table):
+    """For each image the smallest perturbation that is found: FMN, arXiv:2102.12827, one target after the other."""
+
+    name: Literal["smallest"]
+    norm: Norm = "linf"
+    steps: Annotated[int, Field(ge=1, le=100_000)] = 50  # of each walk
+    targets: Annotated[int, Field(ge=1, le=100_000)] = 3
+
+
+class Smoothing(Table):
+    """Certified accuracy in L2 of the classifier under Gaussian noise, arXiv:1902.02918. No attack, but a proof."""
+
+    name: Literal["smoothing"]
+    sigma: Length = "0.25"  # of the noise, in units of the image range
+    n0: Annotated[int, Field(ge=1, le=1_000_000)] = 100  # noisy copies of an image that choose the class
+    n: Annotated[int, Field(ge=1, le=10_000_000)] = 10_000  # others that prove it
+    alpha: Annotated[float, Field(gt=0, lt=0.5)] = 0.001  # how often a certificate may be wrong
+
+    def fault(self) -> tuple[str, str] | None:
+        sigma = fraction(self.sigma)
+        if sigma > 4:
+            return "sigma", f"{self.sigma} is in units of the image range: did you mean {self.sigma}/255?"
+        return ("sigma", "must be above 0") if sigma == 0 else None
+
+
 CropGroups = Annotated[tuple[Crops, ...], Field(strict=False, min_length=1, max_length=16)]
 Objective = Annotated[EmpSsl | SimClr | SupCon | Clusters, Field(discriminator="name")]
 Adversary = Annotated[NoAdversary | PgdAdversary | FreeAdversary, Field(discriminator="name")]
@@ -644,6 +669,7 @@ Schedule = Annotated[Cosine | OfficialCosine, Field(discriminator="name")]
 Probe = Annotated[Linear | RobustLinear | AggregatedCrops | Knn | Finetune, Field(discriminator="head")]
 Stage = PgdAttack | FgsmAttack | ApgdAttack | TargetedApgdAttack | FabAttack | SquareAttack | EmbeddingAttack
 Attack = Annotated[Stage | AutoAttackAttack, Field(discriminator="name")]
+Measure = Smallest | Smoothing  # of robustness, at no one eps; asked for by flags alone
 
 
 class Phase(Table):

@@ -439,6 +439,70 @@ class Outcomes(Record):
     predictions: StageOutcome | None = None  # clean ones in the form of a stage: those right, finite and steady stand
 
 
+class MeasuredPoint(Part):
+    """An accuracy of a measure, at an eps or a radius."""
+
+    name: str  # "accuracy" or "certified accuracy"
+    at: Annotated[float, Field(ge=0)]
+    accuracy: Accuracy
+
+
+class MeasureResult(Record):
+    """What a comparison reads of the record of a measure, and nothing else of it."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    id: str
+    run: str
+    probe: str  # head that was measured
+    created: AwareDatetime
+    head: HeadKind  # its kind
+    features: Features
+    measure: Literal["smallest", "smoothing"]
+    settings: dict[str, JsonValue]  # its resolved settings
+    data: DataUsed  # as for an attack
+    order_digest: Hex
+    encoder_digest: Hex
+    clean: Accuracy
+    points: tuple[MeasuredPoint, ...]
+    figures: dict[str, Measured]  # such as "median eps"; None where there is no number
+    flags: tuple[Flag, ...]
+    wall_seconds: Seconds
+    environment: Environment
+
+
+class MeasureRecord(MeasureResult):
+    """measures/<id>/record.json: robustness that is no accuracy under one attack of one eps."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    recipe_digest: Hex
+    seed: int
+    head_digest: Hex | None
+    notes: tuple[str, ...] = ()
+    forward: Count  # passes of single samples; `backward` likewise
+    backward: Count
+
+
+class MeasureHeader(Record):
+    """The first line of measures/<id>/samples.jsonl: which samples were measured, and how."""
+
+    n: Count  # samples to measure
+    block: Annotated[int, Field(ge=1)]  # samples of one block
+    order_digest: Hex
+    data_fingerprint: str
+    key: Hex  # as of `Outcomes`
+
+
+class MeasuredBlock(Part):
+    """A line of samples.jsonl: what was measured of the samples of one block, in their order."""
+
+    block: Count
+    columns: dict[str, tuple[float | None, ...]]  # None where there is no number
+    forward: Count
+    backward: Count
+
+
 class Spread(Part):
     """An expected time with its 95 % interval, which a single measurement does not have."""
 

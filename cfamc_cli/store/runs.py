@@ -58,6 +58,8 @@ class RunFolder:
     checkpoints = _Part("checkpoints")
     probes = _Part("probes")
     attacks = _Part("attacks")
+    measures = _Part("measures")
+    samples = _Part("samples.jsonl")  # of a measure
 
     @property
     def id(self) -> str:

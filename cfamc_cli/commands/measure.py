@@ -1,0 +1,298 @@
+"""`cfamc attack --attack smallest`, corruptions or smoothing: measures of robustness that have no one eps.
+
+The engine measures block by block; this keeps the ledger, makes figures of what is in it, and says what came out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import TYPE_CHECKING, assert_never
+
+from cfamc_cli.commands.common import Options
+from cfamc_cli.errors import CfamcError, ExitCode, invalid
+from cfamc_cli.recipe.schema import Measure, Norm, Smallest, Smoothing, number
+from cfamc_cli.report import terminal
+from cfamc_cli.store.measured import open_measure
+from cfamc_cli.store.outcomes import key_of
+from cfamc_cli.store.records import (
+    Accuracy,
+    AttackRecord,
+    Flag,
+    MeasuredBlock,
+    MeasuredPoint,
+    MeasureHeader,
+    MeasureRecord,
+    Outcomes,
+    load_record,
+    now,
+    save_record,
+    unpack_bits,
+)
+from cfamc_cli.store.runs import OUTCOMES, RECORD, RunFolder
+
+if TYPE_CHECKING:
+    from cfamc_cli.commands.attack import Work
+    from cfamc_cli.engine.evaluation.measures import Values
+
+Column = Sequence[float | None]
+_SHOWN: dict[Norm, tuple[str, ...]] = {  # radii at which a curve is told; every sample's own is in samples.jsonl
+    "linf": ("1/255", "2/255", "4/255", "6/255", "8/255", "12/255", "16/255", "24/255", "32/255"),
+    "l2": ("0.1", "0.25", "128/255", "0.75", "1", "1.5", "2"),
+}
+_RADII = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)  # likewise, of certificates
+_ROUNDING = 1e-6  # by which an example of a fixed eps may lie beyond it
+
+
+@dataclass(frozen=True)
+class Broken:
+    """Which of the first samples an attack of one eps has broken, with verified examples."""
+
+    attack: str  # its id
+    eps: float
+    samples: Sequence[bool]
+
+
+@dataclass
+class Summary:
+    """What the columns of a measure come to."""
+
+    points: list[MeasuredPoint]
+    figures: Mapping[str, float | None]
+    flags: list[Flag] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def smallest_summary(eps: Column, *, norm: Norm, attacks: Sequence[Broken]) -> Summary:
+    """The curve of accuracy against eps and its figures, from the smallest eps of each sample.
+
+    Args:
+        eps: Of each sample: 0 where it is wrong without an attack, None where no example was found at all.
+        norm: What they are measured in.
+        attacks: Of one eps each, on the same samples; what they broke at less counts.
+    """
+    known = [math.inf if value is None else value for value in eps]
+    least, blamed = list(known), []
+    for attack in attacks:
+        for place, hit in enumerate(attack.samples[: len(known)]):
+            if hit and attack.eps + _ROUNDING < known[place]:
+                blamed.append(f"{place} ({attack.attack})")
+                least[place] = min(least[place], attack.eps)
+    n, limit, missing = len(known), number(_SHOWN[norm][-1]), sum(map(math.isinf, known))
+    found = sum(value < old for value, old in zip(least, known, strict=True))
+    points = [
+        MeasuredPoint(name="accuracy", at=at, accuracy=Accuracy.of(sum(value > at + _ROUNDING for value in least), n))
+        for at in map(number, ("0", *_SHOWN[norm]))
+    ]
+    figures = {
+        "median eps": median(least) if math.isfinite(median(least)) else None,
+        "auc": sum(min(value, limit) for value in least) / limit / n,
+        "auc up to eps": limit,
+        "broken at less by an attack of one eps": float(found),
+        "without an example": float(missing),
+    }
+    told = f": {', '.join(blamed[:20])}{', ...' if len(blamed) > 20 else ''}" if blamed else ""
+    flags = [
+        _judged("contradiction", found, max(1, round(0.02 * n)), "samples that an attack of one eps broke at less, "
+                f"which counts{told}"),
+        _judged("without-example", missing, max(1, round(0.002 * n)), "samples of which no image at all is wrong"),
+    ]  # fmt: skip
+    held = ", ".join(attack.attack for attack in attacks)
+    return Summary(points, figures, flags, [f"held against {held}" if held else "held against no attack of one eps"])
+
+
+def smoothing_summary(right: Column, radius: Column, *, table: Smoothing) -> Summary:
+    """Certified accuracy against the radius in L2.
+
+    Args:
+        right: Of each sample whether the smoothed classifier's class is its own: 1 or 0.
+        radius: Within which that class stays; None where it abstains, which is never right.
+        table: How they were found.
+    """
+    certified = [value if hit and value is not None else 0.0 for hit, value in zip(right, radius, strict=True)]
+    n, abstained = len(certified), sum(value is None for value in radius)
+    points = [
+        MeasuredPoint(name="certified accuracy", at=at, accuracy=Accuracy.of(sum(value > at for value in certified), n))
+        for at in _RADII
+    ]
+    figures = {
+        "mean certified radius": sum(certified) / n,
+        "abstained": float(abstained),
+        "sigma": number(table.sigma),
+        "confidence": 1 - table.alpha,
+    }
+    note = (
+        f"a proof about the vote of noisy copies (sigma {table.sigma}), each wrong with probability {table.alpha:g} at "
+        "most; neither an attack nor the accuracy of the classifier itself"
+    )
+    return Summary(points, figures, [], [note])
+
+
+def _judged(name: str, figure: float, limit: float, text: str) -> Flag:
+    return Flag(name=name, figure=figure, limit=limit, verdict="passed" if figure <= limit else "failed", text=text)
+
+
+def _attacks_on_the_same(work: Work, norm: Norm) -> Iterator[Broken]:
+    """What finished attacks of one eps did to these samples."""
+    for path in sorted(work.run.attacks.glob(f"[!.]*/{RECORD}")):
+        try:
+            record, outcomes = load_record(path, AttackRecord), load_record(path.parent / OUTCOMES, Outcomes)
+        except CfamcError as error:
+            work.talk.warning(f"{error.message}; left alone")
+            continue
+        theirs = record.encoder_digest, record.head_digest, record.order_digest, record.data.fingerprint
+        ours = work.probe.encoder_digest, work.probe.head_digest, work.order_digest, work.data.fingerprint
+        if theirs == ours and (record.threat.space, record.threat.norm) == ("image", norm):
+            masks = [unpack_bits(stage.broken, outcomes.n) for stage in outcomes.stages]
+            yield Broken(record.id, number(record.threat.eps), [any(bits) for bits in zip(*masks, strict=True)])
+
+
+def measured(work: Work, table: Measure, options: Options) -> None:
+    """Make one measure, or what is left of it, and say what came out.
+
+    Raises:
+        CfamcError: Exit 2; the head reads no whole images. Exit 5; a check failed, and --strict refuses that.
+    """
+    from cfamc_cli.engine.evaluation import measures
+    from cfamc_cli.engine.evaluation.blocks import BLOCK
+
+    if work.probe.head == "crops":
+        raise invalid(f"--attack {table.name} needs a head that reads whole images", "name one with --head")
+    header, label = _header(work, table, BLOCK), f"{table.name} of {work.n:,} images"
+    values = _values(work, table)
+
+    def blocks_of(
+        finished: Mapping[int, MeasuredBlock], commit: measures.Commit
+    ) -> tuple[list[MeasuredBlock], tuple[Flag, ...]]:
+        return measures.measure(
+            work.target(),
+            work.x,
+            work.y,
+            values=values,
+            seed=work.recipe.seed,
+            block_size=BLOCK,
+            device=work.device,
+            finished=finished,
+            commit=commit,
+            label=label,
+            talk=work.talk,
+            world=work.world,
+        )
+
+    if not work.world.leads:
+        blocks_of({}, lambda _block, _seconds: None)
+        return
+    with open_measure(work.run, table.name, header, warn=work.talk.warning) as ledger:
+        if ledger.blocks:
+            work.talk.message(f"{label}: goes on from {len(ledger.blocks)} finished blocks in {ledger.folder.name}")
+        blocks, checks = blocks_of(ledger.blocks, ledger.commit)
+        columns = {name: [value for block in blocks for value in block.columns[name]] for name in blocks[0].columns}
+        summary = _summary(work, table, columns)
+        record = MeasureRecord(
+            id=ledger.folder.name,
+            run=work.run.id,
+            probe=work.probe.id,
+            created=now(),
+            head=work.probe.head,
+            features=work.probe.features,
+            measure=table.name,
+            settings=table.model_dump(mode="json"),
+            data=work.data.used().model_copy(update={"n": work.n}),
+            order_digest=work.order_digest,
+            encoder_digest=work.probe.encoder_digest,
+            clean=Accuracy.of(round(sum(value or 0 for value in columns["clean"])), work.n),
+            points=tuple(summary.points),
+            figures=dict(summary.figures),
+            flags=(*checks, *summary.flags),
+            wall_seconds=ledger.seconds(),
+            environment=work.environment(),
+            recipe_digest=work.recipe.digest(),
+            seed=work.recipe.seed,
+            head_digest=work.probe.head_digest,
+            notes=tuple(summary.notes),
+            forward=sum(block.forward for block in blocks),
+            backward=sum(block.backward for block in blocks),
+        )
+        save_record(ledger.folder / RECORD, record)
+        _tell(work.run, RunFolder(ledger.folder), record, strict=work.flags.strict, options=options)
+
+
+def _header(work: Work, table: Measure, block: int) -> MeasureHeader:
+    """What the values depend on but the number of samples makes the key."""
+    key = {
+        "schema": 1,
+        "encoder": work.probe.encoder_digest,
+        "head": work.probe.head_digest,
+        "features": work.probe.features,
+        "data": work.data.fingerprint,
+        "order": work.order_digest,
+        "settings": table.model_dump(mode="json"),
+        "seed": work.recipe.seed,
+        "block": block,
+    }
+    return MeasureHeader(
+        n=work.n,
+        block=block,
+        order_digest=work.order_digest,
+        data_fingerprint=work.data.fingerprint,
+        key=key_of(key),
+    )
+
+
+def _values(work: Work, table: Measure) -> Values:
+    from cfamc_cli.engine.evaluation import measures
+    from cfamc_cli.engine.evaluation.smoothing import smoothing
+
+    match table:
+        case Smallest():
+            return measures.smallest(table, seed=work.recipe.seed)
+        case Smoothing():
+            return smoothing(table, seed=work.recipe.seed)
+        case _:
+            assert_never(table)
+
+
+def _summary(work: Work, table: Measure, columns: dict[str, list[float | None]]) -> Summary:
+    match table:
+        case Smallest():
+            attacks = list(_attacks_on_the_same(work, table.norm))
+            return smallest_summary(columns["eps"], norm=table.norm, attacks=attacks)
+        case Smoothing():
+            return smoothing_summary(columns["right"], columns["radius"], table=table)
+        case _:
+            assert_never(table)
+
+
+def _tell(run: RunFolder, kept: RunFolder, record: MeasureRecord, *, strict: bool, options: Options) -> None:
+    """Say what came out: talk to stderr, the table or one JSON object to stdout.
+
+    Raises:
+        CfamcError: Exit 5; a check failed, and `strict` refuses that.
+    """
+    say, failed = terminal.talk().say, [flag for flag in record.flags if flag.verdict == "failed"]
+    for flag in failed:
+        say(f"warning: {record.id}: check {flag.name} failed: {terminal.number(flag.figure or 0)}: {flag.text}")
+    if not options.quiet:
+        for note in record.notes:
+            say(f"note: {note}")
+    answer = {**record.model_dump(mode="json"), "path": str(kept.path), "trusted": not failed}
+    if not options.as_json:
+        figures = "; ".join(
+            f"{name} {'unknown' if value is None else terminal.number(value)}" for name, value in record.figures.items()
+        )
+        title = f"{run.id}, head {record.probe}: {record.measure}, {record.clean.n:,} images; % with 95 % intervals"
+        rows = [("clean", "", terminal.interval(record.clean))]
+        rows += [(point.name, f"{point.at:.4g}", terminal.interval(point.accuracy)) for point in record.points]
+        terminal.print_rows(title, ("", "at", "right %"), rows, right=(1, 2))
+        terminal.write_out(f"{figures}\nkept as {record.id}\n")
+    if strict and failed:
+        raise CfamcError(
+            f"the measure cannot be trusted: {', '.join(flag.name for flag in failed)}",
+            hint="each failed check and its figure is in the record's flags; leave --strict out to accept the numbers",
+            exit_code=ExitCode.UNTRUSTED,
+            details=answer,
+        )
+    if options.as_json:
+        terminal.print_json(answer)
