@@ -194,7 +194,7 @@ def attack(
             "--attack",
             metavar="NAME",
             help="pgd, fgsm, apgd-ce, apgd-dlr, apgd-t, fab, square, autoattack, autoattack-rand or embedding; "
-            "or a measure: smallest or smoothing.",
+            "or a measure: smallest, corruptions or smoothing.",
         ),
     ] = None,
     steps: Annotated[Number, Option(metavar="N", help="Steps of the attack.")] = None,
@@ -211,6 +211,9 @@ def attack(
     n: Annotated[Number, Option("--n", metavar="N", help="Noisy copies that prove it, for smoothing.")] = None,
     alpha: Annotated[
         float | None, Option(metavar="P", help="How often a certificate may be wrong, for smoothing.")
+    ] = None,
+    corruptions: Annotated[
+        File, Option(metavar="FOLDER", help="Published corruptions, such as CIFAR-10-C; else a set of cfamc's own.")
     ] = None,
     limit: Annotated[Number, Option(min=1, metavar="N", help="Attack the first N images of a balanced order.")] = None,
     split: SplitOption = None,
@@ -248,6 +251,7 @@ def attack(
         n0=n0,
         n=n,
         alpha=alpha,
+        corruptions=corruptions,
         limit=limit,
         split=split,
         head=head,

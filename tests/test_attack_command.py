@@ -29,6 +29,7 @@ from cfamc_cli.commands.probe import Request, ensure_head, load_judged_images, p
 from cfamc_cli.engine.attacks import plan as autoattack
 from cfamc_cli.engine.attacks.plan import plan, run_stage, stage_name
 from cfamc_cli.engine.checkpoint import read_tensors
+from cfamc_cli.engine.corruptions import corrupted
 from cfamc_cli.engine.data.sets import ImageSet
 from cfamc_cli.engine.device import computation
 from cfamc_cli.engine.evaluation import audit, blocks
@@ -665,6 +666,25 @@ def test_one_run_gives_the_curve_and_an_attack_that_broke_a_sample_at_less_count
     assert f"median eps {held['figures']['median eps']:.4g}" in out
 
 
+def test_corruptions_are_the_same_for_every_run_and_go_on_where_they_were(attack: Attack, store: Path) -> None:
+    code, out, _ = attack("--attack", "corruptions", "--limit", "10", "--json")
+    assert code == 0
+    made, run = json.loads(out), the_run(store)
+    assert made["settings"] == {"name": "corruptions", "source": "cfamc-corruptions-1"}
+    record = load_record(run.probes / "linear-001" / "record.json", ProbeRecord)
+    images = load_judged_images(run, record, talk=NullTalk())
+    chosen = balanced_order(images.require_labels(), "balanced order", images.fingerprint)[:10]
+    x, y = images.images[chosen].float() / 255, images.require_labels()[chosen]
+    classifier = classifier_in(run, run.probes / "linear-001")
+    for point in made["points"][::7]:
+        seen = corrupted(x, chosen, kind=point["name"], severity=int(point["at"]))
+        assert point["accuracy"]["correct"] == int((classifier(seen).argmax(1) == y).sum())
+    assert len(made["points"]) == 50
+    assert made["figures"]["mean"] == pytest.approx(sum(p["accuracy"]["value"] for p in made["points"]) / 50)
+    code, _, err = attack("--attack", "corruptions", "--corruptions", str(store), "--limit", "10")
+    assert (code, "holds no corrupted images" in err) == (ExitCode.BAD_DATA, True)
+
+
 def test_a_certificate_is_no_attack(attack: Attack, store: Path) -> None:
     flags = ("--attack", "smoothing", "--sigma", "0.1", "--n0", "9", "--n", "40", "--alpha", "0.05", "--limit", "20")
     code, out, err = attack(*flags, "--json")
@@ -693,6 +713,7 @@ def test_a_certificate_is_no_attack(attack: Attack, store: Path) -> None:
         (("smallest", "--space", "crops"), "--space crops has no effect on smallest"),
         (("smallest", "--steps", "0"), "--steps: should be greater than or equal to 1"),
         (("fgsm", "--targets", "2"), "--targets has no effect on fgsm"),
+        (("pgd", "--corruptions", "x"), "--corruptions has no effect on pgd"),
         (("smoothing", "--sigma", "64"), "--sigma: 64 is in units of the image range: did you mean 64/255?"),
         (("smoothing", "--sigma", "0"), "--sigma: must be above 0"),
     ],

@@ -45,6 +45,8 @@ from cfamc_cli.store.records import (
     EvaluationLine,
     Flag,
     Line,
+    MeasuredPoint,
+    MeasureRecord,
     Outcomes,
     Progress,
     StageOutcome,
@@ -320,6 +322,69 @@ def test_other_eps_spaces_and_attacks_stand_apart(store: Path, capsys: pytest.Ca
     run([], store, output="rich")
     out = capsys.readouterr().out
     assert "Apart: not comparable" in out
+
+
+def add_measure(run: Path, measure: Any, settings: dict[str, Any], points: Sequence[tuple[str, float, int]]) -> None:
+    record = MeasureRecord(
+        id=f"{measure}-001",
+        run=run.name,
+        probe="linear-001",
+        created=NOON,
+        head="linear",
+        features="pre_feature",
+        measure=measure,
+        settings={"name": measure, **settings},
+        data=data_used("test", 1000),
+        order_digest="0b",
+        encoder_digest="ee",
+        clean=Accuracy.of(700, 1000),
+        points=tuple(MeasuredPoint(name=n, at=at, accuracy=Accuracy.of(correct, 1000)) for n, at, correct in points),
+        figures={"median eps": 0.02, "relative to clean": 0.65, "mean certified radius": None},
+        flags=(),
+        wall_seconds=1.0,
+        environment=ENVIRONMENT,
+        recipe_digest="aa",
+        seed=0,
+        head_digest="dd",
+        forward=1,
+        backward=0,
+    )
+    write_record(run / "measures" / record.id / "record.json", record)
+
+
+def test_measures_stand_apart_from_attacks_and_are_not_called_robust(
+    store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for run_id, more in ((A, 0), (B, 50)):
+        for source in ("cfamc-corruptions-1", "published"):
+            points = [("blur", 1.0, 600 + more), ("blur", 2.0, 301 + more)]
+            add_measure(store / run_id, "corruptions", {"source": source}, points)
+            (store / run_id / "measures/corruptions-001").rename(store / run_id / f"measures/{source}")
+    curve = [("accuracy", 0.0, 700), ("accuracy", 8 / 255, 222)]
+    add_measure(store / A, "smallest", {"norm": "linf", "steps": 50}, curve)
+    add_measure(store / A, "smoothing", {"sigma": "0.25"}, [("certified accuracy", 0.25, 111)])
+    found = result(capsys, [], store)
+    tables = {
+        (table["figure"], table["condition"]["attack"], table["condition"]["settings"]): table
+        for table in found["tables"]
+    }
+    own = tables["corrupted", "corruptions", "source cfamc-corruptions-1"]
+    assert [row["label"] for row in own["rows"]] == [B, A]
+    assert [row["robust"]["value"] for row in own["rows"]] == [pytest.approx(0.5005), pytest.approx(0.4505)]
+    assert "points of corrupted accuracy" in own["verdict"]
+    assert ("corrupted", "corruptions", "source published") in tables
+    (least,) = tables["robust", "smallest", "steps 50"]["rows"]
+    assert (least["robust"]["value"], tables["robust", "smallest", "steps 50"]["condition"]["eps"]) == (0.222, "8/255")
+    (proof,) = tables["certified", "smoothing", "sigma 0.25"]["rows"]
+    assert proof["robust"]["value"] == 0.111
+    with pytest.raises(CfamcError, match="no result has a key 'certifed'"):
+        run([], store, where=["certifed>3"])
+    assert [row["label"] for row in result(capsys, [], store, where=["certified>3"])["tables"][0]["rows"]] == [A]
+    run([], store, output="markdown", limit=0)
+    out = capsys.readouterr().out
+    assert "| corrupted % |" in out
+    assert "relative to clean 0.65" in out
+    assert re.search(r"certified 11\.1|certified 11.1", out)
 
 
 def test_seeds_fold(store: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -30,6 +31,7 @@ class Flags:
     n0: int | None = None
     n: int | None = None
     alpha: float | None = None
+    corruptions: Path | None = None  # folder of the published ones
     limit: int | None = None  # so many samples, the first of the balanced order; all of them for None
     split: Judged | None = None  # which images; held-out ones where there are some, else test images
     head: str | None = None  # id of a probe, or a kind of head
@@ -78,7 +80,8 @@ def asked_measure(flags: Flags) -> Measure | None:
             raise invalid(f"{_flag(flag)} has no effect on {name}")
     if flags.space != "image":
         raise invalid(f"--space crops has no effect on {name}", "leave --space out")
-    return _validated(_MEASURE, {"name": name} | given)
+    source = {"source": "published"} if flags.corruptions else {}
+    return _validated(_MEASURE, {"name": name} | source | given)
 
 
 def asked_attacks(flags: Flags, recipe: Recipe) -> tuple[Attack, ...]:
@@ -112,6 +115,8 @@ def _given(flags: Flags, name: str) -> dict[str, Any]:
     fields = _TABLES["autoattack" if name == _RAND else name].model_fields
     if idle := [key for key in given if key not in fields]:
         raise invalid(f"{_flag(idle[0])} has no effect on {name}")
+    if flags.corruptions and name != "corruptions":
+        raise invalid(f"--corruptions has no effect on {name}", "add --attack corruptions")
     return given
 
 

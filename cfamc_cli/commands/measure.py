@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import TYPE_CHECKING, assert_never
 
+from pydantic import JsonValue
+
 from cfamc_cli.commands.common import Options
 from cfamc_cli.errors import CfamcError, ExitCode, invalid
-from cfamc_cli.recipe.schema import Measure, Norm, Smallest, Smoothing, number
+from cfamc_cli.recipe.schema import Corruptions, Measure, Norm, Smallest, Smoothing, number
 from cfamc_cli.report import terminal
 from cfamc_cli.store.measured import open_measure
 from cfamc_cli.store.outcomes import key_of
@@ -34,7 +36,10 @@ from cfamc_cli.store.records import (
 from cfamc_cli.store.runs import OUTCOMES, RECORD, RunFolder
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from cfamc_cli.commands.attack import Work
+    from cfamc_cli.engine.data.corrupted import Published
     from cfamc_cli.engine.evaluation.measures import Values
 
 Column = Sequence[float | None]
@@ -130,6 +135,30 @@ def smoothing_summary(right: Column, radius: Column, *, table: Smoothing) -> Sum
     return Summary(points, figures, [], [note])
 
 
+def corruptions_summary(columns: Mapping[str, Column]) -> Summary:
+    """Accuracy of each kind at each severity, of each kind, and their mean beside the clean one.
+
+    Args:
+        columns: Of each sample whether it is right: "clean", and "kind/severity".
+    """
+    n, cells = len(columns["clean"]), [name.partition("/") for name in columns if name != "clean"]
+    correct = {name: round(sum(value or 0 for value in column)) for name, column in columns.items()}
+    points = [
+        MeasuredPoint(name=kind, at=float(severity), accuracy=Accuracy.of(correct[f"{kind}/{severity}"], n))
+        for kind, _, severity in cells
+    ]
+    kinds: dict[str, list[float]] = {}
+    for point in points:
+        kinds.setdefault(point.name, []).append(point.accuracy.value)
+    mean, clean = sum(point.accuracy.value for point in points) / len(points), correct["clean"] / n
+    figures = {
+        "mean": mean,
+        "relative to clean": mean / clean if clean else None,
+        **{f"mean of {kind}": sum(values) / len(values) for kind, values in kinds.items()},
+    }
+    return Summary(points, figures)
+
+
 def _judged(name: str, figure: float, limit: float, text: str) -> Flag:
     return Flag(name=name, figure=figure, limit=limit, verdict="passed" if figure <= limit else "failed", text=text)
 
@@ -160,8 +189,10 @@ def measured(work: Work, table: Measure, options: Options) -> None:
 
     if work.probe.head == "crops":
         raise invalid(f"--attack {table.name} needs a head that reads whole images", "name one with --head")
-    header, label = _header(work, table, BLOCK), f"{table.name} of {work.n:,} images"
-    values = _values(work, table)
+    published = _published(work)
+    settings = table.model_dump(mode="json") | ({"fingerprint": published.fingerprint} if published else {})
+    header, label = _header(work, settings, BLOCK), f"{table.name} of {work.n:,} images"
+    values = _values(work, table, published)
 
     def blocks_of(
         finished: Mapping[int, MeasuredBlock], commit: measures.Commit
@@ -198,7 +229,7 @@ def measured(work: Work, table: Measure, options: Options) -> None:
             head=work.probe.head,
             features=work.probe.features,
             measure=table.name,
-            settings=table.model_dump(mode="json"),
+            settings=settings,
             data=work.data.used().model_copy(update={"n": work.n}),
             order_digest=work.order_digest,
             encoder_digest=work.probe.encoder_digest,
@@ -219,7 +250,7 @@ def measured(work: Work, table: Measure, options: Options) -> None:
         _tell(work.run, RunFolder(ledger.folder), record, strict=work.flags.strict, options=options)
 
 
-def _header(work: Work, table: Measure, block: int) -> MeasureHeader:
+def _header(work: Work, settings: Mapping[str, JsonValue], block: int) -> MeasureHeader:
     """What the values depend on but the number of samples makes the key."""
     key = {
         "schema": 1,
@@ -228,7 +259,7 @@ def _header(work: Work, table: Measure, block: int) -> MeasureHeader:
         "features": work.probe.features,
         "data": work.data.fingerprint,
         "order": work.order_digest,
-        "settings": table.model_dump(mode="json"),
+        "settings": settings,
         "seed": work.recipe.seed,
         "block": block,
     }
@@ -241,8 +272,21 @@ def _header(work: Work, table: Measure, block: int) -> MeasureHeader:
     )
 
 
-def _values(work: Work, table: Measure) -> Values:
+def _published(work: Work) -> Published | None:
+    """The published corruptions that were asked for; None for those of our own."""
+    from cfamc_cli.engine.data.corrupted import find_published
+
+    if work.flags.corruptions is None:
+        return None
+    if work.data.split != "test":
+        raise invalid("--corruptions: published corruptions are of test images", "add --split test")
+    return find_published(work.flags.corruptions, work.data)
+
+
+def _values(work: Work, table: Measure, published: Published | None) -> Values:
+    from cfamc_cli.engine.corruptions import KINDS, corrupted
     from cfamc_cli.engine.evaluation import measures
+    from cfamc_cli.engine.evaluation.blocks import BLOCK
     from cfamc_cli.engine.evaluation.smoothing import smoothing
 
     match table:
@@ -250,6 +294,15 @@ def _values(work: Work, table: Measure) -> Values:
             return measures.smallest(table, seed=work.recipe.seed)
         case Smoothing():
             return smoothing(table, seed=work.recipe.seed)
+        case Corruptions():
+
+            def corrupt(x: Tensor, places: Tensor, kind: str, severity: int) -> Tensor:
+                if published is not None:
+                    return published.images(places, kind=kind, severity=severity)
+                return corrupted(x, places, kind=kind, severity=severity)
+
+            kinds = published.kinds if published else KINDS
+            return measures.corruptions(kinds, corrupt, places=work.chosen, block_size=BLOCK)
         case _:
             assert_never(table)
 
@@ -261,6 +314,8 @@ def _summary(work: Work, table: Measure, columns: dict[str, list[float | None]])
             return smallest_summary(columns["eps"], norm=table.norm, attacks=attacks)
         case Smoothing():
             return smoothing_summary(columns["right"], columns["radius"], table=table)
+        case Corruptions():
+            return corruptions_summary(columns)
         case _:
             assert_never(table)
 

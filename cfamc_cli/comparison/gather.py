@@ -16,16 +16,18 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TypeAlias, TypeVar
 
-from cfamc_cli.comparison.tables import Condition, Entry, Run, Scalar, Settings
+from cfamc_cli.comparison.tables import USUAL_EPS, Condition, Entry, Run, Scalar, Settings
 from cfamc_cli.errors import CfamcError, bad_data, invalid
 from cfamc_cli.recipe.plan import plan
-from cfamc_cli.recipe.schema import Outside, as_before, outside
+from cfamc_cli.recipe.schema import Outside, as_before, number, outside
 from cfamc_cli.store.files import explained, read_bytes
 from cfamc_cli.store.records import (
+    Accuracy,
     AttackResult,
     BenchRecord,
     DataUsed,
     Environment,
+    MeasureResult,
     Outcomes,
     ProbeResult,
     RunRecord,
@@ -38,7 +40,7 @@ from cfamc_cli.store.records import (
 from cfamc_cli.store.runs import BENCHES, OUTCOMES, RECORD, RunFolder, find_run, list_runs
 
 _SCALAR = (str, int, float, type(None))
-Result = TypeVar("Result", ProbeResult, AttackResult)
+Result = TypeVar("Result", ProbeResult, AttackResult, MeasureResult)
 LeftOut: TypeAlias = tuple[str, str]  # what could not be used, and why
 
 ONLINE = "online linear"  # the head that monitors training
@@ -157,6 +159,7 @@ class _Reader:
         before = len(self.found.entries)
         heads = self._probes(folder, run, record)
         self._attacks(folder, run, record, heads)
+        self._measures(folder, run, record, heads)
         if len(self.found.entries) == before:
             self._online(record, run)
 
@@ -262,6 +265,37 @@ class _Reader:
                 )
             )
 
+    def _measures(self, folder: RunFolder, run: Run, trained: RunRecord, heads: Mapping[str, Settings]) -> None:
+        """Add measures: one of no one eps has its accuracy at the usual one, and corruptions their mean."""
+        for name, record in self._records(folder, "measures", MeasureResult, trained):
+            settings = self._settings(record.settings, "", without=_NOT_THE_ATTACK)
+            figures, norm = record.figures, str(record.settings.get("norm", ""))
+            match record.measure:
+                case "smallest":
+                    eps, told = USUAL_EPS if norm == "linf" else "128/255", "median eps"
+                case "smoothing":
+                    norm, eps, told = "l2", "0.25", "mean certified radius"
+                case "corruptions":
+                    eps, told = "", "relative to clean"
+            found = _shown(record, eps)
+            if found is None:
+                self._leave_out(f"{run.id} measures/{name}", "it has no accuracy that could be compared")
+                continue
+            attack = (record.measure, ", ".join(f"{key} {value}" for key, value in settings))
+            threat = ThreatModel(space="image", norm="l2" if norm == "l2" else "linf", eps=eps) if eps else None
+            where = self._condition(record.data, record.head, record.features, threat, attack)
+            value = figures.get(told)
+            self.found.entries.append(
+                Entry(
+                    *(run, f"measures/{name}", where, heads.get(record.probe, ()), record.created, record.clean),
+                    robust=found,
+                    failed=tuple(flag.name for flag in record.flags if flag.verdict == "failed"),
+                    attack=settings,
+                    computed=self._computed(trained, record.environment),
+                    remark=f"{told} {'unknown' if value is None else f'{value:.4g}'}",
+                )
+            )
+
     def _online(self, record: RunRecord, run: Run) -> None:
         """The figures that monitored the training, where nothing better was measured."""
         evaluation = record.evaluation
@@ -362,7 +396,21 @@ def _is_absent(path: Path | str) -> bool:
     return False
 
 
-def _is_of_final_encoder(record: ProbeResult | AttackResult, run: RunFolder, trained: RunRecord) -> bool:
+def _shown(record: MeasureResult, eps: str) -> Accuracy | None:
+    """The accuracy at a radius, or the mean over corruptions with an interval for as many images as there are."""
+    if eps:
+        return next((point.accuracy for point in record.points if math.isclose(point.at, number(eps))), None)
+    values = [point.accuracy.value for point in record.points]
+    if not values:
+        return None
+    n, mean = record.clean.n, sum(values) / len(values)
+    nearest = Accuracy.of(round(mean * n), n)
+    return nearest.model_copy(update={"value": mean})
+
+
+def _is_of_final_encoder(
+    record: ProbeResult | AttackResult | MeasureResult, run: RunFolder, trained: RunRecord
+) -> bool:
     """Whether a result is of the encoder that its run ended with; checkpoints are looked at only in doubt."""
     if record.created - timedelta(seconds=record.wall_seconds) >= trained.updated:
         return True

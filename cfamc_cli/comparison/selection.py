@@ -27,8 +27,8 @@ _DIFFERENCES: Mapping[str, tuple[Which, str]] = {  # keys of a row that is held 
     "robust_p": ("robust", "p"),
 }
 # What is measured of a run: a filter that took single seeds by it would leave a mean of the lucky ones.
-_RESULTS = ("clean", "robust", "knn", "loss", "memory", "seconds", "time")
-_LARGEST_FIRST = ("clean", "robust", "knn", "clean_diff", "robust_diff")
+_RESULTS = ("clean", "robust", "corrupted", "certified", "knn", "loss", "memory", "seconds", "time")
+_LARGEST_FIRST = ("clean", "robust", "corrupted", "certified", "knn", "clean_diff", "robust_diff")
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def fields_of(entry: Entry) -> dict[str, Scalar]:
     }
     if entry.robust is not None:
         known |= {
-            "robust": 100 * entry.robust.value,
+            condition.figure: 100 * entry.robust.value,
             "space": condition.space,
             "norm": condition.norm,
             "eps": condition.eps,

@@ -23,6 +23,7 @@ Which = Literal["clean", "robust"]
 USUAL_EPS = "8/255"
 STRONGEST = "autoattack"
 FEW = 0.1  # of the median number of samples: results on fewer cut no others
+_FIGURES = {"corruptions": "corrupted", "smoothing": "certified"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +48,18 @@ class Condition:
         if not self.attack:
             return f"{data}, {head}, clean images"
         attack = f"{self.attack} ({self.settings})" if self.settings else self.attack
-        return f"{data}, {head}, {attack}, {self.norm} {self.eps} in {self.space} space"
+        reach = f", {self.norm} {self.eps} in {self.space} space" if self.norm else ""
+        return f"{data}, {head}, {attack}{reach}"
+
+    @property
+    def figure(self) -> str:
+        """What the second accuracy is called; what no attack has measured is not called robust."""
+        return _FIGURES.get(self.attack, "robust")
 
     def rank(self) -> tuple[bool, bool, float, str]:
         """Sort key: attacks before clean images, the field's usual size first, then by size."""
-        return (not self.attack, self.eps != USUAL_EPS, exact_number(self.eps) or 0.0, self.title())
+        under = bool(self.attack) and self.figure == "robust"
+        return (not under, self.eps != USUAL_EPS, exact_number(self.eps) or 0.0, self.title())
 
     def differences(self, other: Condition) -> list[str]:
         """What keeps the two apart, such as "eps 4/255, not 8/255"."""
@@ -104,6 +112,7 @@ class Entry:
     attack: Settings = ()  # settings, as ("steps", 20)
     computed: Settings = ()  # where and how, as ("training.precision", "bfloat16")
     whole: Entry | None = None  # the result as it was measured, where this is a part of its samples
+    remark: str = ""  # what a reader wants to know beside the two accuracies
 
     @property
     def n(self) -> int:
@@ -384,9 +393,10 @@ def _verdict(ranked: Sequence[Row], outcomes_of: OutcomesOf) -> str:
     best, second = ranked[0], ranked[1]
     which: Which = "robust" if best.robust is not None else "clean"
     found = difference(best, second, which=which, outcomes_of=outcomes_of)
-    lead = f"{best.label} leads {second.label} by {100 * found.value:.1f} points of {which} accuracy"
+    called = "clean" if which == "clean" else best.condition.figure
+    lead = f"{best.label} leads {second.label} by {100 * found.value:.1f} points of {called} accuracy"
     if found.value == 0:
-        lead = f"{best.label} and {second.label} have equal {which} accuracy"
+        lead = f"{best.label} and {second.label} have equal {called} accuracy"
     if found.p is not None:
         chance = "chance alone explains that" if found.p > CHANCE else "more than chance"
         return f"{lead} on {found.shared:,} shared samples: {chance} (McNemar p {probability(found.p)})"

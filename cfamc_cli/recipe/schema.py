@@ -646,6 +646,13 @@ class Smallest(Table):
     targets: Annotated[int, Field(ge=1, le=100_000)] = 3
 
 
+class Corruptions(Table):
+    """Accuracy on corrupted images, of each kind at five severities. No attack: nobody searches for the worst."""
+
+    name: Literal["corruptions"]
+    source: Literal["cfamc-corruptions-1", "published"] = "cfamc-corruptions-1"
+
+
 class Smoothing(Table):
     """Certified accuracy in L2 of the classifier under Gaussian noise, arXiv:1902.02918. No attack, but a proof."""
 
@@ -669,7 +676,7 @@ Schedule = Annotated[Cosine | OfficialCosine, Field(discriminator="name")]
 Probe = Annotated[Linear | RobustLinear | AggregatedCrops | Knn | Finetune, Field(discriminator="head")]
 Stage = PgdAttack | FgsmAttack | ApgdAttack | TargetedApgdAttack | FabAttack | SquareAttack | EmbeddingAttack
 Attack = Annotated[Stage | AutoAttackAttack, Field(discriminator="name")]
-Measure = Smallest | Smoothing  # of robustness, at no one eps; asked for by flags alone
+Measure = Smallest | Corruptions | Smoothing  # of robustness, at no one eps; asked for by flags alone
 
 
 class Phase(Table):

@@ -130,6 +130,7 @@ def as_json(
             {
                 "title": table.condition.title(),
                 "condition": asdict(table.condition),
+                "figure": table.condition.figure,  # what "robust" of a row is: robust, corrupted or certified
                 "not_comparable_with_the_first": table.apart,
                 "verdict": table.verdict,
                 "notes": list(table.notes),
@@ -197,7 +198,8 @@ def _who(row: Row) -> object:
 
 def _sheet(table: ComparedTable, beside: Sequence[Published], limit: int) -> Sheet:
     held, shown = any(row.against for row in table.rows), table.rows[: limit or None]
-    columns = (*_MEASURED, *(_AGAINST if held else ()), *_COST, *SAID)
+    second = f"{table.condition.figure} %"
+    columns = (*_MEASURED[:-1], second, *(_AGAINST if held else ()), *_COST, *SAID)
     rows = [
         (*_measured(row), *(_against_cells(row) if held else ()), *_cost(row), _recipe(table, row), _note(row))
         for row in shown
@@ -220,14 +222,20 @@ def _sheet(table: ComparedTable, beside: Sequence[Published], limit: int) -> She
 def _apart(tables: Sequence[ComparedTable], limit: int) -> Sheet:
     shown = tables[: limit or None]
     rows = [
-        (*(row.label, f"{row.n:,}", figure_text(row.clean), figure_text(row.robust)), table.condition.title(), why)
+        (*(row.label, f"{row.n:,}", figure_text(row.clean), *_called(table, row)), table.condition.title(), why)
         for table in shown
         for row in table.rows
         for why in ["; ".join(filter(None, [*_untrusted(row), table.apart]))]
     ]
     title = "Apart: not comparable with the first table, nor with each other"
-    columns = ("run", "n", "clean %", "robust %", "under", "why apart")
-    return Sheet(title, columns, (1, 2, 3), tuple(rows), more=len(tables) - len(shown))
+    columns = ("run", "n", "clean %", "robust %", "other %", "under", "why apart")
+    return Sheet(title, columns, (1, 2, 3, 4), tuple(rows), more=len(tables) - len(shown))
+
+
+def _called(table: ComparedTable, row: Row) -> tuple[str, str]:
+    """The second accuracy, apart where it is none under attack."""
+    text = figure_text(row.robust)
+    return (text, "") if table.condition.figure == "robust" else ("", f"{table.condition.figure} {text}")
 
 
 def _published_sheet(condition: Condition, rows: Sequence[Published]) -> Sheet:
@@ -286,6 +294,7 @@ def _against_cells(row: Row) -> list[str]:
 
 def _note(row: Row) -> str:
     parts = ["baseline"] if row.baseline else []
+    parts += [entry.remark for entry in row.entries if entry.remark]
     if any(entry.whole for entry in row.entries):
         parts.append(f"cut from n {' '.join(f'{(entry.whole or entry).n:,}' for entry in row.entries)}")
     parts += _untrusted(row)

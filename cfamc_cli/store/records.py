@@ -440,9 +440,9 @@ class Outcomes(Record):
 
 
 class MeasuredPoint(Part):
-    """An accuracy of a measure, at an eps or a radius."""
+    """An accuracy of a measure: at an eps or a radius, or of a kind of corruption at a severity."""
 
-    name: str  # "accuracy" or "certified accuracy"
+    name: str  # "accuracy", "certified accuracy", or the kind of corruption
     at: Annotated[float, Field(ge=0)]
     accuracy: Accuracy
 
@@ -458,7 +458,7 @@ class MeasureResult(Record):
     created: AwareDatetime
     head: HeadKind  # its kind
     features: Features
-    measure: Literal["smallest", "smoothing"]
+    measure: Literal["smallest", "corruptions", "smoothing"]
     settings: dict[str, JsonValue]  # its resolved settings
     data: DataUsed  # as for an attack
     order_digest: Hex

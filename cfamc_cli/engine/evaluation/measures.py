@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from cfamc_cli.engine.attacks.fmn import fmn
-from cfamc_cli.engine.attacks.search import rows_where
+from cfamc_cli.engine.attacks.search import fooled, logits_at, rows_where
 from cfamc_cli.engine.ball import norms
+from cfamc_cli.engine.corruptions import SEVERITIES
 from cfamc_cli.engine.distributed import World, pooled_texts, told
 from cfamc_cli.engine.evaluation.audit import cheap_checks, trace_checks
 from cfamc_cli.engine.evaluation.verify import Meter, Predictor, in_region, look, undisturbed
@@ -127,6 +128,30 @@ def smallest(settings: Smallest, *, seed: int) -> Values:
                 eps[rows.cpu()] = found
                 rows = rows[rows_where(found.isnan().to(rows.device))]
         return {"clean": right.double(), "eps": eps}
+
+    return values
+
+
+def corruptions(
+    kinds: Sequence[str], corrupt: Callable[[Tensor, Tensor, str, int], Tensor], *, places: Tensor, block_size: int
+) -> Values:
+    """For each sample whether it is right as it is ("clean"), and in each kind of corruption at each severity.
+
+    Args:
+        kinds: Kinds of corruption.
+        corrupt: The corrupted images of clean ones (N, C, H, W) that lie at places (N,), of a kind at a severity.
+        places: Of all samples, (M,).
+        block_size: Samples of a block.
+    """
+
+    def values(target: Predictor, x: Tensor, y: Tensor, block: int) -> dict[str, Tensor]:
+        own = places[block * block_size :][: len(x)]
+        found = {"clean": (~fooled(logits_at(target.logits, x), y)).double()}
+        for kind in kinds:
+            for severity in SEVERITIES:
+                images = corrupt(x, own, kind, severity).to(x.device)
+                found[f"{kind}/{severity}"] = (~fooled(logits_at(target.logits, images), y)).double()
+        return found
 
     return values
 
