@@ -28,8 +28,9 @@ SURFACE = {
         "--protocol --quiet/-q --resume --runs --set --size --split --std"
     ),
     "cfamc attack": (
-        "RUN --attack --audit --device --eps --head --json --limit --norm --plot --quiet/-q "
-        "--restarts --runs --save-examples --search-precision --space --split --step-size --steps --strict"
+        "RUN --alpha --attack --audit --corruptions --device --eps --head --json --limit --n --n0 --norm --plot "
+        "--queries --quiet/-q --restarts --runs --save-examples --search-precision --sigma --space --split --step-size "
+        "--steps --strict --targets"
     ),
     "cfamc compare": (
         "REFERENCES --baseline --fold/--no-fold --format --html --json --limit --plot --published --runs --sort --where"

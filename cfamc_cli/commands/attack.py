@@ -18,7 +18,7 @@ from pydantic import JsonValue
 from cfamc_cli.commands.attack_report import NOT_AUDITED, Result, curves, draw_accuracy, draw_loss, lacks_audit, tell
 from cfamc_cli.commands.attack_settings import Flags, asked_attacks, asked_measure, check_flags
 from cfamc_cli.commands.common import SAME_COMMAND, Options, Session, interruption, session
-from cfamc_cli.commands.measure import measured
+from cfamc_cli.commands.measure import Subject, measured
 from cfamc_cli.errors import bad_data, invalid, missing_library
 from cfamc_cli.recipe.schema import Attack, EmbeddingAttack, Norm, PgdAttack, Recipe, number
 from cfamc_cli.store.environment import capture_environment
@@ -91,7 +91,7 @@ def attack(reference: str | None, *, flags: Flags, options: Options) -> None:
         with peers(working.world, hint=SAME_COMMAND), out_of_memory(hint=lower):
             work = Work(run, recipe, flags, working)
             if measure is not None:
-                measured(work, measure, options)
+                measured(work.subject(), measure, options)
                 return
             if not working.world.leads:
                 for table in asked:
@@ -170,6 +170,32 @@ class Work:
             raise invalid(f"--space crops: {needed / 2**30:.0f} GiB of crops do not fit", f"say --limit {fits}")
         parts = zip(self.x.split(256), self.chosen.split(256), strict=True)
         return torch.cat([stacked_crops(self.classifier, images, indices) for images, indices in parts])
+
+    def subject(self) -> Subject:
+        """What a measure needs to know.
+
+        Raises:
+            CfamcError: Exit 2; the head reads no whole images.
+        """
+        if self.own_crops:
+            raise invalid(f"--attack {self.flags.attack} needs a head that reads whole images", "name one with --head")
+        return Subject(
+            run=self.run,
+            recipe=self.recipe,
+            probe=self.probe,
+            predictor=self.target(),
+            data=self.data,
+            chosen=self.chosen,
+            order_digest=self.order_digest,
+            x=self.x,
+            y=self.y,
+            corruptions=self.flags.corruptions,
+            strict=self.flags.strict,
+            device=self.device,
+            environment=self.environment(),
+            talk=self.talk,
+            world=self.world,
+        )
 
     def evaluate(self, table: Attack) -> Result:
         """Make one evaluation, or what is left of it: from its ledger to its record."""

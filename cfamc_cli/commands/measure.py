@@ -8,26 +8,30 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, assert_never
 
 from pydantic import JsonValue
 
 from cfamc_cli.commands.common import Options
+from cfamc_cli.engine.sink import Talk
 from cfamc_cli.errors import CfamcError, ExitCode, invalid
-from cfamc_cli.recipe.schema import Corruptions, Measure, Norm, Smallest, Smoothing, number
+from cfamc_cli.recipe.schema import Corruptions, Measure, Norm, Recipe, Smallest, Smoothing, number
 from cfamc_cli.report import terminal
 from cfamc_cli.store.measured import open_measure
 from cfamc_cli.store.outcomes import key_of
 from cfamc_cli.store.records import (
     Accuracy,
     AttackRecord,
+    Environment,
     Flag,
     MeasuredBlock,
     MeasuredPoint,
     MeasureHeader,
     MeasureRecord,
     Outcomes,
+    ProbeRecord,
     load_record,
     now,
     save_record,
@@ -36,11 +40,14 @@ from cfamc_cli.store.records import (
 from cfamc_cli.store.runs import OUTCOMES, RECORD, RunFolder
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
-    from cfamc_cli.commands.attack import Work
     from cfamc_cli.engine.data.corrupted import Published
+    from cfamc_cli.engine.data.sets import ImageSet
+    from cfamc_cli.engine.distributed import World
     from cfamc_cli.engine.evaluation.measures import Values
+    from cfamc_cli.engine.evaluation.verify import Predictor
 
 Column = Sequence[float | None]
 _SHOWN: dict[Norm, tuple[str, ...]] = {  # radii at which a curve is told; every sample's own is in samples.jsonl
@@ -49,6 +56,27 @@ _SHOWN: dict[Norm, tuple[str, ...]] = {  # radii at which a curve is told; every
 }
 _RADII = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)  # likewise, of certificates
 _ROUNDING = 1e-6  # by which an example of a fixed eps may lie beyond it
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured, on which samples, and where."""
+
+    run: RunFolder
+    recipe: Recipe
+    probe: ProbeRecord
+    predictor: Predictor
+    data: ImageSet
+    chosen: Tensor  # (N,) places of the samples in the split, in the order of `order_digest`
+    order_digest: str
+    x: Tensor  # their images, (N, C, H, W) in [0, 1]
+    y: Tensor  # (N,)
+    corruptions: Path | None  # folder of published ones; None for those of our own
+    strict: bool  # a failed check is exit code 5
+    device: torch.device
+    environment: Environment
+    talk: Talk
+    world: World
 
 
 @dataclass(frozen=True)
@@ -163,7 +191,7 @@ def _judged(name: str, figure: float, limit: float, text: str) -> Flag:
     return Flag(name=name, figure=figure, limit=limit, verdict="passed" if figure <= limit else "failed", text=text)
 
 
-def _attacks_on_the_same(work: Work, norm: Norm) -> Iterator[Broken]:
+def _attacks_on_the_same(work: Subject, norm: Norm) -> Iterator[Broken]:
     """What finished attacks of one eps did to these samples."""
     for path in sorted(work.run.attacks.glob(f"[!.]*/{RECORD}")):
         try:
@@ -178,27 +206,25 @@ def _attacks_on_the_same(work: Work, norm: Norm) -> Iterator[Broken]:
             yield Broken(record.id, number(record.threat.eps), [any(bits) for bits in zip(*masks, strict=True)])
 
 
-def measured(work: Work, table: Measure, options: Options) -> None:
+def measured(work: Subject, table: Measure, options: Options) -> None:
     """Make one measure, or what is left of it, and say what came out.
 
     Raises:
-        CfamcError: Exit 2; the head reads no whole images. Exit 5; a check failed, and --strict refuses that.
+        CfamcError: Exit 5; a check failed, and --strict refuses that.
     """
     from cfamc_cli.engine.evaluation import measures
     from cfamc_cli.engine.evaluation.blocks import BLOCK
 
-    if work.probe.head == "crops":
-        raise invalid(f"--attack {table.name} needs a head that reads whole images", "name one with --head")
     published = _published(work)
     settings = table.model_dump(mode="json") | ({"fingerprint": published.fingerprint} if published else {})
-    header, label = _header(work, settings, BLOCK), f"{table.name} of {work.n:,} images"
+    header, label = _header(work, settings, BLOCK), f"{table.name} of {len(work.x):,} images"
     values = _values(work, table, published)
 
     def blocks_of(
         finished: Mapping[int, MeasuredBlock], commit: measures.Commit
     ) -> tuple[list[MeasuredBlock], tuple[Flag, ...]]:
         return measures.measure(
-            work.target(),
+            work.predictor,
             work.x,
             work.y,
             values=values,
@@ -230,15 +256,15 @@ def measured(work: Work, table: Measure, options: Options) -> None:
             features=work.probe.features,
             measure=table.name,
             settings=settings,
-            data=work.data.used().model_copy(update={"n": work.n}),
+            data=work.data.used().model_copy(update={"n": len(work.x)}),
             order_digest=work.order_digest,
             encoder_digest=work.probe.encoder_digest,
-            clean=Accuracy.of(round(sum(value or 0 for value in columns["clean"])), work.n),
+            clean=Accuracy.of(round(sum(value or 0 for value in columns["clean"])), len(work.x)),
             points=tuple(summary.points),
             figures=dict(summary.figures),
             flags=(*checks, *summary.flags),
             wall_seconds=ledger.seconds(),
-            environment=work.environment(),
+            environment=work.environment,
             recipe_digest=work.recipe.digest(),
             seed=work.recipe.seed,
             head_digest=work.probe.head_digest,
@@ -247,10 +273,10 @@ def measured(work: Work, table: Measure, options: Options) -> None:
             backward=sum(block.backward for block in blocks),
         )
         save_record(ledger.folder / RECORD, record)
-        _tell(work.run, RunFolder(ledger.folder), record, strict=work.flags.strict, options=options)
+        _tell(work.run, RunFolder(ledger.folder), record, strict=work.strict, options=options)
 
 
-def _header(work: Work, settings: Mapping[str, JsonValue], block: int) -> MeasureHeader:
+def _header(work: Subject, settings: Mapping[str, JsonValue], block: int) -> MeasureHeader:
     """What the values depend on but the number of samples makes the key."""
     key = {
         "schema": 1,
@@ -264,7 +290,7 @@ def _header(work: Work, settings: Mapping[str, JsonValue], block: int) -> Measur
         "block": block,
     }
     return MeasureHeader(
-        n=work.n,
+        n=len(work.x),
         block=block,
         order_digest=work.order_digest,
         data_fingerprint=work.data.fingerprint,
@@ -272,18 +298,18 @@ def _header(work: Work, settings: Mapping[str, JsonValue], block: int) -> Measur
     )
 
 
-def _published(work: Work) -> Published | None:
+def _published(work: Subject) -> Published | None:
     """The published corruptions that were asked for; None for those of our own."""
     from cfamc_cli.engine.data.corrupted import find_published
 
-    if work.flags.corruptions is None:
+    if work.corruptions is None:
         return None
     if work.data.split != "test":
         raise invalid("--corruptions: published corruptions are of test images", "add --split test")
-    return find_published(work.flags.corruptions, work.data)
+    return find_published(work.corruptions, work.data)
 
 
-def _values(work: Work, table: Measure, published: Published | None) -> Values:
+def _values(work: Subject, table: Measure, published: Published | None) -> Values:
     from cfamc_cli.engine.corruptions import KINDS, corrupted
     from cfamc_cli.engine.evaluation import measures
     from cfamc_cli.engine.evaluation.blocks import BLOCK
@@ -307,7 +333,7 @@ def _values(work: Work, table: Measure, published: Published | None) -> Values:
             assert_never(table)
 
 
-def _summary(work: Work, table: Measure, columns: dict[str, list[float | None]]) -> Summary:
+def _summary(work: Subject, table: Measure, columns: dict[str, list[float | None]]) -> Summary:
     match table:
         case Smallest():
             attacks = list(_attacks_on_the_same(work, table.norm))
