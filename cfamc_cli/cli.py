@@ -132,7 +132,10 @@ def probe(
     overrides: Annotated[
         Texts, Option("--set", metavar="KEY=VALUE", help="Such as probe.lr=0.001; repeatable.")
     ] = None,
-    data: Annotated[Text, Option(metavar="NAME|FOLDER", help="Another data set than the one trained on.")] = None,
+    data: Annotated[
+        Texts,
+        Option(metavar="NAME|FOLDER", help="Another data set than the one trained on; repeat it for a head each."),
+    ] = None,
     limit: Annotated[Number, Option(min=1, metavar="N", help="Fit to N images, evenly of all classes.")] = None,
     split: SplitOption = None,
     foreign: Annotated[
@@ -169,7 +172,8 @@ def probe(
         crops=crops,
         epochs=epochs,
         protocol=protocol,
-        data=data,
+        data=data[0] if data else None,
+        also=tuple(data[1:] if data else ()),
         limit=limit,
         split=split,
         overrides=tuple(overrides or ()),
@@ -221,12 +225,19 @@ def attack(
     space: Annotated[
         str, Option(metavar="NAME", help="image, or crops: each crop of the aggregated head by itself.")
     ] = "image",
+    source: Annotated[
+        Text, Option(metavar="RUN", help="Make the examples on another run, and judge them on this.")
+    ] = None,
     strict: Annotated[bool, Option("--strict", help="Exit with 5 if a check says not to trust it.")] = False,
     audit: Annotated[bool, Option("--audit", help="Make the full audit, which attacks again.")] = False,
     save_examples: Annotated[
         Number, Option(min=1, max=300, metavar="N", help="Draw N adversarial examples as a PNG.")
     ] = None,
     plot: Annotated[bool, Option("--plot", help="Draw loss against steps and accuracy against eps.")] = False,
+    unlabelled: Annotated[
+        bool, Option("--unlabelled", help="Measure the encoder by itself: no head, no labels.")
+    ] = False,
+    data: Annotated[Text, Option(metavar="NAME|FOLDER", help="Other images, for --unlabelled.")] = None,
     device: DeviceOption = "auto",
     runs: RunsOption = None,
     json: JsonOption = False,
@@ -236,6 +247,7 @@ def attack(
     from cfamc_cli.commands.attack import attack as evaluate
     from cfamc_cli.commands.attack_settings import Flags
     from cfamc_cli.commands.common import Options
+    from cfamc_cli.commands.unlabelled import unlabelled as measure
 
     flags = Flags(
         eps=tuple(eps or ()),
@@ -256,12 +268,17 @@ def attack(
         split=split,
         head=head,
         space=space,
+        source=source,
         strict=strict,
         audit=audit,
         save_examples=save_examples,
         plot=plot,
+        unlabelled=unlabelled,
+        data=data,
     )
-    evaluate(run, flags=flags, options=Options(device=device, runs=runs, quiet=quiet, as_json=json))
+    (measure if unlabelled else evaluate)(
+        run, flags=flags, options=Options(device=device, runs=runs, quiet=quiet, as_json=json)
+    )
 
 
 @app.command()
@@ -312,7 +329,7 @@ def export(
         Option(help="How much of the network; backbone unless told."),
     ] = None,
     wanted: Annotated[
-        Literal["safetensors", "pt2", "onnx"] | None,
+        Literal["safetensors", "pt2", "onnx", "robustbench"] | None,
         Option("--format", help="How it is written; safetensors unless told."),
     ] = None,
     head: Annotated[

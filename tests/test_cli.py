@@ -28,9 +28,9 @@ SURFACE = {
         "--protocol --quiet/-q --resume --runs --set --size --split --std"
     ),
     "cfamc attack": (
-        "RUN --alpha --attack --audit --corruptions --device --eps --head --json --limit --n --n0 --norm --plot "
-        "--queries --quiet/-q --restarts --runs --save-examples --search-precision --sigma --space --split --step-size "
-        "--steps --strict --targets"
+        "RUN --alpha --attack --audit --corruptions --data --device --eps --head --json --limit --n --n0 --norm --plot "
+        "--queries --quiet/-q --restarts --runs --save-examples --search-precision --sigma --source --space --split "
+        "--step-size --steps --strict --targets --unlabelled"
     ),
     "cfamc compare": (
         "REFERENCES --baseline --fold/--no-fold --format --html --json --limit --plot --published --runs --sort --where"

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from dataclasses import replace
 from datetime import UTC, datetime
 from fractions import Fraction
@@ -477,12 +478,41 @@ def test_only_the_keys_that_differ_are_shown() -> None:
 
 
 def test_published_rows() -> None:
-    tables = {(condition.dataset, condition.eps): rows for condition, rows in published().items()}
+    of_paper = {condition: rows for condition, rows in published().items() if condition.attack == "pgd"}
+    tables = {(condition.dataset, condition.eps): rows for condition, rows in of_paper.items()}
     assert [len(rows) for rows in tables.values()] == [7] * 4
     rows = {row.system: row for row in tables["cifar10", "8/255"]}
     ours = rows["CF-AMC-SSL, 16 crops, m = 3"]
     assert (ours.clean, ours.robust, ours.minutes, ours.epochs) == (75.88, 33.34, 97, 10)
     assert tables["cifar100", "4/255"][0].robust == 14.38
+
+
+@pytest.mark.parametrize(
+    ("dataset", "head", "count", "best", "robust", "clean"),
+    [
+        ("cifar10", "linear", 11, "DynACL-AIR++", 46.99, 81.80),
+        ("cifar10", "robust-linear", 10, "DynACL-AIR++", 48.23, 79.56),
+        ("cifar10", "finetune", 10, "DynACL-AIR++", 50.79, 82.36),
+        ("cifar10", "supervised", 6, "Sehwag et al., ICLR 2022 (10 M synthetic images)", 55.54, 84.59),
+        ("cifar100", "linear", 10, "ASTrA++", 21.95, None),
+        ("cifar100", "robust-linear", 8, "DynACL-AIR++", 22.96, 52.09),
+        ("cifar100", "finetune", 8, "DynACL-AIR", 25.97, 57.75),
+        ("cifar100", "supervised", 1, "DAJAT, NeurIPS 2022", 27.67, 65.45),
+    ],
+)
+def test_rows_of_the_boards(dataset: str, head: str, count: int, best: str, robust: float, clean: float | None) -> None:
+    boards = {
+        (where.dataset, where.head): (where, rows) for where, rows in published().items() if where.attack != "pgd"
+    }
+    where, rows = boards[dataset, head]
+    assert len(boards) == 8
+    assert (where.features, where.space, where.norm, where.eps) == ("backbone", "image", "linf", "8/255")
+    assert (where.attack, where.settings) == ("autoattack", "version standard")
+    assert (len(rows), rows[0].system, rows[0].robust, rows[0].clean) == (count, best, robust, clean)
+    assert [row.robust for row in rows] == sorted((row.robust for row in rows), reverse=True)
+    assert all(re.search(r"20\d\d", row.source) and "standard AutoAttack" in row.source for row in rows)
+    dajat = next(row for row in boards["cifar10", "supervised"][1] if row.system.startswith("DAJAT"))
+    assert (dajat.robust, dajat.clean) == (52.48, 85.71)
 
 
 ENTRIES = [

@@ -568,20 +568,20 @@ def test_published_rows_are_marked(store: Path, capsys: pytest.CaptureFixture[st
     run([], store, output="markdown", published=True)
     out = capsys.readouterr().out
     sheets = {sheet.splitlines()[0]: sheet.count("published, not measured here") for sheet in out.split("### ")[1:]}
-    assert list(sheets.values()) == [7, 7, 7, 7]
+    assert list(sheets.values()) == [7, 7, 11, 10, 10, 6, 7, 7, 10, 8, 8, 1]
     beside, *own = sheets
     assert beside.startswith("cifar10 test")
     assert all(title.startswith("Published: cifar10") for title in own)
-    assert not any("8/255" in title and "cifar10 " in title for title in own)
+    assert not any("PGD" in title and "8/255" in title and "cifar10 " in title for title in own)
     assert "| CF-AMC-SSL, 16 crops, m = 3 |" in out
     run([], store, output="csv", published=True)
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert [row["origin"] for row in rows].count("measured") == 2
     assert not any(row["front"] == "True" for row in rows if row["origin"] != "measured")
-    told = [(row["dataset"], row["eps"]) for row in rows if row["origin"] == "published, not measured here"]
+    told = [(row["dataset"], row["eps"]) for row in rows if row["origin"] != "measured" and row["attack"] == "pgd"]
     assert sorted(told) == sorted([(f"cifar10{more}", eps) for more in ("", "0") for eps in ("4/255", "8/255")] * 7)
     origins = [row["origin"] for row in result(capsys, [], store, published=True)["published"]]
-    assert origins == ["published, not measured here"] * 28
+    assert origins == ["published, not measured here"] * 92
 
 
 @pytest.mark.parametrize(
@@ -592,6 +592,8 @@ def test_published_rows_are_marked(store: Path, capsys: pytest.CaptureFixture[st
         {"features": "backbone"},
         {"head": "crops"},
         {"attack": "autoattack"},
+        {"attack": "autoattack", "features": "backbone", "settings": {"name": "autoattack", "version": "rand"}},
+        {"attack": "autoattack", "settings": {"name": "autoattack", "version": "standard"}},
         {"space": "crops"},
         {"eps": "2/255"},
     ],
@@ -603,8 +605,22 @@ def test_published_rows_stand_beside_what_was_measured_alike_only(
     run([], tmp_path, output="markdown", published=True)
     first, *own = capsys.readouterr().out.split("### ")[1:]
     assert "published" not in first
-    assert len(own) == 4
+    assert len(own) == 12
     assert all(sheet.startswith("Published: ") and "nothing in this table was measured here" in sheet for sheet in own)
+
+
+def test_a_board_stands_beside_what_was_measured_by_its_protocol(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings: dict[str, Any] = {"name": "autoattack", "eps": "8/255", "norm": "linf", "version": "standard"}
+    add_attack(make_run(tmp_path, A), attack="autoattack", features="backbone", settings=settings)
+    run([], tmp_path, output="markdown", published=True)
+    first, *own = capsys.readouterr().out.split("### ")[1:]
+    assert first.count("published, not measured here") == 11
+    assert "| DynACL-AIR++ | 81.8 | 46.99 |" in first
+    assert "Published rows: robustssl.github.io of 2023-12-12" in first
+    assert first.index(A) < first.index("DynACL")
+    assert len(own) == 11
 
 
 HOSTILE = {

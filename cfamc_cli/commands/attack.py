@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +20,7 @@ from cfamc_cli.commands.attack_report import NOT_AUDITED, Result, curves, draw_a
 from cfamc_cli.commands.attack_settings import Flags, asked_attacks, asked_measure, check_flags
 from cfamc_cli.commands.common import SAME_COMMAND, Options, Session, interruption, session
 from cfamc_cli.commands.measure import Subject, measured
+from cfamc_cli.commands.transfer import from_source, judged_on, require_transferable
 from cfamc_cli.errors import bad_data, invalid, missing_library
 from cfamc_cli.recipe.schema import Attack, EmbeddingAttack, Norm, PgdAttack, Recipe, number
 from cfamc_cli.store.environment import capture_environment
@@ -29,6 +31,7 @@ from cfamc_cli.store.records import (
     AttackRecord,
     ClassRobustness,
     Environment,
+    MadeOn,
     Outcome,
     Outcomes,
     ProbeRecord,
@@ -77,6 +80,8 @@ def attack(reference: str | None, *, flags: Flags, options: Options) -> None:
     recipe, status = run.recipe(), run.record().status
     measure = asked_measure(flags)
     asked = asked_attacks(flags, recipe) if measure is None else ()
+    if flags.source is not None:
+        require_transferable(flags, asked, measure=measure is not None)
     message, again = "interrupted; every finished stage is kept", "go on with the same command"
     with session(options) as working, interruption(message=message, hint=lambda: again):
         from cfamc_cli.engine.device import has_tf32, out_of_memory
@@ -137,6 +142,10 @@ class Work:
         self.x, self.y = self.data.images[self.chosen].float() / 255, labels[self.chosen]
         if self.space == "crops":
             self.x = self._cropped()
+        self.source: MadeOn | None = None
+        self.maker: Predictor | None = None  # what examples are made on, where that is another network
+        if flags.source is not None:
+            self.source, self.maker = from_source(flags.source, run, self.probe, self.x[:8].to(self.device), working)
         self.own_crops = self.classifier.crops is not None and self.space == "image"
         self._places: dict[tuple[str, str], CropsOfImages] = {}
 
@@ -154,7 +163,8 @@ class Work:
         from cfamc_cli.engine.evaluation.predictor import as_predictor
 
         sample = self.x[:8].to(self.device)
-        return as_predictor(self.classifier, sample, space=self.space, places=self.places(norm, eps))
+        own = as_predictor(self.classifier, sample, space=self.space, places=self.places(norm, eps))
+        return own if self.maker is None else judged_on(own, self.maker)
 
     def _cropped(self) -> Tensor:
         """The crops of each image, stacked in its channels: (N, n 3, S, S)."""
@@ -267,13 +277,14 @@ class Work:
     def _plan(self, table: Attack) -> Plan:
         from cfamc_cli.engine.attacks.plan import plan
 
-        return plan(table, classes=len(self.probe.classes))
+        return replace(plan(table, classes=len(self.probe.classes)), onward=self.source is not None)
 
     def _label(self, table: Attack) -> str:
         return f"{self._name(table)} {table.norm} {table.eps}"
 
     def _name(self, table: Attack) -> str:
-        return table.name if self.space == "image" else f"{table.name}-crops"
+        kind = "-transfer" if self.source is not None else "-crops" if self.space == "crops" else ""
+        return table.name + kind
 
     def _threat(self, table: Attack) -> ThreatModel:
         return ThreatModel(space=self.space, norm=table.norm, eps=table.eps)
@@ -298,6 +309,8 @@ class Work:
             "seed": self.recipe.seed,
             "block": block,
         }
+        if self.source is not None:  # without one the key is that of older evaluations
+            key["source"] = self.source.model_dump(exclude={"run", "probe"})
         return Outcomes(
             n=self.n,
             block=block,
@@ -312,6 +325,9 @@ class Work:
     def _record(self, table: Attack, item: str, evaluation: Evaluation, notes: tuple[str, ...]) -> AttackRecord:
         whole, probe, totals = len(self.data), self.probe, evaluation.totals()
         subset = f"the first {self.n} of {whole} {self.images} in an order balanced by class, fixed by the data"
+        if self.source is not None:
+            made_on = f"{self.source.run}, head {self.source.probe}"
+            notes += (f"examples were made on {made_on}: a transfer, which no white-box number is comparable with",)
         if self.space == "crops":
             notes += ("each crop is perturbed by itself: not comparable with a perturbed image",)
         elif places := self.places(table.norm, table.eps):
@@ -346,6 +362,7 @@ class Work:
             order_digest=self.order_digest,
             encoder_digest=probe.encoder_digest,
             head_digest=probe.head_digest,
+            source=self.source,
             clean=Accuracy.of(sum(clean), self.n),
             robust=Accuracy.of(sum(robust), self.n),
             classes=tuple(

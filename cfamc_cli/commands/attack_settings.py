@@ -40,10 +40,18 @@ class Flags:
     audit: bool = False  # make the full audit too
     save_examples: int | None = None  # draw so many adversarial examples
     plot: bool = False  # draw loss against steps and accuracy against eps
+    source: str | None = None  # a run to make the examples on, in place of the one that is judged
+    unlabelled: bool = False  # measure the encoder by itself, without labels or a head
+    data: str | None = None  # other images for that: a known set's name, or the path of a folder
 
 
 def check_flags(flags: Flags) -> None:
     """Refuse what needs no run to be seen as wrong."""
+    if flags.data is not None:
+        raise invalid(
+            "--data has no effect without --unlabelled: heads are attacked on the data that they read",
+            "fit one to it first: cfamc probe RUN --data ...",
+        )
     if flags.space not in get_args(Space):
         raise invalid(f'--space: "{flags.space[:40]}" is neither "image" nor "crops"')
     if flags.space == "crops" and (flags.save_examples or flags.plot or flags.attack == "embedding"):

@@ -12,9 +12,9 @@ from cfamc_cli.comparison.tables import ComparedTable, Entry, find_superseded, t
 from cfamc_cli.errors import CfamcError, invalid
 from cfamc_cli.report import sheets, terminal
 from cfamc_cli.report.bench import side_by_side
+from cfamc_cli.report.beside import beside
 from cfamc_cli.report.sheets import Format, Sheet
 from cfamc_cli.store.files import write_bytes, write_text
-from cfamc_cli.store.records import BenchRecord
 from cfamc_cli.store.runs import default_store, find_run
 
 _PICTURES = (".png", ".svg", ".pdf")
@@ -86,7 +86,11 @@ def compare(
     console = terminal.talk()
     for what, why in left_out:
         console.say(f"left out: {what}: {why}")
-    if not entries and not found.benches:
+    if filters:
+        kept = {entry.run.id for table in tables for row in table.rows for entry in row.entries}
+        found.unlabelled = [record for record in found.unlabelled if record.run in kept]
+        found.transfers = [transfer for transfer in found.transfers if transfer.entry.run.id in kept]
+    if not (entries or found.benches or found.unlabelled or found.transfers):
         console.say("nothing to compare: no finished run with a measured result")
     if plot is not None:  # files first: where one cannot be written, stdout has nothing but the error
         write_bytes(plot, draw(list(panels(tables, curves).values()), plot.suffix))
@@ -94,7 +98,7 @@ def compare(
         from cfamc_cli.report.page import page
 
         write_text(html, page(tables, found, curves, left_out, with_published=published))
-    _write(tables, left_out, found.benches, output=output, published=published, limit=limit)
+    _write(tables, left_out, found, output=output, published=published, limit=limit)
 
 
 def _baseline_id(reference: str | None, found: Gathered, store: Path) -> str | None:
@@ -123,7 +127,7 @@ def _no_row(baseline: str, found: Gathered, passing: Sequence[Entry], left_out: 
 def _write(
     tables: Sequence[ComparedTable],
     left_out: Sequence[LeftOut],
-    benches: Sequence[BenchRecord],
+    found: Gathered,
     *,
     output: Format,
     published: bool,
@@ -131,14 +135,15 @@ def _write(
 ) -> None:
     def told(limit: int = 0) -> list[Sheet]:
         made = sheets.sheets(tables, with_published=published, limit=limit)
-        return made + ([side_by_side(benches, limit=limit)] if benches else [])
+        made += beside(found, limit=limit)
+        return made + ([side_by_side(found.benches, limit=limit)] if found.benches else [])
 
     match output:
         case "rich":
             for sheet in told(limit):
                 _print(sheet)
         case "json":
-            terminal.print_json(sheets.as_json(tables, left_out, benches, with_published=published))
+            terminal.print_json(sheets.as_json(tables, left_out, found, with_published=published))
         case "csv":
             terminal.write_out(sheets.comma_separated(tables, with_published=published))
         case "markdown":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import json
 import os
 import secrets
 import shutil
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, assert_never
 
 from cfamc_cli import __version__
+from cfamc_cli.commands.claim import CLAIM, claim_of, require_architecture
 from cfamc_cli.commands.common import Options, Session, interruption, load_images, session
 from cfamc_cli.errors import CfamcError, bad_data, invalid
 from cfamc_cli.recipe.schema import Recipe
@@ -42,6 +44,7 @@ from cfamc_cli.store.records import (
     now,
     read_metrics,
     save_record,
+    weights_file,
 )
 from cfamc_cli.store.runs import HEAD, LATEST, RECORD, RunFolder, find_run
 
@@ -79,7 +82,7 @@ def export(
         CfamcError: With the exit code of its cause; then nothing was written.
     """
     _refuse_idle(part=part, wanted=wanted, head=head, metrics=metrics)
-    chosen, form = part or "backbone", wanted or "safetensors"
+    chosen, form = part or ("classifier" if wanted == "robustbench" else "backbone"), wanted or "safetensors"
 
     def fits(run: RunFolder) -> bool:
         return run.has_checkpoint() if metrics is None else run.metrics.is_file()
@@ -106,7 +109,9 @@ def _refuse_idle(*, part: Weights | None, wanted: Format | None, head: str | Non
     if metrics is not None and (idle := [name for name, value in given.items() if value is not None]):
         message = f"--metrics hands over no weights, so {', '.join(idle)} would have no effect"
         raise invalid(message, "export weights and metrics one after the other")
-    if head is not None and part != "classifier":
+    if wanted == "robustbench" and part not in (None, "classifier"):
+        raise invalid(f"--format robustbench is of classifiers, not of --part {part}", "leave --part out")
+    if head is not None and part != "classifier" and wanted != "robustbench":
         raise invalid(f"--head has no effect on --part {part or 'backbone'}", "ask for --part classifier")
 
 
@@ -136,8 +141,15 @@ def _weights(
                 both = (trained_on, images)
                 licence = "; ".join(f"{part.dataset}: {part.licence or 'not known'}" for part in both)
         probes, attacks = measured(run, source, warn=talk.warning)
+        if wanted == "robustbench":
+            assert probe is not None, "a classifier has one"
+            named = working.options.reference(run)
+            require_architecture(recipe, probe, run=named)
+            claim = claim_of(record, recipe, probe, attacks, run=named)
+            write_text(staged / CLAIM, json.dumps(claim, indent=2) + "\n")
+            talk.message(f"{CLAIM}: link, authors and venue are yours to fill in, as is a null")
         sample = engine.some_images(images.images)
-        path, looked_at = staged / f"{part}.{wanted}", min(len(images), len(sample))
+        path, looked_at = staged / weights_file(part, wanted), min(len(images), len(sample))
         data = images.used().model_copy(update={"n": looked_at})
         check = engine.write(subject, path, sample, data=data, wanted=wanted)
     height, width = sample.shape[2:]

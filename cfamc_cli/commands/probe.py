@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -83,6 +83,7 @@ class Request:
     epochs: int | None = None
     protocol: str | None = None  # "official" or "converged", for "linear"
     data: str | None = None  # another data set than the run's: its name, or the path of a folder
+    also: tuple[str, ...] = ()  # more of them, for a head each
     limit: int | None = None  # training images to fit it to, evenly of all classes
     split: Judged | None = None  # what to judge it on; held-out images where there are some, else test images
     overrides: Sequence[str] = ()  # texts of --set
@@ -121,14 +122,14 @@ def probe(
         run = RunFolder(Path(working.agreed(str(path))))
         enough = working.agreed("kept" if kept is not None and request == Request(data=request.data) else "")
         with interruption(hint=lambda: f"go on with: {_way_on(run, options)}"):
-            folder = kept if enough else _fit_asked(run, request, working, resume=resume)
-    if folder is None:
-        return
-    record = load_record(folder / RECORD, ProbeRecord)
-    if options.as_json:
-        terminal.print_json(record.model_dump(mode="json"))
-    else:
-        _show(record)
+            folders = [kept] if enough else _fit_asked(run, request, working, resume=resume)
+    records = [load_record(folder / RECORD, ProbeRecord) for folder in folders if folder is not None]
+    if not options.as_json:
+        for record in records:
+            _show(record)
+    elif records:
+        told = [record.model_dump(mode="json") for record in records]
+        terminal.print_json({"probes": told} if request.also else told[0])
 
 
 def ensure_head(
@@ -180,7 +181,7 @@ def load_attacked_images(run: RunFolder, record: ProbeRecord, *, split: Judged |
             or has changed.
     """
     recipe = _recipe_of(run, record)
-    chosen = _chosen_split(recipe.data, split)
+    chosen = chosen_split(recipe.data, split)
     if chosen == _judged(record.test):
         return load_judged_images(run, record, talk=talk)
     # No digest of these images was kept, but one of those that the head was fitted to, which lie in the same place.
@@ -200,8 +201,12 @@ def _judged(used: DataUsed) -> Judged:
     return "holdout" if used.split == "holdout" else "test"
 
 
-def _chosen_split(data: Data, asked: Judged | None) -> Judged:
-    """The images that results are of: nothing is chosen on test images, so those are for whom asks for them."""
+def chosen_split(data: Data, asked: Judged | None) -> Judged:
+    """The images that results are of: nothing is chosen on test images, so those are for whom asks for them.
+
+    Raises:
+        CfamcError: Exit 2; held-out images are asked for, and there are none.
+    """
     if asked == "holdout" and not data.holdout:
         hint = "train with data.holdout, or set it beside --data; or leave --split out"
         raise invalid(f"--split holdout: no training images of {data.dataset} were held out", hint)
@@ -229,11 +234,16 @@ def _settled(run: RunFolder, request: Request) -> Recipe:
         table = {"head": own.head, "features": own.features}  # the rest belongs to another kind of head
     overrides = [f"probe={_inline(table)}", *(f"probe.{key}={json.dumps(value)}" for key, value in asked.items())]
     if request.data is not None:
-        overrides.append(f"data={_inline(_data_table(request.data))}")
+        overrides.append(f"data={_inline(data_table(request.data))}")
     return file.load(str(run.recipe_toml), overrides=[*overrides, *request.overrides])
 
 
-def _data_table(name: str) -> dict[str, object]:
+def data_table(name: str) -> dict[str, object]:
+    """The [data] of a known set, or of a folder of images.
+
+    Raises:
+        CfamcError: Exit 2; it is neither.
+    """
     if name in KNOWN_SETS:
         return {"dataset": name}
     if os.sep in name or Path(name).is_dir():
@@ -291,14 +301,17 @@ def _same_data(found: DataUsed, expected: DataUsed, *, whose: str) -> None:
 # Fitting
 
 
-def _fit_asked(run: RunFolder, request: Request, working: Session, *, resume: bool) -> Path | None:
-    """Fit the head that was asked for, or the newest unfinished one; returns what `_fit` does."""
+def _fit_asked(run: RunFolder, request: Request, working: Session, *, resume: bool) -> list[Path | None]:
+    """Fit a head to each data set that was asked for, or the newest unfinished one; returns what `_fit` does."""
     if not resume:
-        recipe, transfer = _settled(run, request), request.data is not None
-        return _fit(run, recipe, working, transfer=transfer, limit=request.limit, split=request.split)
+        recipes = [_settled(run, replace(request, data=name)) for name in (request.data, *request.also)]
+        if len({recipe.data for recipe in recipes}) < len(recipes):
+            raise invalid("--data: a data set is given twice")
+        transfer, limit, split = request.data is not None, request.limit, request.split
+        return [_fit(run, recipe, working, transfer=transfer, limit=limit, split=split) for recipe in recipes]
     if request != Request():
         raise invalid("--resume goes on with the head as it was begun", "leave the other options out")
-    return _go_on(run, working)
+    return [_go_on(run, working)]
 
 
 def _go_on(run: RunFolder, working: Session) -> Path | None:
@@ -332,7 +345,7 @@ def _fit(
     from cfamc_cli.engine.heads.supervised import SupervisedTrainer
 
     started, settings, talk, signals = time.monotonic(), recipe.probe, working.talk, working.signals
-    judged = _chosen_split(recipe.data, split)
+    judged = chosen_split(recipe.data, split)
     if (status := run.record().status) != "finished":
         talk.warning(f"run {run.id} is not finished but {status}: reading its newest checkpoint")
     with peers(working.world, hint=SAME_COMMAND), out_of_memory(), ExitStack() as held:
@@ -458,7 +471,7 @@ def _import(asked: Import, request: Request, working: Session) -> tuple[Path, Pa
     """Make a run of a foreign network; returns its folder, and that of its last layer where this is a head."""
     if request.data is None:
         raise invalid("which images shall the imported encoder be probed on?", "such as: --data cifar10")
-    run, last = import_run(asked, _data_table(request.data), working)
+    run, last = import_run(asked, data_table(request.data), working)
     return run.path, None if last is None else _keep_last_layer(run, last, working)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TypeAlias, TypeVar
 
 from cfamc_cli.comparison.tables import USUAL_EPS, Condition, Entry, Run, Scalar, Settings
+from cfamc_cli.comparison.transfer import Transfer
 from cfamc_cli.errors import CfamcError, bad_data, invalid
 from cfamc_cli.recipe.plan import plan
 from cfamc_cli.recipe.schema import Outside, as_before, number, outside
@@ -33,6 +34,7 @@ from cfamc_cli.store.records import (
     RunRecord,
     ThreatModel,
     TrainLine,
+    UnlabelledRecord,
     load_record,
     read_metrics,
     read_timing,
@@ -40,7 +42,7 @@ from cfamc_cli.store.records import (
 from cfamc_cli.store.runs import BENCHES, OUTCOMES, RECORD, RunFolder, find_run, list_runs
 
 _SCALAR = (str, int, float, type(None))
-Result = TypeVar("Result", ProbeResult, AttackResult, MeasureResult)
+Result = TypeVar("Result", ProbeResult, AttackResult, MeasureResult, UnlabelledRecord)
 LeftOut: TypeAlias = tuple[str, str]  # what could not be used, and why
 
 ONLINE = "online linear"  # the head that monitors training
@@ -56,6 +58,8 @@ class Gathered:
     left_out: list[LeftOut] = field(default_factory=list)
     folders: dict[str, RunFolder] = field(default_factory=dict)  # by id of the run
     benches: list[BenchRecord] = field(default_factory=list)  # of the stores that were named, newest first
+    transfers: list[Transfer] = field(default_factory=list)  # of the same runs; apart from the entries
+    unlabelled: list[UnlabelledRecord] = field(default_factory=list)  # of the same runs; no results to rank
 
 
 def gather(references: Sequence[str], store: Path, *, keys: Collection[str] = ()) -> Gathered:
@@ -156,12 +160,14 @@ class _Reader:
             )
             return
         self.found.folders[run.id] = folder
-        before = len(self.found.entries)
+        before, transferred = len(self.found.entries), len(self.found.transfers)
         heads = self._probes(folder, run, record)
         self._attacks(folder, run, record, heads)
         self._measures(folder, run, record, heads)
+        unlabelled = [found for _, found in self._records(folder, "unlabelled", UnlabelledRecord, record)]
+        self.found.unlabelled += unlabelled
         if len(self.found.entries) == before:
-            self._online(record, run)
+            self._online(record, run, looked_at=bool(unlabelled) or len(self.found.transfers) > transferred)
 
     def read_benches(self, folder: Path) -> None:
         """Read what lies in a store's folder of benches; a run has none."""
@@ -254,16 +260,18 @@ class _Reader:
             settings = self._settings(record.settings, "", without=_NOT_THE_ATTACK)
             attack = (record.attack, ", ".join(f"{key} {value}" for key, value in settings))
             where = self._condition(record.data, record.head, record.features, record.threat, attack)
-            self.found.entries.append(
-                Entry(
-                    *(run, f"attacks/{name}", where, heads.get(record.probe, ()), record.created, record.clean),
-                    robust=record.robust,
-                    order=sys.intern(record.order_digest),
-                    failed=tuple(flag.name for flag in record.flags if flag.verdict == "failed"),
-                    attack=settings,
-                    computed=self._computed(trained, record.environment),
-                )
+            entry = Entry(
+                *(run, f"attacks/{name}", where, heads.get(record.probe, ()), record.created, record.clean),
+                robust=record.robust,
+                order=sys.intern(record.order_digest),
+                failed=tuple(flag.name for flag in record.flags if flag.verdict == "failed"),
+                attack=settings,
+                computed=self._computed(trained, record.environment),
             )
+            if record.source is None:
+                self.found.entries.append(entry)
+            else:
+                self.found.transfers.append(Transfer(entry, record.source.run))
 
     def _measures(self, folder: RunFolder, run: Run, trained: RunRecord, heads: Mapping[str, Settings]) -> None:
         """Add measures: one of no one eps has its accuracy at the usual one, and corruptions their mean."""
@@ -296,11 +304,12 @@ class _Reader:
                 )
             )
 
-    def _online(self, record: RunRecord, run: Run) -> None:
+    def _online(self, record: RunRecord, run: Run, *, looked_at: bool) -> None:
         """The figures that monitored the training, where nothing better was measured."""
         evaluation = record.evaluation
         if evaluation is None or evaluation.clean is None or record.data is None:
-            self._leave_out(run.id, "nothing was measured on it yet: cfamc attack")
+            if not looked_at:
+                self._leave_out(run.id, "nothing was measured on it yet: cfamc attack")
             return
         attacked = evaluation.robust is not None
         threat = ThreatModel(space="image", norm="linf", eps=evaluation.eps) if attacked else None
@@ -409,7 +418,7 @@ def _shown(record: MeasureResult, eps: str) -> Accuracy | None:
 
 
 def _is_of_final_encoder(
-    record: ProbeResult | AttackResult | MeasureResult, run: RunFolder, trained: RunRecord
+    record: ProbeResult | AttackResult | MeasureResult | UnlabelledRecord, run: RunFolder, trained: RunRecord
 ) -> bool:
     """Whether a result is of the encoder that its run ended with; checkpoints are looked at only in doubt."""
     if record.created - timedelta(seconds=record.wall_seconds) >= trained.updated:

@@ -182,6 +182,9 @@ def _save(subject: Subject, path: Path, images: Tensor, *, wanted: Format) -> No
     match wanted:
         case "safetensors":
             checkpoint.write_tensors(path, subject.module.state_dict())
+        case "robustbench":
+            state = subject.module.state_dict()
+            checkpoint.write_tensors(path, {zoo_name(name): tensor for name, tensor in state.items()})
         case "pt2":
             torch.export.save(_traced(subject.module, images), path)
         case "onnx":
@@ -192,6 +195,15 @@ def _save(subject: Subject, path: Path, images: Tensor, *, wanted: Format) -> No
             program.save(path, external_data=weights > _ONNX_LIMIT)
         case _:
             assert_never(wanted)
+
+
+def zoo_name(name: str) -> str:
+    """What the ResNets of RobustBench's model zoo, which are kuangliu's, call a tensor of a classifier.
+
+    Args:
+        name: Such as "backbone.layer2.0.downsample.0.weight" or "head.bias".
+    """
+    return name.removeprefix("backbone.").replace("downsample.", "shortcut.").replace("head.", "linear.")
 
 
 def _traced(module: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
@@ -217,6 +229,10 @@ def read_back(subject: Subject, path: Path, *, wanted: Format) -> tuple[str, For
             twin = _twin(subject)
             twin.load_state_dict(checkpoint.read_tensors(path))
             return _version("torchvision" if subject.model.timm is None else "timm"), twin.eval()
+        case "robustbench":
+            twin, tensors = _twin(subject), checkpoint.read_tensors(path)
+            twin.load_state_dict({name: tensors[zoo_name(name)] for name in twin.state_dict()})
+            return _version("torchvision"), twin.eval()
         case "pt2":
             return _version("torch"), torch.export.load(path).module()
         case "onnx":

@@ -62,6 +62,11 @@ def epoch_order(seed: int, epoch: int, count: int, phase: int = 0) -> Tensor:
     return torch.randperm(count, generator=addressed_generator("order", seed, *phase_address(phase), epoch))
 
 
+def addressed_order(count: int, *address: int | str) -> Tensor:
+    """A permutation of 0 .. count - 1: int64, (count,), on the CPU."""
+    return torch.randperm(count, generator=addressed_generator(*address))
+
+
 def balanced_order(labels: Tensor, *address: int | str) -> Tensor:
     """Shuffle images so that every prefix holds the classes as evenly as it can.
 
@@ -74,7 +79,7 @@ def balanced_order(labels: Tensor, *address: int | str) -> Tensor:
         are not used up differ by at most one.
     """
     labels = labels.cpu()
-    order = torch.randperm(len(labels), generator=addressed_generator(*address))
+    order = addressed_order(len(labels), *address)
     order = order[labels[order] >= 0]
     by_class = labels[order].argsort(stable=True)
     sizes = torch.bincount(labels[order])

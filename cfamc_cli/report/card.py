@@ -9,7 +9,7 @@ from cfamc_cli.recipe.plan import duration
 from cfamc_cli.recipe.schema import DEPTHS, Recipe, number
 from cfamc_cli.report import terminal
 from cfamc_cli.report.sheets import markdown_table, markdown_text
-from cfamc_cli.store.records import AttackRecord, ExportRecord, ProbeRecord, RunRecord, images_of
+from cfamc_cli.store.records import AttackRecord, ExportRecord, ProbeRecord, RunRecord, images_of, weights_file
 
 _ATTACK_COLUMNS = ("head", "threat model", "attack", "data", "n", "clean", "robust", "checks")
 _LIBRARY_WIDTH = 64  # the one width of torchvision's and timm's ResNets
@@ -29,7 +29,7 @@ def card(made: ExportRecord, recipe: Recipe, run: RunRecord) -> str:
         made=made,
         recipe=recipe,
         run=run,
-        file=f"{made.part}.{made.format}",
+        file=weights_file(made.part, made.format),
         library_width=_LIBRARY_WIDTH,
         depths=DEPTHS.get(recipe.model.backbone, ()),
         backbone_dim="features" if recipe.model.timm else recipe.model.feature_dim,  # the net itself tells it
@@ -73,9 +73,10 @@ def not_measured(made: ExportRecord) -> list[str]:
     if not made.attacks:
         gaps.append("Accuracy under any attack: nothing is known about robustness.")
     else:
-        whole = [attack for attack in made.attacks if attack.threat.space == "image"]
+        whole = [attack for attack in made.attacks if attack.threat.space == "image" and attack.source is None]
         if not whole:
-            gaps.append("Accuracy under an attack on whole images; an attack on single crops says nothing about it.")
+            beside = "an attack on single crops, or with examples of another network, says nothing about it"
+            gaps.append(f"Accuracy under an attack on whole images that knows the network; {beside}.")
         if ("autoattack", "standard") not in [(attack.attack, attack.settings.get("version")) for attack in whole]:
             gaps.append("The standard AutoAttack: a stronger attack may find lower accuracies than those above.")
         by_size = sorted((attack.threat for attack in made.attacks), key=lambda threat: number(threat.eps))

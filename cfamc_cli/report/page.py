@@ -10,6 +10,7 @@ from cfamc_cli import __version__
 from cfamc_cli.comparison.gather import Gathered, LeftOut
 from cfamc_cli.comparison.tables import ComparedTable
 from cfamc_cli.errors import CfamcError
+from cfamc_cli.report.beside import beside
 from cfamc_cli.report.plots import Curves, draw, panels
 from cfamc_cli.report.sheets import sheets
 from cfamc_cli.report.terminal import clean, templates
@@ -60,7 +61,10 @@ def page(
             count=len(found.folders),
             now=f"{now():%Y-%m-%d %H:%M}",
             version=__version__,
-            sheets=sheets(tables, with_published=with_published) if tables else [],
+            sheets=[
+                *(sheets(tables, with_published=with_published) if tables else []),
+                *beside(found),
+            ],
             most_rows=MOST_ROWS,
             pictures={title: Markup(base64.b64encode(data).decode()) for title, data in drawn.items()},
             missing=missing,

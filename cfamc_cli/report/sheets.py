@@ -9,12 +9,12 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from cfamc_cli.comparison.gather import Gathered
 from cfamc_cli.comparison.published import Published, published
 from cfamc_cli.comparison.statistics import Figure, probability
 from cfamc_cli.comparison.tables import ComparedTable, Condition, Row, Which, exact_number
 from cfamc_cli.recipe.plan import duration
 from cfamc_cli.report.terminal import clean, percent
-from cfamc_cli.store.records import BenchRecord
 
 Format = Literal["rich", "json", "csv", "markdown", "latex"]
 MOST_KEYS = 6  # recipe keys that a cell spells out
@@ -60,12 +60,18 @@ def sheets(tables: Sequence[ComparedTable], *, with_published: bool, limit: int 
     shown = [table for index, table in enumerate(tables) if index == 0 or len(table.rows) > 1]
     alone = [table for index, table in enumerate(tables) if index > 0 and len(table.rows) == 1]
     known = published() if with_published else {}
-    own = [replace(table.condition, fingerprint="", settings="") for table in shown]  # which are not published
+    own = [_as_published(table.condition) for table in shown]
     made = _by_eps(tables, limit)
     made += [_sheet(table, known.get(beside, []), limit) for table, beside in zip(shown, own, strict=True)]
     if alone:
         made.append(_apart(alone, limit))
     return made + [_published_sheet(condition, rows) for condition, rows in known.items() if condition not in own]
+
+
+def _as_published(condition: Condition) -> Condition:
+    """The condition without what is not published of it: digests, and settings but for the version of AutoAttack."""
+    settings = condition.settings if condition.attack == "autoattack" else ""
+    return replace(condition, fingerprint="", settings=settings)
 
 
 def markdown(sheet: Sheet) -> str:
@@ -119,7 +125,7 @@ def csv_text(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 def as_json(
     tables: Sequence[ComparedTable],
     left_out: Sequence[tuple[str, str]],
-    benches: Sequence[BenchRecord],
+    found: Gathered,
     *,
     with_published: bool,
 ) -> dict[str, object]:
@@ -140,7 +146,9 @@ def as_json(
             for table in tables
         ],
         "left_out": [{"what": what, "why": why} for what, why in left_out],
-        "benches": [bench.model_dump(mode="json") for bench in benches],
+        "transfers": [transfer.plain() for transfer in found.transfers],
+        "unlabelled": [record.model_dump(mode="json") for record in found.unlabelled],
+        "benches": [bench.model_dump(mode="json") for bench in found.benches],
     }
     if with_published:
         made["published"] = [
@@ -212,9 +220,7 @@ def _sheet(table: ComparedTable, beside: Sequence[Published], limit: int) -> She
     if any(row.front for row in table.rows):
         notes.append("*: no other row is at least as good in both accuracies and better in one.")
     if beside:
-        notes.append(
-            "Published rows: arXiv:2501.03507, ResNet-18; hardware and samples are not those of the rows above."
-        )
+        notes.append(f"Published rows: {_sources(beside)}; hardware and samples are not those of the rows above.")
     right, more = tuple(range(2, len(columns) - 2)), len(table.rows) - len(shown)
     return Sheet(table.condition.title(), columns, right, tuple(rows), tuple(notes), more)
 
@@ -239,20 +245,26 @@ def _called(table: ComparedTable, row: Row) -> tuple[str, str]:
 
 
 def _published_sheet(condition: Condition, rows: Sequence[Published]) -> Sheet:
-    title = f"Published: {condition.dataset} test, linear head, PGD, linf {condition.eps} in image space"
+    attack = {"pgd": "PGD", "autoattack": "AutoAttack"}[condition.attack]
+    head = "trained with labels" if condition.head == "supervised" else f"{condition.head} head on {condition.features}"
+    title = f"Published: {condition.dataset} test, {head}, {attack}, linf {condition.eps} in image space"
     cells = tuple(_published_cells(row, held=False) for row in rows)
-    note = "arXiv:2501.03507, ResNet-18; nothing in this table was measured here."
+    note = f"{_sources(rows)}; nothing in this table was measured here."
     return Sheet(title, (*_MEASURED, *_COST, *SAID), tuple(range(2, 8)), cells, (note,)).without("recipe")
 
 
+def _sources(rows: Sequence[Published]) -> str:
+    return "; ".join(dict.fromkeys(row.source for row in rows))
+
+
 def _published_cells(row: Published, *, held: bool) -> tuple[str, ...]:
-    measured = ("", row.system, f"{row.clean:g}", f"{row.robust:g}")
+    measured = ("", row.system, "" if row.clean is None else f"{row.clean:g}", f"{row.robust:g}")
     return (
         *measured,
         *("" for _ in _AGAINST if held),
         "",
-        duration(60 * row.minutes),
-        str(row.epochs),
+        "" if row.minutes is None else duration(60 * row.minutes),
+        "" if row.epochs is None else str(row.epochs),
         "",
         "",
         _NOT_OURS,
@@ -363,8 +375,8 @@ def _flat_published(condition: Condition, row: Published) -> dict[str, object]:
         **asdict(condition),
         "label": row.system,
         "epochs": row.epochs,
-        "seconds": 60 * row.minutes,
-        "clean": round(row.clean / 100, 6),
+        "seconds": None if row.minutes is None else 60 * row.minutes,
+        "clean": None if row.clean is None else round(row.clean / 100, 6),
         "robust": round(row.robust / 100, 6),
         "origin": _NOT_OURS,
     }

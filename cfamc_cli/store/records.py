@@ -47,11 +47,12 @@ Hex = Annotated[str, Field(pattern=r"^[0-9a-f]*$")]
 Measured = Annotated[float | None, BeforeValidator(lambda value: None if _is_lost(value) else value)]
 Status = Literal["created", "running", "finished", "diverged", "interrupted", "failed"]
 Weights = Literal["backbone", "encoder", "classifier"]
-Format = Literal["safetensors", "pt2", "onnx"]
+Format = Literal["safetensors", "pt2", "onnx", "robustbench"]  # the last: safetensors, by the names of its model zoo
 Dashboard = Literal["csv", "tensorboard"]
 Space = Literal["image", "crops"]  # where an attacker acts
 HeadKind = Literal["linear", "robust-linear", "crops", "knn", "finetune", "imported"]
 IMPORTED: HeadKind = "imported"  # the last layer of a classifier that others trained
+Layer = Literal["backbone", "pre_feature", "embedding"]  # of an encoder
 
 
 class Part(BaseModel):
@@ -296,6 +297,15 @@ class ThreatModel(Part):
     eps: str
 
 
+class MadeOn(Part):
+    """The network that a transfer attack made its examples on: its run and head, and the digests of their weights."""
+
+    run: str
+    probe: str
+    encoder_digest: Hex
+    head_digest: Hex | None
+
+
 class ClassRobustness(Part):
     """One class of an attack; without accuracies where the samples have none of it."""
 
@@ -342,6 +352,7 @@ class AttackResult(Record):
     data: DataUsed  # the first n of an order that the data fixes; the fingerprint is that of the whole split
     order_digest: Hex  # of that whole order
     encoder_digest: Hex  # of the encoder that was attacked
+    source: MadeOn | None = None  # where the examples come from; None where they were made on what is judged
     clean: Accuracy
     robust: Accuracy
     flags: tuple[Flag, ...]
@@ -379,6 +390,44 @@ class AttackRecord(AttackResult):
             if (whole.correct, whole.n) != (sum(p.correct for p in parts if p), sum(p.n for p in parts if p)):
                 raise ValueError("its accuracies are not the sums of those of its classes")
         return self
+
+
+class Spectrum(Part):
+    """How many directions the outputs of a layer use, over the images of its record."""
+
+    layer: Layer
+    dim: Count
+    rank_me: float  # from 1 to the smaller of dim and images
+    alpha: float | None  # exponent of the power law that the eigenvalues fall with; None where too few are above 0
+
+
+class Movement(Part):
+    """How far an attack of one size moves features, over the first images of its record's order."""
+
+    eps: str  # exact text
+    cosine: Annotated[float, Field(ge=-1, le=1)]  # mean, of clean and attacked features
+    kept: Accuracy  # images whose nearest neighbour among the other clean ones stays the same
+    invalid: Count  # points of the attack that were no images within the ball; they count as unmoved
+    wall_seconds: Seconds
+
+
+class UnlabelledRecord(Record):
+    """unlabelled/<id>/record.json: what can be said of an encoder without labels; grows by a movement for each eps."""
+
+    id: str
+    run: str
+    created: AwareDatetime
+    seed: int
+    encoder_digest: Hex
+    data: DataUsed  # the first n of an order that the data fixes; the fingerprint is that of the whole split
+    spectra: tuple[Spectrum, ...]
+    features: Features  # the layer that is attacked, which heads read
+    norm: Norm
+    settings: dict[str, JsonValue]  # of the attack, without its eps
+    movements: tuple[Movement, ...]  # by eps, the smallest first
+    key: Hex  # digest of what all but the list of eps depends on
+    wall_seconds: Seconds
+    environment: Environment
 
 
 Mask = tuple[bool, ...]
@@ -670,6 +719,11 @@ class ExportRecord(Record):
     check: CheckRecord
     probes: tuple[ProbeRecord, ...]  # measured on these weights
     attacks: tuple[AttackRecord, ...]  # likewise
+
+
+def weights_file(part: Weights, form: Format) -> str:
+    """The name of the file that an export keeps its weights in."""
+    return f"{part}.{'safetensors' if form == 'robustbench' else form}"
 
 
 class MetricsRecord(Record):

@@ -27,7 +27,7 @@ OUTCOMES, EXAMPLES = "outcomes.json", "examples.safetensors"  # of an attack; be
 BENCHES = "benches"  # in the store, beside the runs; a bench is a folder with a record
 SHEET, LOSS, ACCURACY = "examples.png", "loss.png", "accuracy.png"
 _LOCK = ".lock"
-_KINDS = ("attacks", "probes")  # folders of items in a run
+_KINDS = ("attacks", "measures", "probes", "unlabelled")  # folders of items in a run
 _SLUG_LENGTH = 48
 _ID = re.compile(r"\d{8}-\d{6}-[a-z0-9-]+-[0-9a-f]{6}")
 _LISTED = 8  # candidates that an error names
@@ -60,6 +60,7 @@ class RunFolder:
     attacks = _Part("attacks")
     measures = _Part("measures")
     samples = _Part("samples.jsonl")  # of a measure
+    unlabelled = _Part("unlabelled")
 
     @property
     def id(self) -> str:

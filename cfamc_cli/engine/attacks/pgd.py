@@ -103,6 +103,7 @@ def pgd(
     restarts: int,
     start: Start,
     generator: torch.Generator,
+    onward: bool = False,
 ) -> Tensor:
     """Projected steepest ascent on the cross-entropy, repeated on the samples that still stand.
 
@@ -115,6 +116,7 @@ def pgd(
         restarts: Runs. With start "zero" the first run starts at x and the others at random.
         start: "zero" begins at x, "random" at a point drawn uniformly from the ball.
         generator: CPU generator of the random starts.
+        onward: Go on to the last step whatever is misclassified, for examples that another network will judge.
 
     Returns:
         The first misclassified point met, or the last point where none was, (N, C, H, W).
@@ -128,7 +130,8 @@ def pgd(
         return result
 
     def look(samples: Tensor, _points: Tensor, logits: Tensor, _values: Tensor) -> Tensor:
-        missed[alive[samples]] |= fooled(logits, y[alive[samples]])
+        if not onward:
+            missed[alive[samples]] |= fooled(logits, y[alive[samples]])
         return missed[alive[samples]]
 
     for restart in range(restarts):

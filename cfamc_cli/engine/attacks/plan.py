@@ -43,6 +43,7 @@ class Plan:
     stages: tuple[Stage, ...]  # in the order in which they run, all of one eps and norm
     eot: int = 1  # passes that APGD averages for each gradient, for randomised predictors
     notes: tuple[str, ...] = ()  # what a person must be told because it differs from the attack as published
+    onward: bool = False  # whether searches go on when they fool what they run on, which then is not what is judged
 
     @property
     def eps(self) -> float:
@@ -143,6 +144,7 @@ def run_stage(
     *,
     embed: Predict | None,
     eot: int = 1,
+    onward: bool = False,
     generator: torch.Generator,
 ) -> Tensor:
     """Run one stage.
@@ -154,6 +156,7 @@ def run_stage(
         y: Labels, (N,).
         embed: Embeddings from images; None where the predictor has no representation to attack.
         eot: Passes that APGD averages for each gradient.
+        onward: Whether PGD goes on to its last step whatever it fools.
         generator: CPU generator of everything random.
 
     Returns:
@@ -176,6 +179,7 @@ def run_stage(
                 restarts=stage.restarts,
                 start=stage.start,
                 generator=generator,
+                onward=onward,
             )
         case ApgdAttack() | TargetedApgdAttack():
             return apgd(

@@ -59,7 +59,7 @@ class ImageSet(Pack):
             CfamcError: No image has one.
         """
         if self.labels is None or not bool((self.labels >= 0).any()):
-            hint = "labels come from class folders: train/<class>/ and test/<class>/"
+            hint = "labels come from class folders, train/<class>/ and test/<class>/; or cfamc attack --unlabelled"
             raise bad_data(f"the {self.split} images of {self.dataset} have no labels", hint)
         keep = (self.labels >= 0).nonzero().flatten()
         return self if len(keep) == len(self) else self.take(keep)

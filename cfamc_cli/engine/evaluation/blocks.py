@@ -429,8 +429,10 @@ def _run(work: _Work, pieces: Sequence[_Piece], number: int) -> list[Tensor]:
 
 def _attack(work: _Work, target: Predictor, x: Tensor, y: Tensor, block: int, number: int, *address: str) -> Tensor:
     generator = addressed_generator("attack", work.seed, block, number, *address)
-    stage, eot = work.plan.stages[number - 1], work.plan.eot
-    return run_stage(stage, target.search, x, y, embed=target.embed, eot=eot, generator=generator)
+    stage, plan = work.plan.stages[number - 1], work.plan
+    return run_stage(
+        stage, target.search, x, y, embed=target.embed, eot=plan.eot, onward=plan.onward, generator=generator
+    )
 
 
 def _ledger_checks(outcomes: Sequence[Outcome]) -> list[Flag]:

@@ -30,7 +30,8 @@ class Predictor:
     """What is attacked."""
 
     logits: Predict  # logits (N, classes) from images in [0, 1], (N, C, H, W)
-    search: Predict  # what attacks look through: the same function up to rounding, cheaper where that can be
+    # What attacks look through: the same function up to rounding, cheaper where that can be; of a transfer, the source.
+    search: Predict
     modules: tuple[nn.Module, ...]  # whose parameters, buffers and mode it uses, such as encoder and head
     embed: Predict | None = None  # embeddings (N, D) from images; None where there is no representation to attack
 
