@@ -228,7 +228,7 @@ def attack(
     source: Annotated[
         Text, Option(metavar="RUN", help="Make the examples on another run, and judge them on this.")
     ] = None,
-    strict: Annotated[bool, Option("--strict", help="Exit with 5 if a check says not to trust it.")] = False,
+    strict: Annotated[bool, Option("--strict", help="Make the audit, and exit with 5 if a check fails.")] = False,
     audit: Annotated[bool, Option("--audit", help="Make the full audit, which attacks again.")] = False,
     save_examples: Annotated[
         Number, Option(min=1, max=300, metavar="N", help="Draw N adversarial examples as a PNG.")

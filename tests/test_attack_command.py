@@ -55,6 +55,7 @@ from cfamc_cli.store.runs import HEAD, RunFolder, list_runs, lock
 
 BLOCK = 8
 PGD = ("--eps", "1/255", "--steps", "3", "--limit", "20", "--head", "linear")
+QUICK = audit.AuditSettings(samples=6, steps=3, queries=20)
 Attack = Callable[..., tuple[int, str, str]]
 NAMES = ("pgd", "fgsm", "apgd-ce", "apgd-dlr", "apgd-t", "fab", "square", "autoattack", "autoattack-rand", "embedding")
 ATTACKS = '[[attack]]\nname = "pgd"\neps = "1/255"\nsteps = 2\n[[attack]]\nname = "fgsm"\neps = "4/255"\n'
@@ -466,6 +467,7 @@ def test_strict_refuses_what_cannot_be_trusted(attack: Attack, monkeypatch: pyte
     assert code == 0
     assert "failed: zero-gradient" in out
     assert "warning: pgd-001: check zero-gradient failed: 0.5, at most 0.05: share of images" in err
+    monkeypatch.setattr(audit, "AuditSettings", lambda: QUICK)
     code, out, err = attack(*PGD, "--strict")
     assert code == ExitCode.UNTRUSTED
     assert "error: the evaluation cannot be trusted: zero-gradient" in err
@@ -476,14 +478,51 @@ def test_strict_refuses_what_cannot_be_trusted(attack: Attack, monkeypatch: pyte
     assert failure["results"][0]["trusted"] is False
 
 
+def test_strict_makes_the_audit(attack: Attack, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audit, "AuditSettings", lambda: QUICK)
+    few = (*PGD[:4], "--limit", "8", "--head", "linear")
+    code, out, err = attack(*few, "--strict")
+    assert code == 0, err
+    assert "no audit" not in out
+    assert "audit of pgd-001: The linear head linear-001 on pre_feature features" in err
+    path = the_run(store).attacks / "pgd-001" / "record.json"
+    names = [flag.name for flag in load_record(path, AttackRecord).flags]
+    assert {"memory", "gradient", "rounding", "drift"} <= {*names}
+    older = json.loads(path.read_bytes())
+    older["flags"] = [flag for flag in older["flags"] if flag["name"] != "drift"]  # of an audit with fewer checks
+    path.write_text(json.dumps(older))
+    assert "no audit" in attack(*few)[1]
+    told = json.loads(attack(*few, "--strict", "--json")[1])["results"][0]["audit"]
+    assert told in err
+    assert [flag.name for flag in load_record(path, AttackRecord).flags] == names
+
+
+def test_an_attack_that_cannot_reach_the_border_is_not_trusted(attack: Attack, store: Path) -> None:
+    short = ("--eps", "1/255", "--steps", "3", "--step-size", "0.001", "--limit", "8", "--head", "linear")
+    code, _, err = attack(*short, "--strict")
+    assert code == ExitCode.UNTRUSTED
+    assert "error: pgd at eps 1/255 cannot be trusted: its steps lead 0.003 at most" in err
+    assert not the_run(store).attacks.exists()
+    assert attack(*short)[0] == 0
+    record = load_record(the_run(store).attacks / "pgd-001" / "record.json", AttackRecord)
+    (check,) = [flag for flag in record.flags if flag.name == "reach"]
+    assert (check.figure, check.limit, check.verdict) == (1 / 255, 0.003, "failed")
+    attack("--eps", "3/1000", *short[2:])  # just so far
+    record = load_record(the_run(store).attacks / "pgd-002" / "record.json", AttackRecord)
+    assert [flag.verdict for flag in record.flags if flag.name == "reach"] == ["passed"]
+
+
+def test_a_single_step_is_never_without_a_remark(attack: Attack) -> None:
+    assert "a single step bounds robust accuracy from above" in attack("--attack", "fgsm", "--limit", "8")[2]
+
+
 def test_the_audit_is_added_to_a_finished_evaluation(
     attack: Attack, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = ("--eps", "1/255", "--steps", "3", "--limit", "20")
     attack(*plain)
     before = kept(store)
-    settings = audit.AuditSettings(samples=6, steps=3, queries=20)
-    monkeypatch.setattr(audit, "AuditSettings", lambda: settings)
+    monkeypatch.setattr(audit, "AuditSettings", lambda: QUICK)
     seen = cut_after(monkeypatch, 1000, how=die)
     code, _, _ = attack(*plain, "--audit")
     assert code == 0
@@ -737,7 +776,7 @@ def test_square_and_fab_take_queries_and_targets() -> None:
 def test_both_spaces_of_an_aggregated_head(attack: Attack, store: Path) -> None:
     options = Options(device="cpu", runs=store, quiet=True, as_json=True)
     probe(None, request=Request(head="crops", crops=2, epochs=60), foreign=None, resume=False, options=options)
-    flags = ("--head", "crops", "--eps", "16/255", "--step-size", "0.02", "--steps", "3", "--limit", "20", "--json")
+    flags = ("--head", "crops", "--eps", "16/255", "--step-size", "0.03", "--steps", "3", "--limit", "20", "--json")
     code, out, _ = attack(*flags)
     assert code == 0
     (image,) = json.loads(out)["results"]

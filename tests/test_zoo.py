@@ -8,208 +8,154 @@ from typing import Any
 import pytest
 import torch
 from stages import embedding, pgd, square
-from torch import Tensor, nn
-from torch.nn.functional import batch_norm, dropout, one_hot
+from torch import Tensor
+from zoo import (
+    CHEATS,
+    CLASSES,
+    EPS,
+    GENTLE,
+    HONEST,
+    NET,
+    SETTINGS,
+    SIDE,
+    Cheat,
+    Honest,
+    X,
+    Y,
+    bonus_in_a_crowd,
+    detached,
+    evaluated,
+    failed,
+    gradient_at_test_time,
+    images,
+    not_a_number,
+    quantiser,
+    small,
+    trained,
+)
 
 from cfamc_cli.engine.attacks.plan import Plan
 from cfamc_cli.engine.attacks.search import Predict, Region
 from cfamc_cli.engine.evaluation import audit, blocks
 from cfamc_cli.engine.evaluation.audit import AuditSettings
-from cfamc_cli.engine.evaluation.blocks import Evaluation, evaluate
 from cfamc_cli.engine.evaluation.verify import Predictor, Traces
 from cfamc_cli.engine.randomness import addressed_generator
-from cfamc_cli.engine.sink import NullTalk
 from cfamc_cli.recipe.schema import Norm, Stage
 from cfamc_cli.store.records import Flag
 
-CLASSES, SIDE, EPS = 4, 8, 16 / 255
 
-
-def honest() -> tuple[nn.Sequential, Tensor, Tensor]:
-    """A small trained net, and images of four classes that it tells apart."""
-    generator = torch.Generator().manual_seed(0)
-    centres = torch.rand((CLASSES, 3, SIDE, SIDE), generator=generator) * 0.4 + 0.3
-    y = torch.arange(160) % CLASSES
-    noise = torch.randn((160, 3, SIDE, SIDE), generator=generator)
-    x = (centres[y] + 0.1 * noise).clamp(0, 1)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        net = nn.Sequential(
-            nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, CLASSES)
-        )
-        optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
-        for _ in range(20):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(net(x), y).backward()
-            optimizer.step()
-    net.eval()
-    net.zero_grad()
-    return net, x, y
-
-
-NET, X, Y = honest()
-
-
-class ZeroGradient(torch.autograd.Function):
-    """The identity whose gradient is zero."""
-
-    @staticmethod
-    def forward(ctx: object, z: Tensor) -> Tensor:
-        return z.clone()
-
-    @staticmethod
-    def backward(ctx: object, grad: Tensor) -> Tensor:
-        return torch.zeros_like(grad)
-
-
-def zero_gradient(x: Tensor) -> Tensor:
-    out: Tensor = NET(ZeroGradient.apply(x))
-    return out
-
-
-def quantiser(x: Tensor) -> Tensor:
-    return NET((x * 16).round() / 16)  # type: ignore[no-any-return]
-
-
-def detached(x: Tensor) -> Tensor:
-    return NET(x.detach())  # type: ignore[no-any-return]
-
-
-def noisy(x: Tensor) -> Tensor:
-    return NET(x + 0.1 * torch.randn_like(x))  # type: ignore[no-any-return]
-
-
-def dropping(x: Tensor) -> Tensor:
-    return NET(dropout(x, 0.3, training=True))  # type: ignore[no-any-return]
-
-
-def probabilities(x: Tensor) -> Tensor:
-    return NET(x).softmax(1)  # type: ignore[no-any-return]
-
-
-def loud(x: Tensor) -> Tensor:
-    return NET(x) * 1e4  # type: ignore[no-any-return]
-
-
-def decided(x: Tensor) -> Tensor:
-    return one_hot(NET(x).argmax(1), CLASSES).float()
-
-
-def not_a_number(x: Tensor) -> Tensor:
-    z: Tensor = NET(x)
-    return torch.where(x[:, 0, 0, :1] > 0.5, torch.nan, z)
-
-
-def batch_statistics(x: Tensor) -> Tensor:
-    norm = NET[1]
-    assert isinstance(norm, nn.BatchNorm2d)
-    h = batch_norm(NET[0](x), None, None, norm.weight, norm.bias, training=True)
-    return NET[2:](h)  # type: ignore[no-any-return]
-
-
-def gradient_at_test_time(x: Tensor) -> Tensor:
-    with torch.enable_grad():
-        moved = x.detach().requires_grad_()
-        (grad,) = torch.autograd.grad(NET(moved).amax(1).sum(), moved)
-    return NET((x + 0.02 * grad.sign()).clamp(0, 1))  # type: ignore[no-any-return]
-
-
-def random_crops(x: Tensor) -> Tensor:
-    shift = [int(s) for s in torch.randint(-2, 3, (2,))]
-    return NET(x.roll(shift, (2, 3)))  # type: ignore[no-any-return]
-
-
-def bonus_in_a_crowd(x: Tensor) -> Tensor:
-    """Right with many others in the batch, whatever was done to the image; honest on clean images and alone."""
-    z: Tensor = NET(x)
-    distance, nearest = (x.flatten(1)[:, None] - X.flatten(1)[None]).abs().amax(2).min(1)
-    moved = (distance > 0) & (len(x) >= 20)
-    return z + 6 * moved[:, None] * one_hot(Y[nearest], CLASSES)
-
-
-ZOO: list[tuple[Callable[[Tensor], Tensor], str]] = [
-    (zero_gradient, "zero-gradient"),
-    (quantiser, "zero-gradient"),
-    (detached, "zero-gradient"),
-    (noisy, "random"),
-    (dropping, "random"),
-    (probabilities, "probabilities"),
-    (loud, "logit-scale"),
-    (decided, "zero-gradient"),
-    (not_a_number, "not-finite"),
-    (batch_statistics, "batch"),
-    (gradient_at_test_time, "test-time-gradient"),
-    (random_crops, "random"),
-    (bonus_in_a_crowd, "batch"),
-]
-
-
-def evaluated(predict: Predict, *, audit: AuditSettings | None, labels: Tensor = Y) -> Evaluation:
-    return evaluate(
-        Predictor(predict, predict, (NET,)),
-        X[:80],
-        labels[:80],
-        plan=Plan((pgd(EPS, step_size=EPS / 2, steps=8),)),
-        seed=0,
-        block_size=40,
-        device=torch.device("cpu"),
-        finished=(),
-        commit=lambda outcome, examples: None,
-        audit=audit,
-        label="attack",
-        talk=NullTalk(),
-    )
-
-
-def failed(evaluation: Evaluation) -> set[str]:
-    return {check.name for check in evaluation.checks if check.verdict == "failed"}
+def plain(predict: Predict) -> Predictor:
+    return Predictor(predict, predict, (NET,))
 
 
 def test_an_honest_predictor_raises_no_flag() -> None:
-    evaluation = evaluated(NET, audit=AuditSettings(samples=30, queries=100))
+    evaluation = evaluated(plain(NET), audit=SETTINGS)
     assert failed(evaluation) == set(), [c for c in evaluation.checks if c.verdict == "failed"]
     assert 0 < sum(evaluation.robust) < sum(evaluation.clean)
 
 
-@pytest.mark.parametrize(("predict", "flag"), ZOO, ids=[predict.__name__ for predict, _ in ZOO])
-def test_a_cheat_raises_its_flag(predict: Predict, flag: str) -> None:
-    evaluation = evaluated(predict, audit=None)
-    assert flag in failed(evaluation)
+@pytest.mark.parametrize("cheat", CHEATS, ids=[cheat.name for cheat in CHEATS])
+def test_a_cheat_raises_its_flag(cheat: Cheat) -> None:
+    evaluation = evaluated(cheat.predictor(), audit=SETTINGS if cheat.audit else None)
+    assert cheat.flag in failed(evaluation)
+
+
+def named(name: str) -> Cheat:
+    return next(cheat for cheat in CHEATS if cheat.name == name)
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("quantiser", {"eps-one", "eps-flat", "no-ascent"}),
+        ("one_pixel", {"noise-over-pgd"}),
+        ("shattered_nearby", {"fgsm-over-pgd"}),
+        ("nan_off_the_grid", {"weak-attack", "surrogate"}),
+        ("loud", {"adaptive-loss", "surrogate"}),
+        ("another_search", {"weak-attack", "adaptive-loss"}),
+        ("remembers_partly", {"radius"}),
+        ("hardens_later", {"memory"}),
+    ],
+)
+def test_other_checks_see_it_too(name: str, flags: set[str]) -> None:
+    assert flags <= failed(evaluated(named(name).predictor(), audit=SETTINGS))
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("probabilities", {"probabilities"}),
+        ("tied", {"ratio-tied"}),
+        ("shrinking", {"radius", "leap"}),
+        ("checkered_gradient", {"gradient"}),
+    ],
+)
+def test_what_no_other_check_sees(name: str, flags: set[str]) -> None:
+    assert failed(evaluated(named(name).predictor(), audit=SETTINGS)) == flags
+
+
+@pytest.mark.parametrize(
+    ("attack", "classes"),
+    [
+        (pgd(2 / 255, step_size=1 / 255, steps=8), CLASSES),
+        (pgd(0.7, "l2", step_size=0.2, steps=8), CLASSES),
+        (pgd(1e-6, step_size=1e-6, steps=4), CLASSES),
+        (pgd(0.0), CLASSES),
+        (square(EPS / 4, queries=100), CLASSES),
+        (pgd(2 / 255, step_size=1 / 255, steps=8), 2),
+        (pgd(2 / 255, step_size=1 / 255, steps=8), 100),
+    ],
+)
+def test_an_honest_net_raises_nothing_in_any_ball(attack: Stage, classes: int) -> None:
+    x, y = images(classes, max(80, 2 * classes))
+    net = NET if classes == CLASSES else trained(small(classes=classes), x, y, steps=20)
+    evaluation = evaluated(Predictor(net, net, (net,)), audit=SETTINGS, x=x, y=y, attack=attack)
+    assert failed(evaluation) == set(), [c for c in evaluation.checks if c.verdict == "failed"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("one", HONEST, ids=str)
+def test_honest_encoders_raise_nothing(one: Honest) -> None:
+    predictor, x, y = one.predictor()
+    evaluation = evaluated(predictor, audit=SETTINGS, x=x, y=y, attack=GENTLE)
+    assert failed(evaluation) == set(), [c for c in evaluation.checks if c.verdict == "failed"]
 
 
 def test_a_module_in_training_mode_is_named_and_left_so() -> None:
     NET.train()
     try:
-        evaluation = evaluated(NET, audit=None)
+        evaluation = evaluated(plain(NET), audit=None)
         assert all(m.training for m in NET.modules())
     finally:
         NET.eval()
     assert failed(evaluation) == {"training-mode"}
-    assert evaluation.robust == evaluated(NET, audit=None).robust
+    assert evaluation.robust == evaluated(plain(NET), audit=None).robust
 
 
 def test_masked_gradients_fail_the_full_audit_too() -> None:
-    evaluation = evaluated(quantiser, audit=AuditSettings(samples=30, queries=300))
+    evaluation = evaluated(plain(quantiser), audit=AuditSettings(samples=30, queries=300))
     assert {"zero-gradient", "black-box"} <= failed(evaluation)
 
 
 def test_samples_without_a_finite_prediction_are_not_robust() -> None:
-    evaluation = evaluated(not_a_number, audit=None)
+    evaluation = evaluated(plain(not_a_number), audit=None)
     nan = (X[:80, 0, 0, 0] > 0.5).tolist()
     assert not any(robust and bad for robust, bad in zip(evaluation.robust, nan, strict=True))
 
 
 def test_samples_that_are_right_only_in_a_crowd_are_not_robust() -> None:
-    evaluation = evaluated(bonus_in_a_crowd, audit=None)
+    evaluation = evaluated(plain(bonus_in_a_crowd), audit=None)
     assert sum(evaluation.clean) == 80
-    assert sum(evaluation.robust) <= sum(evaluated(NET, audit=None).robust) < 40
+    assert sum(evaluation.robust) <= sum(evaluated(plain(NET), audit=None).robust) < 40
 
 
 def test_a_confident_head_is_seen_to_lose_along_its_gradient() -> None:
     def confident(x: Tensor) -> Tensor:
         return NET(x) * 8  # type: ignore[no-any-return]
 
-    checks = {check.name: check for check in evaluated(confident, audit=AuditSettings(samples=30, queries=20)).checks}
+    checks = {
+        check.name: check for check in evaluated(plain(confident), audit=AuditSettings(samples=30, queries=20)).checks
+    }
     z = confident(X[:80])
     margin = z.topk(2, dim=1).values
     assert ((margin[:, 0] - margin[:, 1]) > 17).float().mean() > 0.05  # where float32's cross-entropy is 0
@@ -217,7 +163,7 @@ def test_a_confident_head_is_seen_to_lose_along_its_gradient() -> None:
 
 
 def test_every_check_has_a_figure_and_a_verdict() -> None:
-    checks = evaluated(NET, audit=AuditSettings(samples=10, queries=20)).checks
+    checks = evaluated(plain(NET), audit=AuditSettings(samples=10, queries=20)).checks
     assert len({check.name for check in checks}) == len(checks)
     for check in checks:
         assert isinstance(check.figure, float | int)
@@ -256,6 +202,8 @@ def audited(
         predict,
         IMAGES,
         LABELS,
+        search=predict,
+        fresh=None,
         plan=Plan((attack or pgd(eps),)),
         broken=torch.full((N,), broken),
         places=torch.arange(10, 10 + N),
@@ -295,12 +243,23 @@ def test_the_audit_of_an_honest_predictor_has_these_figures() -> None:
         "more-steps": 0,
         "more-restarts": 0,
         "black-box": 1,
-        "adaptive-loss": 1,
         "no-ascent": 0.05,
+        "gradient": 0.05,
+        "radius": 2.5,
+        "leap": 0.1,
+        "noise-over-pgd": 1,
+        "search": 0,
+        "memory": 0,
+        "weak-attack": 1,
+        "adaptive-loss": 1,
+        "surrogate": 1,
+        "rounding": 0,
     }
     assert {name: check.limit for name, check in checks.items()} == limits
+    assert checks.pop("radius").figure == pytest.approx(1, abs=0.01)  # it is linear
     assert {check.figure for check in checks.values()} == {0}
-    assert {check.verdict for check in checks.values()} == {"passed"}
+    skipped = {check.name for check in checks.values() if check.verdict != "passed"}
+    assert skipped == {"memory", "rounding"}  # nothing to copy, and images between two values of 8 bits
     curve = "0.05: 1.000, 0.1: 0.000, 0.1255: 0.000, 0.2: 0.000, 0.4: 0.000, 0.502: 0.000, 1: 0.000"
     assert audited(crosses_at(0.36))["eps-one"].text.endswith(f"the curve is {curve}")
 
@@ -332,8 +291,7 @@ def test_more_steps_and_restarts_that_break_less_are_seen(hardened: Sequence[int
         return crosses_at(2.0 if calls in hardened else 0.35)(x)
 
     settings = AuditSettings(steps=1)
-    whole = audit._Audit(predict, IMAGES, LABELS, torch.arange(N), "linf", 0, settings)
-    checks = {check.name: check for check in whole.strength(0.1)}
+    checks = {check.name: check for check in auditor(predict, settings=settings).strength()}
     assert (checks["more-steps"].figure, checks["more-restarts"].figure) == figures
     for name, figure in zip(("more-steps", "more-restarts"), figures, strict=True):
         assert (checks[name].verdict == "failed") == (figure > 0)
@@ -361,6 +319,8 @@ def test_what_the_audit_cannot_ask_is_skipped() -> None:
         crosses_at(0.35),
         IMAGES[:0],
         LABELS[:0],
+        search=NET,
+        fresh=None,
         plan=Plan((pgd(0.1),)),
         broken=torch.zeros(0, dtype=torch.bool),
         places=torch.arange(0),
@@ -381,7 +341,7 @@ def test_the_audit_looks_at_the_first_samples_that_stand(monkeypatch: pytest.Mon
     labels = Y.clone()
     labels[:4] = (labels[:4] + 1) % CLASSES  # misclassified: there is nothing to attack again
     settings = AuditSettings(samples=30)
-    evaluation = evaluated(NET, audit=settings, labels=labels)
+    evaluation = evaluated(plain(NET), audit=settings, y=labels[:80])
     assert (seen["settings"], seen["seed"]) == (settings, 0)
     assert [stage.name for stage in seen["plan"].stages] == ["pgd"]
     assert seen["places"].tolist() == list(range(4, 34))
@@ -456,10 +416,19 @@ def test_what_was_found_in_the_modules_is_told() -> None:
 
 
 def auditor(
-    predict: Predict, *, norm: Norm = "linf", x: Tensor = IMAGES, seed: int = 0, settings: AuditSettings | None = None
+    predict: Predict,
+    *,
+    eps: float = 0.1,
+    norm: Norm = "linf",
+    x: Tensor = IMAGES,
+    seed: int = 0,
+    settings: AuditSettings | None = None,
+    search: Predict | None = None,
+    fresh: Predict | None = None,
 ) -> audit._Audit:
     labels = torch.zeros(len(x), dtype=torch.int64)
-    return audit._Audit(predict, x, labels, torch.arange(len(x)) + 10, norm, seed, settings or AuditSettings())
+    places, spent = torch.arange(len(x)) + 10, settings or AuditSettings()
+    return audit._Audit(predict, search or predict, fresh, x, labels, places, eps, norm, seed, spent)
 
 
 def test_the_curve_reaches_to_the_whole_box_in_either_norm() -> None:
@@ -471,7 +440,7 @@ def test_the_curve_reaches_to_the_whole_box_in_either_norm() -> None:
         ("l2", 0.5, [0.25, 0.5, 1.0, whole / 8, 2.0, whole / 2, whole]),
         ("l2", 10.0, [5.0, 10.0, whole]),
     ):
-        checks = auditor(crosses_at(2.0), norm=norm, settings=AuditSettings(steps=1)).curve(eps)  # type: ignore[arg-type]
+        checks = auditor(crosses_at(2.0), eps=eps, norm=norm, settings=AuditSettings(steps=1)).curve()  # type: ignore[arg-type]
         curve = ", ".join(f"{radius:.4g}: 1.000" for radius in sorted(radii))
         assert checks[0].text == f"accuracy at the radius of the whole box; the curve is {curve}"
         assert [check.figure for check in checks] == [1.0, 0, 1.0]
@@ -485,9 +454,10 @@ def test_limits_grow_with_the_images_and_only_some_are_named() -> None:
     settings = AuditSettings(steps=2, queries=3)
     some = auditor(decides(over_a_wall), x=x, settings=settings)
     checks = [
-        *some.curve(0.1),
-        *some.strength(0.1),
-        *some.black_box(0.1, torch.zeros(n, dtype=torch.bool), blinded=False),
+        *some.curve(),
+        *some.strength(),
+        *some.black_box(torch.zeros(n, dtype=torch.bool), blinded=False),
+        *some.adaptive(torch.zeros(n, dtype=torch.bool), blinded=False),
     ]
     assert {check.name: check.limit for check in checks} == {
         "eps-one": 0,
@@ -497,7 +467,9 @@ def test_limits_grow_with_the_images_and_only_some_are_named() -> None:
         "more-steps": 0,
         "more-restarts": 0,
         "black-box": 3,
+        "weak-attack": 150,
         "adaptive-loss": 150,
+        "surrogate": 150,
     }
     rows = torch.arange(n)
     assert some.named(rows < 20) == f": number {', '.join(str(10 + i) for i in range(20))} of the order"
@@ -508,11 +480,15 @@ def test_limits_grow_with_the_images_and_only_some_are_named() -> None:
 def test_what_falls_to_a_black_box_or_another_loss_alone_is_counted() -> None:
     known = torch.tensor([True, False, False, True, False, False])
     blind = auditor(decides(lambda t: 0.35 - t.detach()), settings=AuditSettings(queries=150))
-    found = {check.name: check for check in blind.black_box(0.1, known, blinded=False)}
+    found = {
+        check.name: check for check in (*blind.black_box(known, blinded=False), *blind.adaptive(known, blinded=False))
+    }
     assert (found["black-box"].figure, found["adaptive-loss"].figure) == (4, 0)
     assert found["black-box"].text == "images broken by 150 queries of Square alone: number 11, 12, 14, 15 of the order"
     loud = auditor(decides(lambda t: 0.35 - t, scale=1e6), settings=AuditSettings(queries=150))
-    found = {check.name: check for check in loud.black_box(0.1, known, blinded=False)}
+    found = {
+        check.name: check for check in (*loud.black_box(known, blinded=False), *loud.adaptive(known, blinded=False))
+    }
     assert found["adaptive-loss"].figure == 4
     assert found["adaptive-loss"].text.endswith("fell to APGD-DLR: number 11, 12, 14, 15 of the order")
 
@@ -537,31 +513,32 @@ def test_the_attacks_of_an_audit_spend_what_it_says_from_its_seed(monkeypatch: p
         return "generator"
 
     monkeypatch.setattr(audit, "addressed_generator", addressed)
-    one = auditor(crosses_at(0.9), norm="l2", seed=5, settings=AuditSettings(steps=4, queries=6))
+    one = auditor(crosses_at(0.9), eps=0.5, norm="l2", seed=5, settings=AuditSettings(steps=4, queries=6))
     same = {"eps": 0.5, "norm": "l2"}
     drawn = {**same, "generator": "generator"}
     shape = {"step_size": 2.5 * 0.5 / 4, "start": "zero"}
 
-    one.strength(0.5)
+    one.strength()
     assert calls == [
-        ("pgd", drawn | shape | {"steps": 4, "restarts": 1}),
         ("fgsm", same),
+        ("pgd", drawn | shape | {"steps": 4, "restarts": 1}),
         ("pgd", drawn | shape | {"steps": 8, "restarts": 1}),
         ("pgd", drawn | shape | {"steps": 4, "restarts": 2}),
     ]
     calls.clear()
-    one.black_box(0.5, torch.ones(N, dtype=torch.bool), blinded=False)
+    one.black_box(torch.ones(N, dtype=torch.bool), blinded=False)
+    one.adaptive(torch.ones(N, dtype=torch.bool), blinded=False)
     spent = {"loss": "apgd-dlr", "steps": 4, "restarts": 1, "targets": 1, "eot": 1}
     assert calls == [
-        ("pgd", drawn | shape | {"steps": 4, "restarts": 1}),
         ("square", drawn | {"queries": 6}),
         ("apgd", drawn | spent),
+        ("pgd", drawn | shape | {"steps": 4, "restarts": 1}),
     ]
-    assert addresses == [("audit", 5, label) for label in ("pgd", "pgd", "pgd", "pgd", "square", "apgd-dlr")]
+    assert addresses == [("audit", 5, label) for label in ("pgd", "pgd", "pgd", "square", "apgd-dlr", "pgd")]
     calls.clear()
-    one.ascent(0.5)
-    auditor(crosses_at(0.9)).ascent(0.1)
-    auditor(crosses_at(0.9)).ascent(1e-4)
+    one.ascent()
+    auditor(crosses_at(0.9)).ascent()
+    auditor(crosses_at(0.9), eps=1e-4).ascent()
     assert [call["eps"] for _, call in calls] == [0.005, 0.25 / 255, 1e-4]
 
 
@@ -601,7 +578,7 @@ def test_a_loss_that_stays_does_not_rise() -> None:
         slope = (torch.arange(n) < 4).float()
         return decides(lambda t: 0.35 - slope * (t - START))(x)
 
-    check = auditor(predict, x=torch.full((n, 3, 2, 2), START)).ascent(0.1)
+    check = auditor(predict, x=torch.full((n, 3, 2, 2), START)).ascent()
     assert (check.figure, check.limit, check.verdict) == (0.5, 0.05, "failed")
 
 
@@ -611,6 +588,8 @@ def test_a_blind_audit_is_one_of_a_plan_of_squares_alone() -> None:
             crosses_at(0.35),
             IMAGES,
             LABELS,
+            search=NET,
+            fresh=None,
             plan=plan,
             broken=torch.ones(N, dtype=torch.bool),
             places=torch.arange(N),
@@ -666,5 +645,5 @@ def test_gradients_that_are_not_finite_are_of_no_use() -> None:
 
 
 def test_the_cheap_checks_look_at_64_samples_of_the_evaluation() -> None:
-    check = next(c for c in evaluated(detached, audit=None).checks if c.name == "zero-gradient")
+    check = next(c for c in evaluated(plain(detached), audit=None).checks if c.name == "zero-gradient")
     assert (check.figure, check.text) == (1.0, "share of 64 images without a usable gradient")

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
-from cfamc_cli.commands.attack_report import NOT_AUDITED, Result, curves, draw_accuracy, draw_loss, lacks_audit, tell
-from cfamc_cli.commands.attack_settings import Flags, asked_attacks, asked_measure, check_flags
+from cfamc_cli.commands.attack_report import NOT_AUDITED, Result, curves, draw_accuracy, draw_loss, tell
+from cfamc_cli.commands.attack_settings import Flags, asked_attacks, asked_measure, check_flags, require_reach
 from cfamc_cli.commands.common import SAME_COMMAND, Options, Session, interruption, session
 from cfamc_cli.commands.measure import Subject, measured
 from cfamc_cli.commands.transfer import from_source, judged_on, require_transferable
 from cfamc_cli.errors import bad_data, invalid, missing_library
 from cfamc_cli.recipe.schema import Attack, EmbeddingAttack, Norm, PgdAttack, Recipe, number
+from cfamc_cli.report.audit import lacks_audit
 from cfamc_cli.store.environment import capture_environment
 from cfamc_cli.store.files import write_bytes
 from cfamc_cli.store.outcomes import Ledger, key_of, open_ledger
@@ -82,6 +83,8 @@ def attack(reference: str | None, *, flags: Flags, options: Options) -> None:
     asked = asked_attacks(flags, recipe) if measure is None else ()
     if flags.source is not None:
         require_transferable(flags, asked, measure=measure is not None)
+    if flags.strict:
+        require_reach(asked)
     message, again = "interrupted; every finished stage is kept", "go on with the same command"
     with session(options) as working, interruption(message=message, hint=lambda: again):
         from cfamc_cli.engine.device import has_tf32, out_of_memory
@@ -220,7 +223,8 @@ class Work:
             gallery = Gallery(path, ledger.outcomes, block_size=BLOCK, wanted=wanted)
             record, again = ledger.record(), gallery.missing()
             audited = record is not None and not lacks_audit(record)
-            if record is not None and (audited or not self.flags.audit) and not again:
+            wanted_audit = self.flags.audit or self.flags.strict
+            if record is not None and (audited or not wanted_audit) and not again:
                 told("", self.world)
                 self.talk.message(f"{label}: finished on {record.created:%Y-%m-%d %H:%M} UTC as {record.id}")
             else:
@@ -231,7 +235,7 @@ class Work:
                     gallery.add(outcome, examples)
                     ledger.commit(outcome)
 
-                audit = self.flags.audit or audited
+                audit = wanted_audit or audited
                 told(_AUDITED if audit else _PLAIN, self.world)
                 planned = self._plan(table)
                 finished = [outcome for place, outcome in ledger.outcomes.items() if place not in again]

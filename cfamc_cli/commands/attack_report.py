@@ -12,6 +12,7 @@ from cfamc_cli.commands.common import Options
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.recipe.schema import fraction
 from cfamc_cli.report import terminal
+from cfamc_cli.report.audit import audit_paragraph, lacks_audit
 from cfamc_cli.report.plots import draw
 from cfamc_cli.store.records import Accuracy, AttackRecord, Flag, Mask
 from cfamc_cli.store.runs import RunFolder
@@ -48,11 +49,6 @@ class Point(Result):
     """One evaluation of a curve."""
 
     worst: Accuracy  # over the samples that stand here and at every smaller radius of the curve
-
-
-def lacks_audit(record: AttackRecord) -> bool:
-    """Whether the full audit was not made."""
-    return any(flag.name == NOT_AUDITED.name and flag.verdict == "skipped" for flag in record.flags)
 
 
 def curves(results: Sequence[Result]) -> list[list[Point]]:
@@ -97,6 +93,7 @@ def tell(run: RunFolder, results: Sequence[Result], drawn: Sequence[Path], *, st
                 "path": str(point.folder),
                 "trusted": not point.failed,
                 "worst_case": point.worst.model_dump(mode="json"),
+                "audit": None if lacks_audit(point.record) else audit_paragraph(point.record),
             }
             for point in points
         ],
@@ -122,8 +119,11 @@ def _talk(results: Sequence[Result], drawn: Sequence[Path], groups: list[list[Po
             say(f"warning: {result.record.id}: check {flag.name} failed:{figure}: {flag.text}")
     if quiet:
         return
-    for note in dict.fromkeys(note for result in results for note in result.record.notes):
-        say(f"note: {note}")
+    records = [result.record for result in results]
+    notes = dict.fromkeys(f"note: {note}" for record in records for note in record.notes)
+    audits = [f"audit of {record.id}: {audit_paragraph(record)}" for record in records if not lacks_audit(record)]
+    for line in (*notes, *audits):
+        say(line)
     for path in drawn:
         say(f"drawn: {path}")
     for group in groups:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from cfamc_cli.errors import invalid
-from cfamc_cli.recipe.schema import Attack, Judged, Measure, Recipe, Table, fraction
+from cfamc_cli.errors import CfamcError, ExitCode, invalid
+from cfamc_cli.recipe.schema import Attack, Judged, Measure, Recipe, Table, fraction, reach
 from cfamc_cli.store.records import Space
 
 
@@ -36,7 +37,7 @@ class Flags:
     split: Judged | None = None  # which images; held-out ones where there are some, else test images
     head: str | None = None  # id of a probe, or a kind of head
     space: str = "image"  # where the attacker acts; "crops" for each crop of the aggregated head by itself
-    strict: bool = False  # a failed check is exit code 5
+    strict: bool = False  # a failed check is exit code 5; makes the full audit
     audit: bool = False  # make the full audit too
     save_examples: int | None = None  # draw so many adversarial examples
     plot: bool = False  # draw loss against steps and accuracy against eps
@@ -115,6 +116,22 @@ def asked_attacks(flags: Flags, recipe: Recipe) -> tuple[Attack, ...]:
     if len({fraction(attack.eps) for attack in found}) < len(found):
         raise invalid("--eps: a radius is given twice")
     return found
+
+
+def require_reach(attacks: Sequence[Attack]) -> None:
+    """Refuse what --strict could never trust, before anything is computed.
+
+    Raises:
+        CfamcError: Exit 5; the steps of an attack are too few or too short to get to the border of its ball.
+    """
+    for table in attacks:
+        way = reach(table)
+        if way is not None and way < fraction(table.eps):
+            raise CfamcError(
+                f"{table.name} at eps {table.eps} cannot be trusted: its steps lead {float(way):.4g} at most",
+                hint="raise --steps or --step-size, or leave --strict out",
+                exit_code=ExitCode.UNTRUSTED,
+            )
 
 
 def _given(flags: Flags, name: str) -> dict[str, Any]:

@@ -679,6 +679,13 @@ Attack = Annotated[Stage | AutoAttackAttack, Field(discriminator="name")]
 Measure = Smallest | Corruptions | Smoothing  # of robustness, at no one eps; asked for by flags alone
 
 
+def reach(attack: EpsAttack) -> Fraction | None:
+    """How far the steps of an attack lead at most; None where it has no steps of a fixed length."""
+    if isinstance(attack, PgdAttack | EmbeddingAttack):
+        return attack.steps * fraction(attack.step_size)
+    return None
+
+
 class Phase(Table):
     """Training that goes on from the encoder of the phase before it.
 

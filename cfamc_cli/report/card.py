@@ -8,6 +8,7 @@ from cfamc_cli.recipe import file as recipe_file
 from cfamc_cli.recipe.plan import duration
 from cfamc_cli.recipe.schema import DEPTHS, Recipe, number
 from cfamc_cli.report import terminal
+from cfamc_cli.report.audit import audit_paragraph, lacks_audit
 from cfamc_cli.report.sheets import markdown_table, markdown_text
 from cfamc_cli.store.records import AttackRecord, ExportRecord, ProbeRecord, RunRecord, images_of, weights_file
 
@@ -36,7 +37,10 @@ def card(made: ExportRecord, recipe: Recipe, run: RunRecord) -> str:
         pre_feature=made.part == "encoder" or "pre_feature" in read,
         probes=markdown_table(("probe", "head", "features", "data", "n", "accuracy"), map(_probe_row, made.probes)),
         attacks=markdown_table(_ATTACK_COLUMNS, map(_attack_row, made.attacks)),
-        notes=list(dict.fromkeys(note for attack in made.attacks for note in attack.notes)),
+        notes=[
+            *dict.fromkeys(note for attack in made.attacks for note in attack.notes),
+            *(audit_paragraph(attack) for attack in made.attacks if not lacks_audit(attack)),
+        ],
         gaps=not_measured(made),
         files=markdown_table(("file", "bytes", "SHA-256"), written),
         toml=_fenced(toml),

@@ -83,6 +83,8 @@ def plan(attack: Attack, *, classes: int) -> Plan:
             notes.append(f"{stage_name(stage)}: {fewer}")
             stage = stage.model_copy(update={"targets": classes - 1})
         match stage:
+            case FgsmAttack():
+                notes.append("fgsm: a single step bounds robust accuracy from above, and is no estimate of it")
             case ApgdAttack(name="apgd-dlr") if classes < 3:
                 notes.append("apgd-dlr: the plain margin instead of the ratio, which needs at least 3 classes")
             case TargetedApgdAttack() if classes == 3:

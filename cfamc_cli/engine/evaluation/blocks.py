@@ -8,6 +8,7 @@ equals one that was not.
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,9 +22,18 @@ from torch import Tensor
 from cfamc_cli.engine.attacks.plan import Plan, passes, run_stage, stage_name
 from cfamc_cli.engine.attacks.search import Predict, climb, fooled, logits_at, rows_where
 from cfamc_cli.engine.attacks.together import Member, side_by_side
+from cfamc_cli.engine.ball import random_start
 from cfamc_cli.engine.device import in_tf32
 from cfamc_cli.engine.distributed import ALONE, World, pooled, pooled_texts, told
-from cfamc_cli.engine.evaluation.audit import AuditSettings, cheap_checks, full_checks, judge, trace_checks
+from cfamc_cli.engine.evaluation.audit import (
+    AuditSettings,
+    cheap_checks,
+    drift_check,
+    full_checks,
+    judge,
+    plan_checks,
+    trace_checks,
+)
 from cfamc_cli.engine.evaluation.verify import BATCHES, Meter, Predictor, in_region, look, undisturbed
 from cfamc_cli.engine.randomness import addressed_generator, addressed_seed
 from cfamc_cli.engine.sink import Talk
@@ -208,10 +218,14 @@ def evaluate(
     with undisturbed(predictor.modules, device) as traces:
         torch.manual_seed(addressed_seed("predictor", seed))
         head, head_labels = x[:_PROBED].to(device), y[:_PROBED].to(device)
+        fresh = None if audit is None else _copied(predictor.logits)  # before anything is asked
+        nearby = addressed_generator("drift", seed)
+        queries = head + random_start(head, eps=plan.eps, norm=plan.norm, generator=nearby)
+        early = logits_at(predict, queries)
         classes = logits_at(predict, head).shape[1]
         if not 0 <= int(y.min()) <= int(y.max()) < classes:
             raise ValueError(f"labels reach from {int(y.min())} to {int(y.max())}, but there are {classes} logits")
-        checks = cheap_checks(predict, head, head_labels)
+        checks = plan_checks(plan) + cheap_checks(predict, head, head_labels)
         together = _blocks_at_once(watched.search, head, block_size)
         work = _Work(watched, pace, plan, seed, block_size, device, world, together)
         pace.meter.read()
@@ -219,9 +233,18 @@ def evaluate(
         outcomes = _all_blocks(work, x, y, {(o.block, o.stage): o for o in known}, commit)
         checks += _ledger_checks(outcomes)
         if audit is not None:
-            checks += _audited(work, x, y, outcomes, audit)
+            checks += _audited(work, x, y, outcomes, audit, fresh)
+            checks += [drift_check(early, logits_at(predict, queries))]
         checks += trace_checks(traces())
     return Evaluation(tuple(outcomes), tuple(checks))
+
+
+def _copied(predict: Predict) -> Predict | None:
+    """A copy with a state of its own; None where there can be none."""
+    try:
+        return copy.deepcopy(predict)
+    except (RuntimeError, TypeError):
+        return None
 
 
 def _blocks_at_once(search: Predict, sample: Tensor, block_size: int) -> int:
@@ -453,7 +476,9 @@ def _ledger_checks(outcomes: Sequence[Outcome]) -> list[Flag]:
     ]
 
 
-def _audited(work: _Work, x: Tensor, y: Tensor, outcomes: Sequence[Outcome], audit: AuditSettings) -> list[Flag]:
+def _audited(
+    work: _Work, x: Tensor, y: Tensor, outcomes: Sequence[Outcome], audit: AuditSettings, fresh: Predict | None
+) -> list[Flag]:
     """The full audit, on the first samples that stood without an attack."""
     clean = torch.tensor([bit for o in outcomes if o.stage == 0 for bit in o.standing])
     robust = torch.tensor([bit for o in outcomes if o.stage == len(work.plan.stages) for bit in o.standing])
@@ -462,6 +487,8 @@ def _audited(work: _Work, x: Tensor, y: Tensor, outcomes: Sequence[Outcome], aud
         work.predictor.logits,
         x[rows].to(work.device),
         y[rows].to(work.device),
+        search=work.predictor.search,
+        fresh=fresh,
         plan=work.plan,
         broken=~robust[rows].to(work.device),
         places=rows,

@@ -1,0 +1,63 @@
+"""The audit in plain words: what was attacked, with what, what was looked for and what was not."""
+
+from __future__ import annotations
+
+from tiny import attack_record
+
+from cfamc_cli.report.audit import audit_paragraph, lacks_audit
+from cfamc_cli.store.records import Accuracy, Flag, ThreatModel
+
+
+def flag(name: str, verdict: str = "passed", figure: float = 0.0, limit: float | None = 0.0) -> Flag:
+    return Flag.model_validate(
+        {"name": name, "figure": figure, "limit": limit, "verdict": verdict, "text": f"of {name}"}
+    )
+
+
+def test_the_paragraph_says_what_the_record_does() -> None:
+    record = attack_record(
+        robust=Accuracy.of(250, 1000),
+        threat=ThreatModel(space="crops", norm="l2", eps="1/2"),
+        flags=(
+            flag("search"),
+            flag("leap", "failed", 0.75, 0.1),
+            flag("gradient"),
+            flag("no-ascent", "failed", 0.5, 0.05),
+            flag("strange", "failed", 3, 1),  # of no group
+            flag("black-box", "skipped"),
+            flag("robust-rounded", figure=0.25, limit=None),
+            flag("drift"),
+        ),
+    )
+    said = audit_paragraph(record)
+    assert "\n" not in said
+    assert said.startswith("The linear head linear-001 on pre_feature features of run 20261122-120000-a-000000")
+    assert (
+        "on the first 1000 of a balanced order of cifar10: pgd (steps 20, step_size 0.01, restarts 1, seed 3)" in said
+    )
+    assert "every crop of an image by itself within l2 1/2" in said
+    assert "Without an attack 70.0 [67.1, 72.8] % are right, and 25.0 [22.4, 27.8] % under it." in said
+    assert "Robust after rounding: 0.25 (of robust-rounded)." in said
+    found, rest = said.split("The audit found ")[1].split(" It looked for, and did not find: ")
+    absent, unseen = rest.split(" It did not look for: ")
+    assert found == (
+        "gradients that are missing, lead nowhere or are not those of the answers (no-ascent 0.5, at most 0.05: of "
+        "no-ascent); answers that hardly change before an image leaves the ball (leap 0.75, at most 0.1: of leap); "
+        "strange 3, at most 1: of strange."
+    )
+    assert absent == (
+        "answers that change with the pass, the batch or what was asked before; "
+        "a copy that answers otherwise than what was judged."
+    )
+    assert "images that fall to Square, which needs no gradient;" in unseen  # skipped
+    assert "accuracy that does not fall as eps rises;" in unseen  # absent
+    assert "other norms than l2, radii above 1/2" in unseen
+
+
+def test_nothing_found_is_said_so() -> None:
+    assert "found nothing against these numbers" in audit_paragraph(attack_record(flags=(flag("drift"),)))
+
+
+def test_an_audit_of_an_older_version_is_none() -> None:
+    assert lacks_audit(attack_record(flags=(flag("eps-one"), flag("black-box"))))
+    assert not lacks_audit(attack_record(flags=(flag("drift"),)))
