@@ -27,6 +27,7 @@ from cfamc_cli.engine.pretrain import Trainer
 from cfamc_cli.engine.randomness import addressed_generator
 from cfamc_cli.engine.sink import NullLedger, NullTalk
 from cfamc_cli.errors import CfamcError, ExitCode
+from cfamc_cli.recipe import file as recipe_file
 from cfamc_cli.recipe import plan
 from cfamc_cli.recipe.file import to_toml
 from cfamc_cli.recipe.schema import Lars, Model, Recipe
@@ -253,6 +254,43 @@ REFUSED = {  # there are no images: all is refused before they are missed
         SIZES,
     ),
 }
+
+
+PLAIN = '"{key}" must be a number, text, true, false or a list of those'
+FAULTY = [
+    ({"backbone": "timm:"}, "backbone", '"timm:" stands before a name of small letters, digits and _, without a tag'),
+    ({"backbone": "timm:resnet18.a1_in1k"}, "backbone", '"timm:" stands before a name'),
+    ({"backbone": "timm:hf-hub:timm/resnet18"}, "backbone", '"timm:" stands before a name'),
+    ({"backbone": "resnet19"}, "backbone", 'must be "resnet18", "resnet34", "resnet50" or "timm:NAME", not the text'),
+    (VIT | {"width": 8}, "width", "has no effect: timm:vit_tiny_patch16_224 has its own (see model.options)"),
+    (VIT | {"stem": "cifar"}, "stem", "has no effect: timm:vit_tiny_patch16_224 has its own (see model.options)"),
+    ({"options": {"img_size": 32}}, "options", "has no effect: only a backbone timm:NAME has any"),
+    (VIT | {"options": {"pretrained": True}}, "options", '"pretrained" cannot be set: backbones begin untrained'),
+    (VIT | {"options": {"checkpoint_path": "x"}}, "options", '"checkpoint_path" cannot be set'),
+    (VIT | {"options": {"num_classes": 5}}, "options", '"num_classes" cannot be set'),
+    (VIT | {"options": {"drop_path_rate": 0.1}}, "options", '"drop_path_rate" cannot be set: nothing is dropped'),
+    (VIT | {"options": {"depth": {"a": 1}}}, "options", PLAIN.format(key="depth")),
+    (VIT | {"options": {"depth": []}}, "options", PLAIN.format(key="depth")),
+    (VIT | {"options": {"depth": 10**6}}, "options", '"depth" is out of range: numbers lie within 65,536 of 0'),
+    (VIT | {"options": {"mlp_ratio": [1.0, float("nan")]}}, "options", '"mlp_ratio" is out of range'),
+]
+
+
+@pytest.mark.parametrize(("table", "key", "message"), FAULTY)
+def test_what_no_backbone_can_be_is_said_of_its_key(table: dict[str, Any], key: str, message: str) -> None:
+    raw = tiny_recipe().resolved() | {"model": table}
+    with pytest.raises(CfamcError) as refused:
+        recipe_file.validate(raw, label="r.toml")
+    assert refused.value.exit_code is ExitCode.INVALID
+    assert refused.value.message.startswith(f"r.toml: 1 problem\nmodel.{key}: {message}")
+
+
+def test_options_are_written_and_digested_and_our_resnets_have_none() -> None:
+    recipe = recipe_of(VIT)
+    assert recipe_file.validate(recipe_file.parse(to_toml(recipe), label=""), label="") == recipe
+    assert recipe_of(VIT | {"options": VIT["options"] | {"depth": 1}}).digest() != recipe.digest()
+    assert "options" not in to_toml(tiny_recipe())
+    assert not {"width", "stem"} & recipe.resolved()["model"].keys()
 
 
 @pytest.fixture
