@@ -154,6 +154,9 @@ def probe(
     network: Annotated[
         Text, Option(metavar="TEXT", help="Of --import: which of several networks, by a part of its names.")
     ] = None,
+    architecture: Annotated[
+        Text, Option(metavar="timm:NAME", help="Of --import: a network of timm, such as timm:resnet26,output_stride=8.")
+    ] = None,
     resume: Annotated[bool, Option("--resume", help="Go on with the run's newest unfinished head.")] = False,
     device: DeviceOption = "auto",
     runs: RunsOption = None,
@@ -180,11 +183,12 @@ def probe(
     )
     options = Options(device=device, runs=runs, quiet=quiet, as_json=json)
     reading = {"mean": mean, "std": std, "size": size, "batch_norm": batch_norm, "network": network}
+    reading |= {"architecture": architecture}
     if foreign is None and (
         idle := [f"--{key.replace('_', '-')}" for key, value in reading.items() if value is not None]
     ):
         raise invalid(f"{', '.join(idle)} would have no effect without --import", "leave out what is of --import")
-    imported = None if foreign is None else Import(foreign, mean, std, size, batch_norm, network)
+    imported = None if foreign is None else Import(foreign, mean, std, size, batch_norm, network, architecture)
     fit(run, request=request, foreign=imported, resume=resume, options=options)
 
 

@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 from fixed_inputs import fill, uniform
+from safetensors.torch import save_file
 from tiny import image_folder, tiny_recipe
 from torch import Tensor, nn
 
@@ -22,6 +23,8 @@ from cfamc_cli.engine import checkpoint, costs, timm_backbone
 from cfamc_cli.engine.data.sets import ImageSet
 from cfamc_cli.engine.distributed import World
 from cfamc_cli.engine.encoder import Encoder, build_encoder, frozen_statistics
+from cfamc_cli.engine.heads.imported import Reading
+from cfamc_cli.engine.heads.imported_timm import read_timm
 from cfamc_cli.engine.optim import LarsOptimizer
 from cfamc_cli.engine.pretrain import Trainer
 from cfamc_cli.engine.randomness import addressed_generator
@@ -30,7 +33,7 @@ from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.recipe import file as recipe_file
 from cfamc_cli.recipe import plan
 from cfamc_cli.recipe.file import to_toml
-from cfamc_cli.recipe.schema import Lars, Model, Recipe
+from cfamc_cli.recipe.schema import Lars, Model, Normalize, Recipe
 
 HEADS: dict[str, Any] = {"hidden_dim": 16, "embedding_dim": 8}
 VIT: dict[str, Any] = {
@@ -421,6 +424,65 @@ def test_images_of_another_size_are_refused_where_they_are_read(work: Work) -> N
     work("pretrain", "vit.toml")
     refused = work("probe", "--data", "fashion-mini", code=ExitCode.INVALID)["error"]
     assert refused["message"].startswith("timm:vit_tiny_patch16_224 does not take images of 28x28 pixels")
+
+
+# Weights that others trained
+
+
+def told(table: dict[str, Any]) -> str:
+    options = (f"{key}={json.dumps(value)}" for key, value in table["options"].items())
+    return ",".join([table["backbone"], *options])
+
+
+@pytest.mark.parametrize("table", [VIT, RESNET])
+@pytest.mark.parametrize("prefix", ["", "module.model."])
+def test_features_of_what_is_imported_are_timms(table: dict[str, Any], prefix: str, tmp_path: Path) -> None:
+    model = model_of(table)
+    with torch.random.fork_rng(devices=[]):
+        theirs = timm.create_model(model.timm or "", num_classes=7, **model.options)
+    fill(theirs.state_dict())
+    state = {prefix + key: value for key, value in theirs.state_dict().items()}
+    torch.save({"state_dict": state | {"queue": torch.zeros(3)}}, tmp_path / "weights.pt")
+    half = Normalize(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    foreign = read_timm(tmp_path / "weights.pt", model, Reading(normalize=half))
+    x = uniform(3, 3, 12, 12, key="x").float()
+    assert foreign.last is not None
+    with torch.no_grad():
+        logits = foreign.last.head(foreign.encoder.eval().features(x, features="backbone"))
+        torch.testing.assert_close(logits, theirs.eval()((x - 0.5) / 0.5), rtol=1e-5, atol=1e-5)
+    assert foreign.notes[0] == "left out, for they are no part of the backbone: queue"
+
+
+def test_a_classifier_of_timm_becomes_a_run_with_its_last_layer_as_a_head(work: Work) -> None:
+    net = timm.create_model("resnet18", num_classes=3, **RESNET["options"])
+    fill(net.state_dict())
+    save_file(net.state_dict(), work.folder / "net.safetensors")
+    record = work("probe", "--import", "net.safetensors", "--architecture", told(RESNET), "--data", "images")
+    assert (record["head"], record["features"]) == ("imported", "backbone")
+    assert work("attack", "--eps", "8/255", "--steps", "2")["results"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--architecture", "resnet18"], "--architecture 'resnet18': timm:NAME is what it can be"),
+        (
+            ["--architecture", "timm:resnet18,num_classes=3"],
+            "--architecture 'timm:resnet18,num_classes=3': \"num_classes\"",
+        ),
+        (["--architecture", "timm:resnt18"], f"model.backbone: timm {timm.__version__} knows no resnt18"),
+        (["--architecture", told(RESNET), "--network", "a"], "--network has no effect beside --architecture"),
+        (["--architecture", told(VIT)], "net.safetensors: no timm:vit_tiny_patch16_224: it holds"),
+        (["--architecture", "timm:resnet18"], "net.safetensors: bn1.bias"),
+    ],
+)
+def test_what_the_file_is_not_is_said(flags: list[str], message: str, work: Work) -> None:
+    net = timm.create_model("resnet18", num_classes=3, stem_width=16, stem_type="deep", **RESNET["options"])
+    save_file(net.state_dict(), work.folder / "net.safetensors")
+    code = ExitCode.BAD_DATA if message.startswith("net.") else ExitCode.INVALID
+    refused = work("probe", "--import", "net.safetensors", "--data", "images", *flags, code=code)["error"]
+    assert refused["message"].startswith(message)
+    assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize("table", [VIT, RESNET])

@@ -123,7 +123,8 @@ def _start(recipes: Sequence[Recipe], options: Options, *, force: bool) -> list[
                     raise Interrupted(signal)
                 # This and the next lines before a run is made for nothing.
                 data = working.load_images(recipe, "train")
-                require_size(recipe.model, *data.images.shape[-2:])
+                if recipe.model.input_size is None:  # else they are resized
+                    require_size(recipe.model, *data.images.shape[-2:])
                 costs = plan_of(recipe, images=len(data.images))
                 if not force:
                     _require_memory(costs, working)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import ValidationError
+
 from cfamc_cli.commands.common import Session, load_images
+from cfamc_cli.engine.costs import require_library, require_size
 from cfamc_cli.errors import CfamcError, invalid
 from cfamc_cli.recipe import file
-from cfamc_cli.recipe.schema import Normalize, Recipe
+from cfamc_cli.recipe.schema import TIMM, Model, Normalize, Recipe
 from cfamc_cli.store.ledger import found
 from cfamc_cli.store.records import Totals, now, save_record
 from cfamc_cli.store.runs import RunFolder, create_run
@@ -39,6 +44,7 @@ class Import:
     size: int | None = None  # pixels of a side that the network expects
     batch_norm: str | None = None
     network: str | None = None
+    architecture: str | None = None  # timm:NAME, with options behind it
 
     def reading(self) -> Reading:
         """The flags as the engine takes them.
@@ -49,6 +55,33 @@ class Import:
         from cfamc_cli.engine.heads.imported import Reading
 
         return Reading(_normalize(self.mean, self.std), self.size, self.batch_norm, self.network)
+
+
+def _architecture(text: str) -> Model:
+    """What --architecture says, such as timm:vit_tiny_patch16_224,img_size=32,patch_size=4: values are those of JSON.
+
+    Raises:
+        CfamcError: Exit 2; it is no backbone of timm, or timm is not installed.
+    """
+    backbone, *settings = re.split(r",(?=[a-z_]+=)", text)
+    options: dict[str, object] = {}
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        try:
+            options[key] = json.loads(value)
+        except ValueError:
+            options[key] = value
+    way = "such as: --architecture timm:vit_tiny_patch16_224,img_size=32,patch_size=4"
+    if not backbone.startswith(TIMM):
+        raise invalid(f"--architecture {text!r:.80}: timm:NAME is what it can be; other files tell it themselves", way)
+    try:
+        # The smallest layers: the file has none of them
+        model = Model.model_validate({"backbone": backbone, "options": options, "hidden_dim": 2, "embedding_dim": 2})
+    except ValidationError as error:
+        why = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise invalid(f"--architecture {text!r:.80}: {why}", way) from error
+    require_library(model)
+    return model
 
 
 def _normalize(mean: str | None, std: str | None) -> Normalize | None:
@@ -96,20 +129,29 @@ def import_run(asked: Import, data: Mapping[str, object], working: Session) -> t
     from cfamc_cli.engine.heads.imported import read_foreign
 
     path, talk = asked.path, working.talk
-    foreign = read_foreign(path, asked.reading())
+    if asked.architecture is None:
+        foreign = read_foreign(path, asked.reading())
+    else:
+        architecture = _architecture(asked.architecture)
+        from cfamc_cli.engine.heads.imported_timm import read_timm
+
+        foreign = read_timm(path, architecture, asked.reading())
     model, last = foreign.model, foreign.last
     raw: dict[str, object] = {
         "schema": 1,
         "name": path.stem[:200] or "imported",
         "data": data,
-        "crops": [{"count": 16, "size": 32 if model.stem == "cifar" or model.input_size else 224}],
+        "crops": [{"count": 16, "size": _crop_size(model)}],
         "model": model.model_dump(mode="json"),
         "objective": {"name": "emp-ssl"},
         "adversary": {"name": "none"},
         "probe": {"head": "linear", "features": "backbone" if foreign.backbone_only else "pre_feature"},
     }
     recipe = file.validate(raw, label=str(path))
-    classes = load_images(recipe, "test", talk=talk).classes
+    images = load_images(recipe, "test", talk=talk)
+    classes = images.classes
+    if model.input_size is None:  # else they are resized
+        require_size(model, *images.images.shape[-2:])
     if last is not None and len(last.head.bias) != len(classes):
         talk.message(f"left out: {last.name} tells {len(last.head.bias):,} classes, not the {len(classes)} of the data")
         last = None
@@ -119,8 +161,9 @@ def import_run(asked: Import, data: Mapping[str, object], working: Session) -> t
     checkpoint.save(run.checkpoints, 0, Checkpoint(foreign.encoder.state_dict(), {}, progress))
     totals = Totals(steps=0, view_passes=0, parameters=checkpoint.count_parameters(foreign.encoder))
     save_record(run.run_json, record.model_copy(update={"status": "finished", "totals": totals, "imported": str(path)}))
-    stem = "3x3 stem of stride 1 without pooling" if model.stem == "cifar" else "7x7 stem"
-    talk.message(f"imported {path} as {run.id}: {model.backbone}, {stem}, width {model.width}")
+    shape = "3x3 stem of stride 1 without pooling" if model.stem == "cifar" else "7x7 stem"
+    shape = str(model.options) if model.timm else f"{shape}, width {model.width}"
+    talk.message(f"imported {path} as {run.id}: {model.backbone}, {shape}")
     for text in foreign.notes:
         talk.message(text)
     if last is not None:
@@ -129,6 +172,14 @@ def import_run(asked: Import, data: Mapping[str, object], working: Session) -> t
         talk.message(f"its last layer {last.name} is the head; its outputs are taken as {names}{more}")
     _suspect(replace(foreign, last=last), recipe, working)
     return run, last
+
+
+def _crop_size(model: Model) -> int:
+    """Pixels of a side that crops of a network's images have."""
+    if model.timm is not None and model.input_size is None:
+        size = model.options.get("img_size", 224)
+        return size if isinstance(size, int) else 224
+    return 32 if model.stem == "cifar" or model.input_size else 224
 
 
 def _suspect(foreign: Foreign, recipe: Recipe, working: Session) -> None:
