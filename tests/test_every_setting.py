@@ -33,7 +33,7 @@ from cfamc_cli.engine.evaluation.verify import Predictor
 from cfamc_cli.engine.sink import NullTalk
 from cfamc_cli.errors import CfamcError
 from cfamc_cli.recipe import file
-from cfamc_cli.recipe.schema import Attack, Normalize, Probe, Recipe, Table
+from cfamc_cli.recipe.schema import Attack, Measure, Normalize, Probe, Recipe, Table
 from cfamc_cli.store.records import Outcome
 
 # Runs of two batches that together make every setting of training effective
@@ -318,7 +318,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
         patch.delenv("CFAMC_RUNS", raising=False)
         patch.setattr(os, "fsync", lambda _: None)  # nothing here outlives the test
         made = Workshop(folder)
-        source = BASES[2].model_copy(update={"seed": 7})
+        source = BASES[0].model_copy(update={"seed": 7})
         made.run_of(source).rename(folder / "runs" / "source")
         yield made
 
@@ -386,7 +386,8 @@ def examples(attack: Attack) -> object:
 
 
 def test_every_table_is_walked() -> None:
-    assert set().union(*map(tables, [*BASES, *HEADS, *ATTACKS])) == concrete()
+    elsewhere = set(get_args(Measure))  # no part of a recipe; test_measures walks them
+    assert set().union(*map(tables, [*BASES, *HEADS, *ATTACKS])) == concrete() - elsewhere
 
 
 TRAINING, PROBE, ATTACK = by_id(BASES), by_id(HEADS, within="probe"), by_id(ATTACKS, within="attack")
