@@ -157,6 +157,7 @@ def test_examples_are_made_on_one_run_and_judged_on_another(store: Path, cfamc: 
         (["--attack", "autoattack"], "autoattack stops where it fools the source"),
         (["--attack", "apgd-ce"], "apgd-ce stops"),
         (["--eps", "8/255", "--audit"], "--audit looks at the gradient"),
+        (["--eps", "8/255", "--strict"], "--strict looks at the gradient"),
         (["--eps", "8/255", "--plot"], "--plot looks at the gradient"),
         (["--restarts", "3"], "restarts have no effect"),
     ],

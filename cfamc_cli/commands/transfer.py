@@ -28,7 +28,12 @@ def require_transferable(flags: Flags, asked: Sequence[Attack], *, measure: bool
     """
     if measure:
         raise invalid(f"--source has no effect on --attack {flags.attack}", "say --attack pgd, fgsm or embedding")
-    others = {"--audit": flags.audit, "--plot": flags.plot, "--space crops": flags.space == "crops"}
+    others = {
+        "--audit": flags.audit,
+        "--strict": flags.strict,  # which makes the audit
+        "--plot": flags.plot,
+        "--space crops": flags.space == "crops",
+    }
     if given := [name for name, value in others.items() if value]:
         raise invalid(f"{given[0]} looks at the gradient of what is attacked, and --source attacks another network")
     for table in asked:
