@@ -833,6 +833,24 @@ def test_other_batches_are_for_a_few_of_the_right_and_of_the_wrong_until_one_is_
     assert [size for size, _ in seen_by(0, in_sevens)] == [n, *[1] * 12, *[7] * 4, 64, *whole[1:]]
 
 
+@pytest.mark.parametrize(("noise", "odd"), [(2e-4, 0), (5e-3, 1)])
+def test_a_sum_that_cancels_is_as_unsure_as_others(noise: float, odd: int) -> None:
+    """Logits of about 10, but for one sample of about 0.01: what moves alone is rounding, or more than that."""
+    logits = torch.tensor([[10.0, 3.0]]).repeat(40, 1)
+    logits[7] = torch.tensor([0.01, -0.01])
+
+    def predict(x: Tensor) -> Tensor:
+        rows = x[:, 0, 0, 0].long()
+        alone = (rows == 7)[:, None] * torch.tensor([noise, 0.0]) * (len(x) == 1)
+        return logits[rows] + alone
+
+    x = torch.arange(40.0)[:, None, None, None].expand(40, 3, 2, 2)
+    seen = look(predict, x, torch.zeros(40, dtype=torch.int64), generator=torch.Generator().manual_seed(2))
+    everyone = look(predict, x[5:10], torch.zeros(5, dtype=torch.int64), generator=torch.Generator())
+    assert int((everyone.moved > 0).sum()) == odd
+    assert int((seen.moved > 0).sum()) <= odd
+
+
 def test_a_look_waits_for_an_accelerator_once() -> None:
     net = copy.deepcopy(NET).to(META)
     x, y = torch.empty((70, *X.shape[1:]), device=META), torch.empty(70, dtype=torch.int64, device=META)

@@ -18,6 +18,7 @@ from zoo import (
     NET,
     SETTINGS,
     SIDE,
+    WEAKLY_ATTACKED,
     Cheat,
     Honest,
     X,
@@ -119,6 +120,13 @@ def test_honest_encoders_raise_nothing(one: Honest) -> None:
     predictor, x, y = one.predictor()
     evaluation = evaluated(predictor, audit=SETTINGS, x=x, y=y, attack=GENTLE)
     assert failed(evaluation) == set(), [c for c in evaluation.checks if c.verdict == "failed"]
+
+
+@pytest.mark.slow
+def test_an_attack_that_is_too_weak_for_an_honest_encoder_is_said_to_be() -> None:
+    predictor, x, y = WEAKLY_ATTACKED.predictor()
+    raised = failed(evaluated(predictor, audit=SETTINGS, x=x, y=y, attack=GENTLE))
+    assert {"adaptive-loss"} <= raised <= {"adaptive-loss", "surrogate", "noise-over-pgd"}
 
 
 def test_a_module_in_training_mode_is_named_and_left_so() -> None:

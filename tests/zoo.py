@@ -437,7 +437,8 @@ HONEST = [
     *(Honest(seed=seed) for seed in range(3)),
     *(Honest(seed=seed, steps=15) for seed in range(3)),
     *(Honest(seed=seed, steps=15, half=True) for seed in range(3)),
-    *(Honest(classes=classes, steps=steps) for classes in (2, 3, 10, 100) for steps in (0, 15)),
+    *(Honest(classes=classes, steps=steps) for classes in (2, 3, 10) for steps in (0, 15)),
+    Honest(classes=100, steps=15),
     Honest(crops=3),
     Honest(crops=9, steps=15, half=True),
     Honest(backbone="resnet34", steps=10),
@@ -445,6 +446,10 @@ HONEST = [
     Honest(lr=0.1, steps=15),
     Honest(lr=0.001),
 ]
+
+
+# On nearly equal logits PGD on the cross-entropy is a weak attack: an evaluation by it alone is rightly not trusted.
+WEAKLY_ATTACKED = Honest(classes=100)
 
 
 def evaluated(

@@ -22,7 +22,9 @@ from cfamc_cli.recipe.schema import Norm
 BATCHES = (1, 7, 64)  # sizes at which predictions are made again
 _DRAWN = (12, 28, 64)  # samples that are looked at in each, as long as nothing odd is seen; else all are
 _ROUNDING = 1e-6  # of eps and in image units: what float32 adds to a point on the surface of the ball
-_SAME_LOGITS = 1e-4  # of the largest logit: differences up to this are float32 sums in another order
+_SAME_LOGITS = (
+    1e-4  # of a sample's largest logit, or the usual one if larger: up to this, float32 sums in another order
+)
 
 
 @dataclass(frozen=True)
@@ -193,6 +195,7 @@ def _compared(predict: Predict, images: Tensor, whole: Tensor, rows: Sequence[Te
     label, finite = whole.argmax(1), whole.isfinite().all(1)
     other, moved = label, torch.zeros(len(images), device=images.device)
     scale = whole.abs().amax(1).clamp_min(1e-6)
+    scale = torch.maximum(scale, scale.nanmedian())  # sums that cancel are as unsure as others, and smaller
     for size, looked_at in zip(BATCHES, rows, strict=True):
         made = torch.cat([logits_at(predict, images[part]) for part in looked_at.split(size)])
         again = whole.index_copy(0, looked_at, made.to(whole.dtype))
