@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -702,7 +703,11 @@ def test_one_run_gives_the_curve_and_an_attack_that_broke_a_sample_at_less_count
     assert by_eps[0] == record["clean"]["correct"]
     assert [flag["name"] for flag in held["flags"]][-2:] == ["contradiction", "without-example"]
     code, out, _ = attack("--attack", "smallest", "--steps", "3", "--targets", "2", "--limit", "20")
-    assert f"median eps {held['figures']['median eps']:.4g}" in out
+    median = 255 * held["figures"]["median eps"]
+    told = f"median eps {median:.3g}/255" if median else "median eps 0"
+    assert f"{told}; auc " in out
+    assert "; auc up to eps 32/255; broken at less by an attack of one eps " in out
+    assert re.search(r"accuracy +8/255 ", out)
 
 
 def test_corruptions_are_the_same_for_every_run_and_go_on_where_they_were(attack: Attack, store: Path) -> None:

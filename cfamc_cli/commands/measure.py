@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from cfamc_cli.engine.evaluation.verify import Predictor
 
 Column = Sequence[float | None]
+_SIZES = ("median eps", "auc up to eps")  # figures that are lengths
 _SHOWN: dict[Norm, tuple[str, ...]] = {  # radii at which a curve is told; every sample's own is in samples.jsonl
     "linf": ("1/255", "2/255", "4/255", "6/255", "8/255", "12/255", "16/255", "24/255", "32/255"),
     "l2": ("0.1", "0.25", "128/255", "0.75", "1", "1.5", "2"),
@@ -360,12 +361,18 @@ def _tell(run: RunFolder, kept: RunFolder, record: MeasureRecord, *, strict: boo
             say(f"note: {note}")
     answer = {**record.model_dump(mode="json"), "path": str(kept.path), "trusted": not failed}
     if not options.as_json:
+        in_255ths = record.settings.get("norm") == "linf"  # as images are stored
+
+        def size(value: float) -> str:
+            return f"{255 * value:.3g}/255" if in_255ths and value else f"{value:.4g}"
+
         figures = "; ".join(
-            f"{name} {'unknown' if value is None else terminal.number(value)}" for name, value in record.figures.items()
+            f"{name} {'unknown' if value is None else size(value) if name in _SIZES else terminal.number(value)}"
+            for name, value in record.figures.items()
         )
         title = f"{run.id}, head {record.probe}: {record.measure}, {record.clean.n:,} images; % with 95 % intervals"
         rows = [("clean", "", terminal.interval(record.clean))]
-        rows += [(point.name, f"{point.at:.4g}", terminal.interval(point.accuracy)) for point in record.points]
+        rows += [(point.name, size(point.at), terminal.interval(point.accuracy)) for point in record.points]
         terminal.print_rows(title, ("", "at", "right %"), rows, right=(1, 2))
         terminal.write_out(f"{figures}\nkept as {record.id}\n")
     if strict and failed:
