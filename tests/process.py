@@ -454,6 +454,7 @@ def _child(request: Mapping[str, Any]) -> NoReturn:
 
 
 def _serve() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, children would be deaf to it
     import cfamc_cli.commands.pretrain
     import cfamc_cli.engine.data.sets
     import cfamc_cli.engine.pretrain  # noqa: F401

@@ -24,7 +24,7 @@ SURFACE = {
     "cfamc bench": "RECIPE --alone --attack --device --json --quiet/-q --runs --seconds --set",
     "cfamc pretrain": "RECIPE --device --dry-run --force --json --quiet/-q --resume --runs --seed --seeds --set",
     "cfamc probe": (
-        "RUN --batch-norm --crops --data --device --epochs --features --head --import --json --limit --mean --network "
+        "RUN --architecture --batch-norm --crops --data --device --epochs --features --head --import --json --limit --mean --network "
         "--protocol --quiet/-q --resume --runs --set --size --split --std"
     ),
     "cfamc attack": (
