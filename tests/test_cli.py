@@ -24,8 +24,8 @@ SURFACE = {
     "cfamc bench": "RECIPE --alone --attack --device --json --quiet/-q --runs --seconds --set",
     "cfamc pretrain": "RECIPE --device --dry-run --force --json --quiet/-q --resume --runs --seed --seeds --set",
     "cfamc probe": (
-        "RUN --architecture --batch-norm --crops --data --device --epochs --features --head --import --json --limit --mean --network "
-        "--protocol --quiet/-q --resume --runs --set --size --split --std"
+        "RUN --architecture --batch-norm --crops --data --device --epochs --features --head --import --json --limit "
+        "--mean --network --protocol --quiet/-q --resume --runs --set --size --split --std"
     ),
     "cfamc attack": (
         "RUN --alpha --attack --audit --corruptions --data --device --eps --head --json --limit --n --n0 --norm --plot "
