@@ -14,6 +14,8 @@ import pytest
 from process import Child, Done, environment, warm
 from tiny import recipe_text
 
+from cfamc_cli.commands.common import Options, session
+
 CLOSED = """\
 import sys, time
 from pathlib import Path
@@ -217,3 +219,17 @@ def test_a_terminal_that_closes_ends_a_run_with_all_of_it_saved(
     if not ignored:
         finish(tmp_path, uncut=uncut)
     assert results(run) == uncut
+
+
+def test_a_script_that_starts_a_run_in_the_background_can_interrupt_it_and_nohup_is_heeded() -> None:
+    """A shell has a background job ignore SIGINT, as nohup has it ignore SIGHUP."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        with session(Options(quiet=True)) as working:
+            heard = [signal.getsignal(number) == working.signals.arrive for number in numbers]
+        assert heard == [True, True, True, False]
+        assert [signal.getsignal(number) for number in numbers] == [signal.SIG_IGN] * 4
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

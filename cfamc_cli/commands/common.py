@@ -133,7 +133,8 @@ def session(options: Options) -> Iterator[Session]:
         CfamcError: In place of `Interrupted`; exit code 129, 130, 138 or 143.
     """
     signals = Signals()
-    told = [number for number in _ENDS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
+    deaf = {number for number in _ENDS if signal.getsignal(number) == signal.SIG_IGN}
+    told = [number for number, code in _ENDS.items() if code != ExitCode.HUNG_UP or number not in deaf]  # nohup's wish
     before = {number: signal.signal(number, signals.arrive) for number in told}
     try:
         with render.Terminal(quiet=options.quiet) as terminal:
