@@ -234,9 +234,9 @@ def flat_for_a_third(x: Tensor) -> Tensor:
 
 
 def shrinking(x: Tensor) -> Tensor:
-    """A quarter of what was added arrives, as if eps had been normalised."""
+    """A tenth of what was added arrives; a quarter, as of normalised eps, is not told from training against attacks."""
     place, distance = nearest(x)
-    return NET(where(distance <= 1.01 * EPS, X[place] + 0.25 * (x - X[place]), x))  # type: ignore[no-any-return]
+    return NET(where(distance <= 1.01 * EPS, X[place] + 0.1 * (x - X[place]), x))  # type: ignore[no-any-return]
 
 
 def honest_on_the_grid(x: Tensor) -> Tensor:
@@ -363,7 +363,7 @@ def _cheats() -> list[Cheat]:
         (two_faced, "gradient"),
         (for_gradients_another, "grad-mode"),
         (flat, "leap"),
-        (flat_for_a_third, "leap"),
+        (flat_for_a_third, "gradient"),
         (shrinking, "radius"),
         (honest_on_the_grid, "rounding"),
         (test_set_by_heart, "gradient"),
