@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 from stages import ensemble
-from tiny import recipe_text, tiny_recipe
+from tiny import recipe_text, the_run, tiny_recipe
 
 from cfamc_cli import cli
 from cfamc_cli.commands import attack as command
@@ -109,11 +109,6 @@ def attack(store: Path, capsys: pytest.CaptureFixture[str]) -> Attack:
         said = capsys.readouterr()
         return code, said.out, said.err
 
-    return run
-
-
-def the_run(store: Path) -> RunFolder:
-    (run,) = list_runs(store)
     return run
 
 

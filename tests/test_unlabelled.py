@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import recipe_text
+from tiny import recipe_text, the_run
 from torch import Tensor
 
 from cfamc_cli import cli
@@ -28,7 +28,6 @@ from cfamc_cli.engine.sink import NullTalk
 from cfamc_cli.errors import Interrupted
 from cfamc_cli.recipe.schema import EmbeddingAttack
 from cfamc_cli.store.records import UnlabelledRecord, load_record
-from cfamc_cli.store.runs import RunFolder, list_runs
 
 CPU = torch.device("cpu")
 Attack = Callable[..., tuple[int, str, str]]
@@ -227,11 +226,6 @@ def attack(store: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
         said = capsys.readouterr()
         return code, said.out, said.err
 
-    return run
-
-
-def the_run(store: Path) -> RunFolder:
-    (run,) = list_runs(store)
     return run
 
 

@@ -31,6 +31,7 @@ from cfamc_cli.store.records import (
     ThreatModel,
     Totals,
 )
+from cfamc_cli.store.runs import RunFolder, list_runs
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "emp-ssl": {"name": "emp-ssl"},
@@ -223,3 +224,9 @@ def write_record(path: Path, record: Any) -> None:
     """Write a record, with the folders above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(record.model_dump_json(indent=2))
+
+
+def the_run(store: Path) -> RunFolder:
+    """The only run of a store."""
+    (run,) = list_runs(store)
+    return run

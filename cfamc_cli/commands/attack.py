@@ -18,10 +18,10 @@ from pydantic import JsonValue
 
 from cfamc_cli.commands.attack_report import NOT_AUDITED, Result, curves, draw_accuracy, draw_loss, tell
 from cfamc_cli.commands.attack_settings import Flags, asked_attacks, asked_measure, check_flags, require_reach
-from cfamc_cli.commands.common import SAME_COMMAND, Options, Session, interruption, session
+from cfamc_cli.commands.common import SAME_COMMAND, Options, Session, interruption, require_checkpoint, session
 from cfamc_cli.commands.measure import Subject, measured
 from cfamc_cli.commands.transfer import from_source, judged_on, require_transferable
-from cfamc_cli.errors import bad_data, invalid, missing_library
+from cfamc_cli.errors import invalid, missing_library
 from cfamc_cli.recipe.schema import Attack, EmbeddingAttack, Norm, PgdAttack, Recipe, number
 from cfamc_cli.report.audit import lacks_audit
 from cfamc_cli.store.environment import capture_environment
@@ -75,9 +75,7 @@ def attack(reference: str | None, *, flags: Flags, options: Options) -> None:
     if flags.plot and find_spec("matplotlib") is None:
         raise missing_library("--plot needs matplotlib", extra="plots")
     run = find_run(options.store, LATEST if reference is None else reference, accept=RunFolder.has_checkpoint)
-    if not run.has_checkpoint():
-        hint = f"go on with: cfamc pretrain --resume {options.reference(run)}"
-        raise bad_data(f"run {run.id} has no checkpoint to attack yet", hint)
+    require_checkpoint(run, options)
     recipe, status = run.recipe(), run.record().status
     measure = asked_measure(flags)
     asked = asked_attacks(flags, recipe) if measure is None else ()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -101,22 +101,32 @@ def tell(run: RunFolder, results: Sequence[Result], drawn: Sequence[Path], *, st
     if not options.as_json:
         _print_table(points)
     if strict and failed:
-        raise CfamcError(
-            f"the evaluation cannot be trusted: {', '.join(failed)}",
-            hint="each failed check and its figure is in the record's flags; leave --strict out to accept the numbers",
-            exit_code=ExitCode.UNTRUSTED,
-            details=answer,
-        )
+        raise untrusted("evaluation", failed, details=answer)
     if options.as_json:
         terminal.print_json(answer)
+
+
+def failure(record: str, flag: Flag) -> str:
+    """A failed check of a record, in words."""
+    figure = "" if flag.figure is None else f" {terminal.number(flag.figure)}, at most {flag.limit:g}"
+    return f"warning: {record}: check {flag.name} failed:{figure}: {flag.text}"
+
+
+def untrusted(what: str, failed: Iterable[str], *, details: Mapping[str, object]) -> CfamcError:
+    """The error of an "evaluation" or a "measure" whose checks of these names failed, under --strict."""
+    return CfamcError(
+        f"the {what} cannot be trusted: {', '.join(failed)}",
+        hint="each failed check and its figure is in the record's flags; leave --strict out to accept the numbers",
+        exit_code=ExitCode.UNTRUSTED,
+        details=details,
+    )
 
 
 def _talk(results: Sequence[Result], drawn: Sequence[Path], groups: list[list[Point]], *, quiet: bool) -> None:
     say = terminal.talk().say
     for result in results:
         for flag in result.failed:
-            figure = "" if flag.figure is None else f" {terminal.number(flag.figure)}, at most {flag.limit:g}"
-            say(f"warning: {result.record.id}: check {flag.name} failed:{figure}: {flag.text}")
+            say(failure(result.record.id, flag))
     if quiet:
         return
     records = [result.record for result in results]

@@ -13,7 +13,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from cfamc_cli.engine.sink import NullTalk, Talk
-from cfamc_cli.errors import CfamcError, ExitCode, Interrupted
+from cfamc_cli.errors import CfamcError, ExitCode, Interrupted, bad_data
 from cfamc_cli.recipe.schema import Recipe, Split
 from cfamc_cli.report import terminal as render
 from cfamc_cli.store.runs import RunFolder, cache_folder, default_store
@@ -47,6 +47,17 @@ class Options:
     def reference(self, run: RunFolder) -> str:
         """What a next command calls the run by, typed in the same place."""
         return run.id if self.runs is None else str(run.path)
+
+
+def require_checkpoint(run: RunFolder, options: Options) -> None:
+    """Refuse to attack what has nothing to attack yet.
+
+    Raises:
+        CfamcError: Exit 4.
+    """
+    if not run.has_checkpoint():
+        hint = f"go on with: cfamc pretrain --resume {options.reference(run)}"
+        raise bad_data(f"run {run.id} has no checkpoint to attack yet", hint)
 
 
 SAME_COMMAND = "see its own messages; then give the same command again"  # where another process ended

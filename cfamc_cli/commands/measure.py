@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, assert_never
 
 from pydantic import JsonValue
 
+from cfamc_cli.commands.attack_report import failure, untrusted
 from cfamc_cli.commands.common import Options
 from cfamc_cli.engine.sink import Talk
-from cfamc_cli.errors import CfamcError, ExitCode, invalid
+from cfamc_cli.errors import CfamcError, invalid
 from cfamc_cli.recipe.schema import Corruptions, Measure, Norm, Recipe, Smallest, Smoothing, number
 from cfamc_cli.report import terminal
 from cfamc_cli.store.measured import open_measure
@@ -355,7 +356,7 @@ def _tell(run: RunFolder, kept: RunFolder, record: MeasureRecord, *, strict: boo
     """
     say, failed = terminal.talk().say, [flag for flag in record.flags if flag.verdict == "failed"]
     for flag in failed:
-        say(f"warning: {record.id}: check {flag.name} failed: {terminal.number(flag.figure or 0)}: {flag.text}")
+        say(failure(record.id, flag))
     if not options.quiet:
         for note in record.notes:
             say(f"note: {note}")
@@ -376,11 +377,6 @@ def _tell(run: RunFolder, kept: RunFolder, record: MeasureRecord, *, strict: boo
         terminal.print_rows(title, ("", "at", "right %"), rows, right=(1, 2))
         terminal.write_out(f"{figures}\nkept as {record.id}\n")
     if strict and failed:
-        raise CfamcError(
-            f"the measure cannot be trusted: {', '.join(flag.name for flag in failed)}",
-            hint="each failed check and its figure is in the record's flags; leave --strict out to accept the numbers",
-            exit_code=ExitCode.UNTRUSTED,
-            details=answer,
-        )
+        raise untrusted("measure", [flag.name for flag in failed], details=answer)
     if options.as_json:
         terminal.print_json(answer)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cfamc_cli.commands.attack_settings import Flags
-from cfamc_cli.commands.common import Session
-from cfamc_cli.errors import bad_data, invalid
+from cfamc_cli.commands.common import Session, require_checkpoint
+from cfamc_cli.errors import invalid
 from cfamc_cli.recipe.schema import Attack, EmbeddingAttack, FgsmAttack, PgdAttack
 from cfamc_cli.store.records import MadeOn, ProbeRecord, load_record
 from cfamc_cli.store.runs import HEAD, RECORD, RunFolder, find_run, finished_probes
@@ -71,8 +71,7 @@ def from_source(
     source = find_run(working.options.store, reference)
     if source.path.resolve() == run.path.resolve():
         raise invalid("--source names the run itself: that is no transfer", "name another run, or leave it out")
-    if not source.has_checkpoint():
-        raise bad_data(f"run {source.id} has no checkpoint to make examples on yet")
+    require_checkpoint(source, working.options)
     recipe, names = source.recipe(), [entry.name for entry in judged.classes]
     loaded = load_encoder(source.checkpoints, recipe.model, device=working.device, talk=working.talk)
     alike = [

@@ -15,9 +15,17 @@ from functools import partial
 from pathlib import Path
 
 from cfamc_cli.commands.attack_settings import Flags, asked_attacks
-from cfamc_cli.commands.common import Options, Session, interruption, leads, load_images, session
+from cfamc_cli.commands.common import (
+    Options,
+    Session,
+    interruption,
+    leads,
+    load_images,
+    require_checkpoint,
+    session,
+)
 from cfamc_cli.commands.probe import chosen_split, data_table
-from cfamc_cli.errors import CfamcError, bad_data, invalid
+from cfamc_cli.errors import CfamcError, invalid
 from cfamc_cli.recipe.schema import Data, EmbeddingAttack, Features, Recipe, Split, fraction
 from cfamc_cli.report import terminal
 from cfamc_cli.report.beside import unlabelled as sheet
@@ -53,8 +61,7 @@ def unlabelled(reference: str | None, *, flags: Flags, options: Options) -> None
     """
     _require(flags)
     run = find_run(options.store, LATEST if reference is None else reference, accept=RunFolder.has_checkpoint)
-    if not run.has_checkpoint():
-        raise bad_data(f"run {run.id} has no checkpoint to look at yet")
+    require_checkpoint(run, options)
     recipe = run.recipe()
     tables = _curve(flags, recipe)
     data = Data.model_validate(data_table(flags.data)) if flags.data is not None else recipe.data

@@ -34,7 +34,7 @@ from cfamc_cli.engine.evaluation.audit import (
     plan_checks,
     trace_checks,
 )
-from cfamc_cli.engine.evaluation.verify import BATCHES, Meter, Predictor, in_region, look, undisturbed
+from cfamc_cli.engine.evaluation.verify import BATCHES, Meter, Predictor, examine, look, undisturbed
 from cfamc_cli.engine.randomness import addressed_generator, addressed_seed
 from cfamc_cli.engine.sink import Talk
 from cfamc_cli.store.records import Flag, Mask, Outcome, Stage
@@ -391,15 +391,13 @@ def _judged(work: _Work, piece: _Piece, points: Tensor, number: int) -> tuple[Te
     if not len(alive):
         return fates, _no_examples(piece.x)
     given, labels = piece.given
-    valid = in_region(given, points, eps=plan.eps, norm=plan.norm)
-    points = torch.where(valid[:, None, None, None], points, given) if points.shape == given.shape else given
-    seen = look(target.logits, points, labels, generator=addressed_generator("look", work.seed, piece.block, number))
-    shown = torch.where(seen.label != labels, seen.label, seen.other)  # as wrong as it is at any batch size
-    broken = valid & seen.finite & (shown != labels)
-    fates[:, alive] = torch.stack((~broken & seen.finite, broken, ~seen.finite, seen.moved > 0, ~valid))
+    generator = addressed_generator("look", work.seed, piece.block, number)
+    found = examine(target.logits, given, points, labels, eps=plan.eps, norm=plan.norm, generator=generator)
+    seen, broken = found.seen, found.broken
+    fates[:, alive] = torch.stack((~broken & seen.finite, broken, ~seen.finite, seen.moved > 0, ~found.valid))
     hits = rows_where(broken)
-    places, classes = (alive[hits] + piece.first).tolist(), shown[hits].tolist()
-    return fates, Examples(tuple(places), points[hits].cpu(), tuple(classes))
+    places, classes = (alive[hits] + piece.first).tolist(), found.shown[hits].tolist()
+    return fates, Examples(tuple(places), found.points[hits].cpu(), tuple(classes))
 
 
 def _searched(work: _Work, pieces: Sequence[_Piece], number: int) -> dict[int, tuple[Tensor, int]]:

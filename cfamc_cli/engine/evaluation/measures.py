@@ -19,7 +19,7 @@ from cfamc_cli.engine.ball import norms
 from cfamc_cli.engine.corruptions import SEVERITIES
 from cfamc_cli.engine.distributed import World, pooled_texts, told
 from cfamc_cli.engine.evaluation.audit import cheap_checks, trace_checks
-from cfamc_cli.engine.evaluation.verify import Meter, Predictor, in_region, look, undisturbed
+from cfamc_cli.engine.evaluation.verify import Meter, Predictor, examine, look, undisturbed
 from cfamc_cli.engine.randomness import addressed_generator, addressed_seed
 from cfamc_cli.engine.sink import Talk
 from cfamc_cli.recipe.schema import Norm, Smallest
@@ -169,11 +169,6 @@ def smallest_eps(
         norm: What the radius is measured in.
         generator: CPU generator of who is looked at again.
     """
-    valid = in_region(x, points, eps=torch.inf, norm=norm)
-    if not bool(valid.any()):
-        return torch.full((len(x),), torch.nan, dtype=torch.float64)
-    points = torch.where(valid[:, None, None, None], points, x)
-    seen = look(target.logits, points, y, generator=generator)
-    shown = torch.where(seen.label != y, seen.label, seen.other)  # as wrong as it is at any batch size
-    size = norms(points.cpu().double() - x.cpu().double(), norm=norm)  # MPS has no float64
-    return torch.where((valid & seen.finite & (shown != y)).cpu(), size, torch.nan)
+    found = examine(target.logits, x, points, y, eps=torch.inf, norm=norm, generator=generator)
+    size = norms(found.points.cpu().double() - x.cpu().double(), norm=norm)  # MPS has no float64
+    return torch.where(found.broken.cpu(), size, torch.nan)

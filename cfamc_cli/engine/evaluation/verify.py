@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cfamc_cli.engine.attacks.search import Predict, logits_at
+from cfamc_cli.engine.attacks.search import Predict, blend, logits_at
 from cfamc_cli.engine.ball import norms
 from cfamc_cli.engine.device import full_precision, move
 from cfamc_cli.recipe.schema import Norm
@@ -203,3 +203,35 @@ def _compared(predict: Predict, images: Tensor, whole: Tensor, rows: Sequence[Te
         other = torch.where(other == label, again.argmax(1), other)
         moved = torch.maximum(moved, torch.nan_to_num((again - whole).abs().amax(1) / scale, nan=0.0, posinf=0.0))
     return Seen(label, other, finite, other == label, torch.where(moved > _SAME_LOGITS, moved, 0.0))
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What became of N samples at the points of an attack."""
+
+    points: Tensor  # where they are images within the ball, else the clean images, (N, C, H, W)
+    valid: Tensor  # whether they are, (N,)
+    seen: Seen  # predictions at `points`
+    shown: Tensor  # predicted class, as wrong as it is at any batch size, (N,)
+    broken: Tensor  # lost to a point that counts, (N,)
+
+
+def examine(
+    predict: Predict, x: Tensor, points: Tensor, y: Tensor, *, eps: float, norm: Norm, generator: torch.Generator
+) -> Examined:
+    """See whether points break samples; who made them has no say.
+
+    Args:
+        predict: Logits from images.
+        x: Clean images in [0, 1] that are classified right, (N, C, H, W), N at least 1.
+        points: What an attack returned.
+        y: Labels, (N,).
+        eps: As for `in_region`; infinite for any image.
+        norm: Its norm.
+        generator: As for `look`.
+    """
+    valid = in_region(x, points, eps=eps, norm=norm)
+    points = blend(valid, points, x) if points.shape == x.shape else x
+    seen = look(predict, points, y, generator=generator)
+    shown = torch.where(seen.label != y, seen.label, seen.other)
+    return Examined(points, valid, seen, shown, valid & seen.finite & (shown != y))
