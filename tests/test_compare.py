@@ -657,6 +657,15 @@ def test_the_first_table_answers_the_question() -> None:
     ]
 
 
+@pytest.mark.parametrize(("attacked", "first"), [("ab", "pgd"), ("a", "")])
+def test_a_comparison_comes_before_a_single_row_and_one_under_attack_before_a_longer_one(
+    attacked: str, first: str
+) -> None:
+    entries = [entry(name, 0.7, 0.3) for name in attacked] + [entry(name, 0.7, condition=CLEAN) for name in "abc"]
+    tables = tabulate(entries, fold=True, baseline=None, outcomes_of=no_outcomes)
+    assert [table.condition.attack for table in tables] == [first, "pgd" if first == "" else ""]
+
+
 def test_several_radii_are_one_table() -> None:
     other = replace(PGD, eps="4/255")
     entries = [entry("a", 0.7, 0.3), entry("b", 0.6, 0.2), entry("a", 0.7, 0.5, condition=other, failed=("masking",))]

@@ -415,14 +415,13 @@ def test_no_link_below_a_run_is_followed(link: str, tmp_path: Path) -> None:
     assert outside.is_dir() or outside.read_text() == "mine, without a newline"
 
 
-def test_no_item_is_held_by_way_of_a_linked_folder(tmp_path: Path) -> None:
-    (tmp_path / "elsewhere" / "pgd-001").mkdir(parents=True)
+@pytest.mark.parametrize("kind", ["attacks", "measures", "probes", "unlabelled"])
+def test_no_item_is_held_by_way_of_a_linked_folder(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere" / "item-001").mkdir(parents=True)
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "attacks").symlink_to(tmp_path / "elsewhere")
-    with (
-        pytest.raises(CfamcError, match="attacks is a symbolic link"),
-        store.lock(RunFolder(tmp_path / "run" / "attacks" / "pgd-001")),
-    ):
+    (tmp_path / "run" / kind).symlink_to(tmp_path / "elsewhere")
+    item = RunFolder(tmp_path / "run" / kind / "item-001")
+    with pytest.raises(CfamcError, match=f"{kind} is a symbolic link"), store.lock(item):
         pass
 
 
