@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import hashlib
+import importlib
 import io
 import json
 import math
@@ -28,7 +28,9 @@ from cfamc_cli.engine.sink import NullTalk
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.recipe.file import to_toml
 from cfamc_cli.recipe.schema import Features, Model, Normalize
+from cfamc_cli.report.hub import REGISTERED_BY
 from cfamc_cli.report.metrics import comma_separated
+from cfamc_cli.report.terminal import clean
 from cfamc_cli.store.records import (
     Accuracy,
     ClassAccuracy,
@@ -52,6 +54,15 @@ TEST = load_data(RECIPE.data, "test", seed=0, cache=Path(), talk=NullTalk())
 CLASSES = TEST.classes
 USED = DataUsed(dataset="fashion-mini", split="test", n=len(TEST), fingerprint=TEST.fingerprint)
 IMAGES = TEST.images[:10].float() / 255
+
+
+def by_class(robust: int) -> tuple[ClassRobustness, ...]:
+    """Ten classes of 100 images, of which 70 are right, and so many in all under attack."""
+    most, rest = divmod(robust, len(CLASSES))
+    return tuple(
+        ClassRobustness(name=name, clean=Accuracy.of(70, 100), robust=Accuracy.of(most + (place < rest), 100))
+        for place, name in enumerate(CLASSES)
+    )
 
 
 class Made:
@@ -138,10 +149,7 @@ class Made:
             "encoder_digest": self.digest,
             "head_digest": self.probe.head_digest,
             "robust": Accuracy.of(334, 1000),
-            "classes": tuple(
-                ClassRobustness(name=name, clean=Accuracy.of(70, 100), robust=Accuracy.of(33 + (place < 4), 100))
-                for place, name in enumerate(CLASSES)
-            ),
+            "classes": by_class(334),
         }
         write_record(self.path / "attacks" / item / "record.json", attack_record(**settled | changes))
 
@@ -198,21 +206,51 @@ def test_a_backbone_loads_into_torchvision_by_the_lines_of_its_card(
     assert load_record(tmp_path / "out/export.json", ExportRecord).check.reader.startswith("torchvision")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stem", ["cifar", "imagenet"])
-def test_a_width_64_backbone_loads_into_timm_as_its_card_says(tmp_path: Path, stem: str) -> None:
+@pytest.mark.parametrize(
+    ("backbone", "stem", "width"),
+    [
+        ("resnet18", "cifar", 16),
+        ("resnet50", "cifar", 4),
+        ("resnet18", "imagenet", 64),
+        pytest.param("resnet18", "cifar", 64, marks=pytest.mark.slow),
+    ],
+)
+def test_timm_loads_the_folder_with_not_a_bit_of_difference(
+    tmp_path: Path, backbone: str, stem: str, width: int
+) -> None:
+    """The CIFAR stem by the names that a module of ours gives to timm."""
+    timm: Any = importlib.import_module("timm")
+    if stem == "cifar":
+        importlib.import_module(REGISTERED_BY)
+    made = Made(tmp_path / "runs", backbone=backbone, stem=stem, width=width)
+    assert made.export(tmp_path / "out") == 0
+    net = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    torchvisions = export.torchvision_backbone(made.recipe.model).eval()
+    torchvisions.load_state_dict(checkpoint.read_tensors(tmp_path / "out/model.safetensors"))
+    with torch.no_grad():
+        assert isinstance(net, timm.models.resnet.ResNet)
+        assert float((net(IMAGES) - torchvisions(IMAGES)).abs().max()) == 0.0
+        torch.testing.assert_close(net(IMAGES), made.encoder.backbone(IMAGES), rtol=1e-4, atol=1e-5)
+        tuned = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, num_classes=7).eval()
+        assert tuned(IMAGES).shape == (10, 7)
+        assert torch.equal(tuned.forward_head(tuned.forward_features(IMAGES), pre_logits=True), net(IMAGES))
+    pixels = timm.data.resolve_data_config(model=net)
+    assert [[*pixels[key]] for key in ("mean", "std", "input_size")] == [[0, 0, 0], [1, 1, 1], [3, 28, 28]]
+    card = (tmp_path / "out/README.md").read_text()
+    assert 'timm.create_model("local-dir:.", pretrained=True)`' in card
+    assert (f"`import {REGISTERED_BY}; timm" in card, "with cfamc installed" in card) == (stem == "cifar",) * 2
+    taps = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, features_only=True).eval()
+    sides = [part.shape[-1] for part in taps(torch.zeros(1, 3, 32, 32))]
+    assert [32 // side for side in sides] == taps.feature_info.reduction()
+
+
+def test_what_timm_does_not_make_it_says_it_does_not_know(made: Made, tmp_path: Path) -> None:
     import timm
 
-    wide = Made(tmp_path / "runs", width=64, stem=stem)
-    assert wide.export(tmp_path / "out") == 0
-    code = fenced_python(tmp_path / "out/README.md")
-    found = re.search(r"# (timm\.create_model\(.*?\)) takes them as well", code)
-    assert found is not None
-    names: dict[str, Any] = {"images": IMAGES, "timm": timm}
-    with contextlib.chdir(tmp_path / "out"), torch.no_grad():
-        exec(code.replace("torchvision.models.resnet18()", found[1]), names)
-    assert type(names["net"]).__module__.startswith("timm.")
-    torch.testing.assert_close(names["features"], wide.encoder.backbone(IMAGES).detach(), rtol=1e-4, atol=1e-5)
+    assert made.export(tmp_path / "out", "--part", "encoder") == 0
+    with pytest.raises(RuntimeError, match="cfamc_encoder"):
+        timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    assert "timm" not in (tmp_path / "out/README.md").read_text()
 
 
 def test_an_encoder_of_another_width_loads_by_the_lines_of_its_card(
@@ -233,7 +271,7 @@ def test_a_classifier_loads_by_the_lines_of_its_card_as_plain_layers(
     found = run_card(tmp_path / "out", monkeypatch)["logits"]
     torch.testing.assert_close(found, live(IMAGES), rtol=1e-3, atol=1e-4)
     assert torch.equal(found.argmax(1), live(IMAGES).argmax(1))
-    keys = checkpoint.read_tensors(tmp_path / "out/classifier.safetensors").keys()
+    keys = checkpoint.read_tensors(tmp_path / "out/model.safetensors").keys()
     assert {key.partition(".")[0] for key in keys} == {"backbone", "head"} | (
         {"pre_feature"} if features == "pre_feature" else set()
     )
@@ -329,7 +367,7 @@ def test_a_file_that_computes_something_else_is_removed(
     assert left(tmp_path / "exports") == []
     message = capsys.readouterr().err.splitlines()
     assert re.fullmatch(
-        r"error: backbone\.safetensors, read back by torchvision \S+, differs from the live model at batch 7 "
+        r"error: model\.safetensors, read back by torchvision \S+, differs from the live model at batch 7 "
         r"by up to \S+, more than 0\.001 relative and 1e-05 absolute",
         message[-2],
     )
@@ -346,7 +384,7 @@ def test_a_file_that_cannot_be_read_back_is_removed(
     monkeypatch.setattr(checkpoint, "write_tensors", torn)
     assert made.export(tmp_path / "exports/out") == ExitCode.FAILED
     assert left(tmp_path / "exports") == []
-    assert "error: backbone.safetensors cannot be read back: " in capsys.readouterr().err
+    assert "error: model.safetensors cannot be read back: " in capsys.readouterr().err
 
 
 def constant(logits: Tensor, output: Literal["logits", "features"] = "logits") -> export.Subject:
@@ -397,7 +435,7 @@ def test_replacing_needs_force_and_an_earlier_export(
     assert "--force replaces it" in capsys.readouterr().err
     assert made.export(exports / "empty", "--force", "--part", "encoder") == 0
     assert left(exports) == ["empty"]
-    assert left(exports / "empty") == ["README.md", "encoder.safetensors", "export.json"]
+    assert left(exports / "empty") == ["README.md", "config.json", "export.json", "model.safetensors"]
     (exports / "mine").mkdir()
     (exports / "mine/thesis.tex").touch()
     assert made.export(exports / "mine", "--force") == ExitCode.INVALID
@@ -405,11 +443,11 @@ def test_replacing_needs_force_and_an_earlier_export(
     monkeypatch.setattr(export, "ATOL", -1.0)
     monkeypatch.setattr(export, "RTOL", 0.0)
     assert made.export(exports / "empty", "--force") == ExitCode.FAILED
-    assert left(exports / "empty") == ["README.md", "encoder.safetensors", "export.json"]
+    assert left(exports / "empty") == ["README.md", "config.json", "export.json", "model.safetensors"]
     assert left(exports) == ["empty", "mine"]
 
 
-@pytest.mark.parametrize("strange", ["thesis.tex", "README.md", "export.json", "encoder.safetensors", "folder", "link"])
+@pytest.mark.parametrize("strange", ["thesis.tex", "README.md", "export.json", "model.safetensors", "folder", "link"])
 def test_force_replaces_nothing_but_what_an_export_wrote(
     strange: str, made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -441,7 +479,7 @@ def test_what_a_killed_export_left_is_put_back_or_swept(at: str, made: Made, tmp
         out.rename(aside)
     assert made.export(out) == ExitCode.INVALID  # an export is there
     assert left(tmp_path) == ["out", "runs"]
-    assert left(out) == ["README.md", "encoder.safetensors", "export.json"]
+    assert left(out) == ["README.md", "config.json", "export.json", "model.safetensors"]
 
 
 def test_a_folder_that_was_filled_while_the_export_worked_is_left_alone(
@@ -472,7 +510,7 @@ def test_the_sidecar_says_what_a_loader_must_know(
     printed = json.loads(capsys.readouterr().out)
     record = load_record(tmp_path / "out/export.json", ExportRecord)
     assert printed == {"path": str(tmp_path / "out"), **record.model_dump(mode="json")}
-    assert [written.name for written in record.files] == ["README.md", "encoder.safetensors"]
+    assert [written.name for written in record.files] == ["README.md", "config.json", "model.safetensors"]
     for written in record.files:
         data = (tmp_path / "out" / written.name).read_bytes()
         assert (written.size, written.sha256) == (len(data), hashlib.sha256(data).hexdigest())
@@ -513,6 +551,91 @@ def test_the_card_has_numbers_with_intervals_and_threat_models_and_what_is_missi
     assert "Perturbations larger than linf 8/255," in gaps
     assert "float32, (batch, 3, 28, 28), RGB, values in [0, 1]" in card
     assert "Licence of the data: MIT, Copyright (c) 2017 Zalando SE." in card
+
+
+def metadata(folder: Path) -> tuple[Any, list[Any]]:
+    """The card's metadata and its results, as huggingface_hub reads them; it refuses what is no metadata of a model."""
+    hub: Any = importlib.import_module("huggingface_hub")
+    data = hub.ModelCard((folder / "README.md").read_text(), ignore_metadata_errors=False).data
+    return data, data.eval_results or []
+
+
+def test_the_hub_reads_the_metadata_of_the_card(made: Made, tmp_path: Path) -> None:
+    """By huggingface_hub's own parser; its `validate` asks a server."""
+    made.add_probe()
+    made.add_attack(
+        threat=ThreatModel(space="image", norm="linf", eps="4/255"),
+        robust=Accuracy.of(512, 1000),
+        classes=by_class(512),
+    )
+    made.add_attack("pgd-002")
+    assert made.export(tmp_path / "out", "--part", "classifier", "--head", "linear-001") == 0
+    data, results = metadata(tmp_path / "out")
+    assert (data.library_name, data.license, data.datasets) == (
+        "pytorch",
+        "unknown",
+        ["zalando-datasets/fashion_mnist"],
+    )
+    assert data.pipeline_tag == "image-classification"
+    assert data.tags == [
+        *("adversarial-robustness", "self-supervised-learning"),
+        RECIPE.objective.name,
+        f"{RECIPE.adversary.name}-adversarial-training",
+    ]
+    assert [(one.metric_type, one.metric_value, one.dataset_split) for one in results] == [
+        ("accuracy", 70.0, "test"),
+        ("robust_accuracy", 51.2, "test"),
+        ("robust_accuracy", 33.4, "test"),
+    ]
+    assert results[1].metric_name == "% right, under pgd in linf 4/255, of 1,000 test images"
+    made.record(imported="/somewhere/weights.pt")
+    assert made.export(tmp_path / "foreign") == 0
+    data, _ = metadata(tmp_path / "foreign")
+    assert (data.tags, data.datasets) == (["adversarial-robustness"], None)
+    assert "Others trained it" in (tmp_path / "foreign/README.md").read_text()
+
+
+def test_the_card_leads_with_what_can_be_trusted_most_and_folds_the_rest(made: Made, tmp_path: Path) -> None:
+    drift = Flag(name="drift", figure=0.0, limit=0.0, verdict="passed", text="")
+    failed = Flag(name="gradient", figure=1.0, limit=0.0, verdict="failed", text="")
+    made.add_probe("linear-001")
+    made.add_attack("pgd-001", robust=Accuracy.of(500, 1000), classes=by_class(500))
+    made.add_attack("pgd-002", robust=Accuracy.of(410, 1000), classes=by_class(410), flags=(drift,))
+    made.add_attack("pgd-003", robust=Accuracy.of(400, 1000), classes=by_class(400), flags=(drift,))
+    made.add_attack("pgd-004", robust=Accuracy.of(690, 1000), classes=by_class(690), flags=(drift, failed))
+    made.add_probe("linear-002", standardize=True)
+    made.add_attack("pgd-005", robust=Accuracy.of(600, 1000), classes=by_class(600))  # of a better head, not audited
+    assert made.export(tmp_path / "out", "--part", "encoder") == 0
+    card = (tmp_path / "out/README.md").read_text()
+    lead, folded = card.partition("## Loading")[0], card.partition("<details>")[2]
+    assert re.findall(r"\| (\d\d\.\d) [^|]*\| [^|]*audited \|", lead) == ["40.0"]
+    assert "The full audit, which attacks again in other ways, was made and found nothing." in lead
+    assert [f"{share} \\[" in folded for share in ("50.0", "41.0", "40.0", "69.0", "60.0")] == [True] * 5
+    assert not re.search(r"50\.0|41\.0|69\.0|60\.0", lead)
+    assert card.count("<details>") == card.count("</details>") == 3
+    listed = load_record(tmp_path / "out/export.json", ExportRecord).attacks
+    assert [(one.id, one.audited, one.failed) for one in listed][:2] == [("pgd-003", True, ()), ("pgd-001", False, ())]
+    assert ("pgd-004", True, ("gradient",)) in [(one.id, one.audited, one.failed) for one in listed]
+
+
+def test_no_attack_that_passed_leads_nothing(made: Made, tmp_path: Path) -> None:
+    failed = Flag(name="gradient", figure=1.0, limit=0.0, verdict="failed", text="")
+    made.add_probe()
+    made.add_attack(flags=(failed,))
+    made.add_attack("pgd-002", threat=ThreatModel(space="crops", norm="linf", eps="4/255"))
+    assert made.export(tmp_path / "out", "--part", "encoder") == 0
+    assert "No attack on whole images" in (tmp_path / "out/README.md").read_text().partition("## Loading")[0]
+    assert [one.metric_type for one in metadata(tmp_path / "out")[1]] == ["accuracy"]
+
+
+def test_the_sidecar_stays_small_and_the_card_has_all(made: Made, tmp_path: Path) -> None:
+    for head in range(15):
+        made.add_probe(f"linear-{head:03}")
+        made.add_attack(f"pgd-{head:03}")
+    assert made.export(tmp_path / "out", "--part", "encoder") == 0
+    assert (tmp_path / "out/export.json").stat().st_size < 20_000
+    card = (tmp_path / "out/README.md").read_text()
+    assert [f"| linear-{head:03} |" in card for head in range(15)] == [True] * 15
 
 
 def test_nothing_measured_is_said_plainly(made: Made, tmp_path: Path) -> None:
@@ -564,7 +687,8 @@ def test_hostile_text_is_not_markup_and_paths_stay_at_home(tmp_path: Path) -> No
     assert "<script>" not in card.replace(r"\<script", "")
     assert "\x1b" not in text
     assert "\u202e" not in text
-    assert recipe.endswith("\n````\n")
+    assert recipe.endswith("\n````\n\n</details>\n")
+    assert metadata(tmp_path / "out")[0].model_name == clean(name)
     assert "20261122-110000-before-aaaaaa" in recipe
     assert secret not in text + (tmp_path / "out/export.json").read_text()
 
@@ -645,7 +769,7 @@ def test_no_run_is_the_newest_with_weights_and_the_folder_is_named_after_it(
     out, err = capsys.readouterr()
     assert out == f"{RUN}-backbone-safetensors\n"
     assert "not finished (interrupted)" in err
-    assert (tmp_path / out.strip() / "backbone.safetensors").is_file()
+    assert (tmp_path / out.strip() / "model.safetensors").is_file()
 
 
 # Metrics

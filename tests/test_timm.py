@@ -406,6 +406,19 @@ def test_heads_attacks_and_exports_work(
         assert type(names["net"]).__module__.startswith("timm.")
         assert names[output].shape == (3, 3 if output == "logits" else names["net"].num_features)
         assert f"timm's {table['backbone'].removeprefix('timm:')}" in card
+        if part == "backbone":
+            whole = timm.create_model("local-dir:.", pretrained=True).eval()
+            with torch.no_grad():
+                assert torch.equal(whole(names["images"]), names[output])
+            tuned = timm.create_model("local-dir:.", pretrained=True, num_classes=7)
+            assert tuned(names["images"]).shape == (3, 7)
+    monkeypatch.chdir(work.folder)
+    again = ("--import", "safetensors-classifier/model.safetensors", "--architecture", told(table))
+    record = work("probe", *again, "--data", "images")
+    (own,) = (work.folder / "runs").glob("*/probes/linear-001/record.json")
+    before = json.loads(own.read_text())
+    assert (record["head"], record["features"]) == ("imported", before["features"])
+    assert record["confusion"] == before["confusion"]
 
 
 @pytest.mark.slow

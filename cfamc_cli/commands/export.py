@@ -1,6 +1,7 @@
 """`cfamc export`: weights that load without cfamc, checked before they are handed over, and metrics for dashboards.
 
-An export is a folder that appears whole: the files, `export.json` for programs and `README.md`, the model card.
+An export is a folder that appears whole: the files, `export.json` for programs and `README.md`, the model card; it is
+a model repository of the Hugging Face Hub as it stands.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from cfamc_cli.commands.claim import CLAIM, claim_of, require_architecture
 from cfamc_cli.commands.common import Options, Session, interruption, load_images, session
 from cfamc_cli.errors import CfamcError, bad_data, invalid
 from cfamc_cli.recipe.schema import Recipe
-from cfamc_cli.report import terminal
+from cfamc_cli.report import hub, terminal
 from cfamc_cli.report.card import card
 from cfamc_cli.report.metrics import by_kind, comma_separated, events
 from cfamc_cli.store.files import explained, staged_folder, sweep, write_bytes, write_text
@@ -169,10 +170,14 @@ def _weights(
         data=record.data,
         licence=licence,
         check=check,
-        probes=probes,
-        attacks=attacks,
+        probes=hub.short_probes(probes),
+        attacks=hub.short_attacks(attacks),
     )
-    write_text(staged / CARD, card(made, portable(recipe), record))
+    if wanted == "safetensors":
+        known = getattr(subject.module, "default_cfg", {})  # of timm's own nets
+        write_text(staged / hub.CONFIG, json.dumps(hub.config(made, recipe.model, known), indent=2) + "\n")
+        made = made.model_copy(update={"files": _files(staged)})
+    write_text(staged / CARD, card(made, portable(recipe), record, probes=probes, attacks=attacks))
     talk.message(
         f"{path.name}: read back by {check.reader}, differs by at most {check.largest_difference:.2g} "
         f"from the live model at batch {', '.join(map(str, check.batches))}"

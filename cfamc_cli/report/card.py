@@ -3,47 +3,85 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from cfamc_cli.recipe import file as recipe_file
 from cfamc_cli.recipe.plan import duration
 from cfamc_cli.recipe.schema import DEPTHS, Recipe, number
 from cfamc_cli.report import terminal
 from cfamc_cli.report.audit import audit_paragraph, lacks_audit
+from cfamc_cli.report.hub import REGISTERED_BY, failed_checks, front_matter, leading, results_of, timm_name
 from cfamc_cli.report.sheets import markdown_table, markdown_text
 from cfamc_cli.store.records import AttackRecord, ExportRecord, ProbeRecord, RunRecord, images_of, weights_file
 
 _ATTACK_COLUMNS = ("head", "threat model", "attack", "data", "n", "clean", "robust", "checks")
+_PROBE_COLUMNS = ("probe", "head", "features", "data", "n", "accuracy")
 _LIBRARY_WIDTH = 64  # the one width of torchvision's and timm's ResNets
 
 
-def card(made: ExportRecord, recipe: Recipe, run: RunRecord) -> str:
+def card(
+    made: ExportRecord,
+    recipe: Recipe,
+    run: RunRecord,
+    *,
+    probes: Sequence[ProbeRecord],
+    attacks: Sequence[AttackRecord],
+) -> str:
     """The model card, in Markdown: what this is, how to load it, what was measured and what was not.
 
     Text of recipes and data sets is escaped, so that no reader takes it for markup.
+
+    Args:
+        made: The export, of whose files the card tells the digests.
+        recipe: What the run was made by.
+        run: Its record.
+        probes: What was measured on these weights.
+        attacks: Likewise.
     """
     environment = terminal.templates()
     environment.filters |= {"plain": markdown_text, "duration": duration}
-    read = [probe.features for probe in made.probes if probe.id == made.source.head]
+    read = [probe.features for probe in probes if probe.id == made.source.head]
+    lead, timm = leading(attacks), timm_name(made, recipe.model)
     written = [(file.name, f"{file.size:,}", file.sha256) for file in made.files]
     toml = "\n".join(terminal.clean(line) for line in recipe_file.to_toml(recipe).splitlines())
     return environment.get_template("card.md").render(
         made=made,
         recipe=recipe,
         run=run,
+        front=front_matter(made, recipe if run.imported is None else None, timm, results_of(probes, lead)),
         file=weights_file(made.part, made.format),
+        digest=next(file.sha256 for file in made.files if file.name == weights_file(made.part, made.format)),
+        timm=timm,
+        registered_by=REGISTERED_BY if timm is not None and timm.endswith("_cifar") else "",
         library_width=_LIBRARY_WIDTH,
         depths=DEPTHS.get(recipe.model.backbone, ()),
         backbone_dim="features" if recipe.model.timm else recipe.model.feature_dim,  # the net itself tells it
         pre_feature=made.part == "encoder" or "pre_feature" in read,
-        probes=markdown_table(("probe", "head", "features", "data", "n", "accuracy"), map(_probe_row, made.probes)),
-        attacks=markdown_table(_ATTACK_COLUMNS, map(_attack_row, made.attacks)),
+        lead=markdown_table(_ATTACK_COLUMNS, map(_attack_row, lead)) if lead else "",
+        audited=_audited(lead),
+        above="pre_feature" in [probe.features for probe in probes],
+        finetuned="finetune" in [probe.head for probe in probes],
+        probes=markdown_table(_PROBE_COLUMNS, map(_probe_row, probes)) if probes else "",
+        attacks=markdown_table(_ATTACK_COLUMNS, map(_attack_row, attacks)) if attacks else "",
         notes=[
-            *dict.fromkeys(note for attack in made.attacks for note in attack.notes),
-            *(audit_paragraph(attack) for attack in made.attacks if not lacks_audit(attack)),
+            *dict.fromkeys(note for attack in attacks for note in attack.notes),
+            *(audit_paragraph(attack) for attack in attacks if not lacks_audit(attack)),
         ],
-        gaps=not_measured(made),
+        gaps=not_measured(probes, attacks),
         files=markdown_table(("file", "bytes", "SHA-256"), written),
         toml=_fenced(toml),
+    )
+
+
+def _audited(lead: Sequence[AttackRecord]) -> str:
+    """How many of the leading results had the full audit, in a sentence."""
+    made, of = sum(not lacks_audit(attack) for attack in lead), len(lead)
+    if made == of:
+        return "The full audit, which attacks again in other ways, was made and found nothing."
+    return (
+        f"The full audit was made of {made} of {of}: `cfamc attack --audit` makes it."
+        if made
+        else ("No full audit was made: `cfamc attack --audit` makes one.")
     )
 
 
@@ -57,8 +95,8 @@ def _attack_row(attack: AttackRecord) -> tuple[str, ...]:
     where = "every pixel of the image" if threat.space == "image" else "every crop by itself"
     named = {key: value for key, value in attack.settings.items() if key not in ("name", "eps", "norm", "space")}
     settings = ", ".join(f"{key} {value}" for key, value in named.items() if isinstance(value, str | int | float))
-    failed = [flag.name for flag in attack.flags if flag.verdict == "failed"]
-    passed = sum(flag.verdict == "passed" for flag in attack.flags)
+    failed, passed = failed_checks(attack), sum(flag.verdict == "passed" for flag in attack.flags)
+    audited = "" if lacks_audit(attack) else ", audited"
     return (
         attack.probe,
         f"{threat.norm} {threat.eps}, {where}",
@@ -67,30 +105,30 @@ def _attack_row(attack: AttackRecord) -> tuple[str, ...]:
         f"{attack.robust.n:,}",
         terminal.interval(attack.clean),
         terminal.interval(attack.robust),
-        f"failed: {', '.join(failed)}" if failed else f"{passed} passed",
+        f"failed: {', '.join(failed)}" if failed else f"{passed} passed{audited}",
     )
 
 
-def not_measured(made: ExportRecord) -> list[str]:
+def not_measured(probes: Sequence[ProbeRecord], attacks: Sequence[AttackRecord]) -> list[str]:
     """What a reader might take for granted and nobody looked at."""
-    gaps = [] if made.probes else ["Accuracy on clean images."]
-    if not made.attacks:
+    gaps = [] if probes else ["Accuracy on clean images."]
+    if not attacks:
         gaps.append("Accuracy under any attack: nothing is known about robustness.")
     else:
-        whole = [attack for attack in made.attacks if attack.threat.space == "image" and attack.source is None]
+        whole = [attack for attack in attacks if attack.threat.space == "image" and attack.source is None]
         if not whole:
             beside = "an attack on single crops, or with examples of another network, says nothing about it"
             gaps.append(f"Accuracy under an attack on whole images that knows the network; {beside}.")
         if ("autoattack", "standard") not in [(attack.attack, attack.settings.get("version")) for attack in whole]:
             gaps.append("The standard AutoAttack: a stronger attack may find lower accuracies than those above.")
-        by_size = sorted((attack.threat for attack in made.attacks), key=lambda threat: number(threat.eps))
+        by_size = sorted((attack.threat for attack in attacks), key=lambda threat: number(threat.eps))
         sizes = {threat.norm: f"{threat.norm} {threat.eps}" for threat in by_size}  # the largest of each norm
         others = [norm for norm in ("linf", "l2") if norm not in sizes]
         if others:
             gaps.append(f"Perturbations in {' and '.join(others)}.")
         largest = " and ".join(map(markdown_text, sizes.values()))
         gaps.append(f"Perturbations larger than {largest}, unrestricted ones and patches.")
-        behind = [attack.id for attack in made.attacks if any(flag.verdict == "skipped" for flag in attack.flags)]
+        behind = [attack.id for attack in attacks if any(flag.verdict == "skipped" for flag in attack.flags)]
         if behind:
             gaps.append(f"Some of the checks of {', '.join(map(markdown_text, behind))}.")
     gaps += [

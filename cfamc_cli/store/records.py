@@ -701,6 +701,31 @@ class Exported(Record):
     files: tuple[Written, ...]
 
 
+class ExportedProbe(Part):
+    """A head on the weights of an export, in short."""
+
+    id: str
+    head: HeadKind
+    features: Features
+    data: DataUsed
+    accuracy: Accuracy
+
+
+class ExportedAttack(Part):
+    """An attack on one of those heads, in short."""
+
+    id: str
+    probe: str
+    attack: str
+    settings: dict[str, JsonValue]
+    threat: ThreatModel
+    data: DataUsed
+    clean: Accuracy
+    robust: Accuracy
+    audited: bool  # whether the full audit was made
+    failed: tuple[str, ...]  # checks that say the numbers cannot be trusted
+
+
 class ExportRecord(Record):
     """export.json: weights that were handed over."""
 
@@ -717,13 +742,16 @@ class ExportRecord(Record):
     data: DataUsed | None
     licence: str  # what is known of the terms of use of the data
     check: CheckRecord
-    probes: tuple[ProbeRecord, ...]  # measured on these weights
-    attacks: tuple[AttackRecord, ...]  # likewise
+    probes: tuple[ExportedProbe, ...]  # measured on these weights: the first of those that the card has
+    attacks: tuple[ExportedAttack, ...]  # likewise
 
 
 def weights_file(part: Weights, form: Format) -> str:
-    """The name of the file that an export keeps its weights in."""
-    return f"{part}.{'safetensors' if form == 'robustbench' else form}"
+    """The name of the file that an export keeps its weights in; of safetensors the one that the Hub and timm look for.
+
+    RobustBench's zoo has a file for each classifier.
+    """
+    return "model.safetensors" if form == "safetensors" else f"{part}.{form.replace('robustbench', 'safetensors')}"
 
 
 class MetricsRecord(Record):

@@ -10,12 +10,14 @@ from torch import Tensor
 
 from cfamc_cli.engine import checkpoint
 from cfamc_cli.engine.encoder import Encoder, build_encoder
-from cfamc_cli.engine.heads.classifier import LinearHead
+from cfamc_cli.engine.heads.classifier import LinearHead, feature_dim
 from cfamc_cli.engine.heads.foreign_file import read_foreign_file
 from cfamc_cli.engine.heads.imported import Foreign, LastLayer, Reading
 from cfamc_cli.engine.randomness import addressed_generator
 from cfamc_cli.errors import bad_data, invalid
-from cfamc_cli.recipe.schema import Model
+from cfamc_cli.recipe.schema import Features, Model
+
+_ABOVE = "pre_feature."  # the layer of an export of ours that heads read
 
 
 def read_timm(path: Path, architecture: Model, reading: Reading) -> Foreign:
@@ -33,21 +35,29 @@ def read_timm(path: Path, architecture: Model, reading: Reading) -> Foreign:
     if reading.batch_norm is not None or reading.network is not None:
         flag = "--batch-norm" if reading.batch_norm is not None else "--network"
         raise invalid(f"{flag} has no effect beside --architecture", "leave it out")
-    model = architecture.model_copy(update={"normalize": reading.normalize, "input_size": reading.input_size})
+    tensors = read_foreign_file(path)
+    above = {key.removeprefix(_ABOVE): value for key, value in tensors.items() if key.startswith(_ABOVE)}
+    sizes = {"hidden_dim": len(above["0.weight"])} if "0.weight" in above else {}
+    reads = {"normalize": reading.normalize, "input_size": reading.input_size}
+    model = architecture.model_copy(update=reads | sizes)
     encoder = build_encoder(model, generator=addressed_generator("init", 0))
-    tensors, own = read_foreign_file(path), encoder.backbone.state_dict()
+    own = encoder.backbone.state_dict()
     prefix = _prefix(tensors, own)
     found = {key: tensors[prefix + key].to(own[key].dtype) for key in own if prefix + key in tensors}
     if not found:
         shown = ", ".join(sorted(tensors)[:3])
         raise bad_data(f"{path}: no {model.backbone}: it holds {shown}", "--architecture says what the file has")
     checkpoint.load_state(encoder.backbone, found, path=path)
-    last = _last_layer(tensors, prefix, encoder)
-    used = {prefix + key for key in found} | ({f"{last.name}.weight", f"{last.name}.bias"} if last else set())
+    if sizes:
+        checkpoint.load_state(encoder.pre_feature, above, path=path)
+    last = _last_layer(tensors, prefix, encoder, "pre_feature" if sizes else "backbone")
+    used = {prefix + key for key in found} | {_ABOVE + key for key in above if sizes}
+    used |= {f"{last.name}.weight", f"{last.name}.bias"} if last else set()
     left = sorted(tensors.keys() - used)
     notes = [f"left out, for they are no part of the backbone: {', '.join(left[:8])}"] if left else []
-    notes.append('there is no pre_feature layer: heads read the backbone (features "backbone")')
-    return Foreign(model, encoder, last, backbone_only=True, notes=tuple(notes))
+    if not sizes:
+        notes.append('there is no pre_feature layer: heads read the backbone (features "backbone")')
+    return Foreign(model, encoder, last, backbone_only=not sizes, notes=tuple(notes))
 
 
 def _prefix(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
@@ -57,14 +67,16 @@ def _prefix(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
     return max(prefixes, key=lambda prefix: sum(prefix + key in tensors for key in own), default="")
 
 
-def _last_layer(tensors: Mapping[str, Tensor], prefix: str, encoder: Encoder) -> LastLayer | None:
-    """The classifier, where timm names one that reads the features as they come out of the net."""
-    name = getattr(encoder.backbone, "default_cfg", {}).get("classifier")
-    weight = tensors.get(f"{prefix}{name}.weight") if isinstance(name, str) else None
-    if weight is None or weight.dim() != 2 or weight.shape[1] != encoder.feature_dim:
+def _last_layer(tensors: Mapping[str, Tensor], prefix: str, encoder: Encoder, features: Features) -> LastLayer | None:
+    """The classifier: the head of an export of ours, or what timm names where that reads the features as they are."""
+    name, dim = "head", feature_dim(encoder, features)
+    if prefix != "backbone.":
+        name = prefix + str(getattr(encoder.backbone, "default_cfg", {}).get("classifier"))
+    weight, bias = tensors.get(f"{name}.weight"), tensors.get(f"{name}.bias")
+    if weight is None or weight.dim() != 2 or weight.shape[1] != dim:
         return None
-    head, bias = LinearHead(encoder.feature_dim, len(weight)), tensors.get(f"{prefix}{name}.bias")
+    head = LinearHead(dim, len(weight))
     with torch.no_grad():
         head.weight.copy_(weight)
         head.bias.copy_(torch.zeros(len(weight)) if bias is None else bias)
-    return LastLayer(f"{prefix}{name}", head, "backbone")
+    return LastLayer(name, head, features)
