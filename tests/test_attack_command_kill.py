@@ -116,3 +116,20 @@ def test_a_signal_is_heeded_at_once_and_costs_nothing(warm: Warm, home: Path, nu
     assert done.code == 128 + number
     assert done.answer["error"]["hint"] == "go on with the same command"
     assert warm.run(*COMMAND, cwd=home, seconds=600).code == 0
+
+
+def test_two_equal_attacks_at_once_do_the_work_once(warm: Warm, home: Path, tmp_path: Path) -> None:
+    """The head as well, which both find missing; who comes second waits for it, and is told of the evaluation."""
+    shutil.copytree(home / "runs", tmp_path / "runs")
+    (run,) = (tmp_path / "runs").iterdir()
+    for made in ("probes", "attacks"):
+        shutil.rmtree(run / made, ignore_errors=True)
+    both = [warm.start(*COMMAND, cwd=tmp_path) for _ in range(2)]
+    done = sorted((child.wait(600) for child in both), key=lambda one: one.code)
+    assert [one.code for one in done] in ([0, 0], [0, 6]), done
+    if done[1].code == 6:
+        assert "is held by process" in done[1].err
+    assert [path.name for path in (run / "probes").iterdir()] == ["linear-001"]
+    assert sorted(path.name for path in attacks(tmp_path).iterdir()) == ["pgd-001", "pgd-002"]  # one of each eps
+    eps = {json.loads(path.read_text())["threat"]["eps"] for path in attacks(tmp_path).glob("*/record.json")}
+    assert eps == {"1/255", "4/255"}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import signal
@@ -204,6 +205,10 @@ def test_reading_refuses_what_is_no_file(tmp_path: Path) -> None:
             files.read_bytes(path, limit=10)
 
 
+def position(data: bytes) -> files.Position:
+    return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
 def test_json_lines_round_trip_and_cut(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     with files.JsonLines(path) as lines:
@@ -212,14 +217,23 @@ def test_json_lines_round_trip_and_cut(tmp_path: Path) -> None:
         lines.append({"step": 2, "name": "a\nb"})
         with pytest.raises(ValueError, match="not JSON compliant"):
             lines.append({"loss": float("inf")})
-        assert lines.position() == path.stat().st_size
+        assert lines.position() == position(path.read_bytes())
     assert files.read_jsonl(path) == [{"step": 1}, {"step": 2, "name": "a\nb"}]
     files.cut(path, first)
     assert files.read_jsonl(path) == [{"step": 1}]
+    with files.JsonLines(path) as lines:
+        assert lines.position() == first
+    for changed in (b'{"step":7}\n', b'{"step":7}\n{"step":2}\n'):
+        path.write_bytes(changed)
+        with pytest.raises(CfamcError, match="its first 11 bytes are not those of the checkpoint") as caught:
+            files.cut(path, first)
+        assert caught.value.exit_code == ExitCode.BAD_DATA
+        assert path.read_bytes() == changed
+        files.cut(path, {"size": 11, "sha256": None})  # of a checkpoint that does not know them
     with pytest.raises(CfamcError, match="has 11 bytes where a checkpoint counts on 12") as caught:
-        files.cut(path, first + 1)
+        files.cut(path, {"size": 12, "sha256": None})
     assert caught.value.exit_code == ExitCode.BAD_DATA
-    files.cut(tmp_path / "missing", 0)
+    files.cut(tmp_path / "missing", position(b""))
     assert names(tmp_path) == ["metrics.jsonl"]
 
 
@@ -230,7 +244,7 @@ def test_a_torn_last_line_is_left_out_and_cut_off(tmp_path: Path, whole: bytes, 
     path.write_bytes(whole + tail)
     assert len(files.read_jsonl(path)) == whole.count(b"\n")
     with files.JsonLines(path) as lines:
-        assert lines.position() == len(whole)
+        assert lines.position() == position(whole)
         lines.append({"d": 1})
     assert path.read_bytes() == whole + b'{"d":1}\n'
 

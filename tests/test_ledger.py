@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import signal
 from functools import partial
@@ -101,8 +102,9 @@ def test_records_are_kept_apart_and_name_what_is_not_finite(tmp_path: Path) -> N
     kept = begun(tmp_path)
     kept.metrics(grip)
     kept.timing(COST)
-    sizes = {name: (tmp_path / name).stat().st_size for name in ("metrics.jsonl", "timing.jsonl")}
-    assert kept.positions() == sizes
+    held = {name: (tmp_path / name).read_bytes() for name in ("metrics.jsonl", "timing.jsonl")}
+    ends = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in held.items()}
+    assert kept.positions() == ends
     assert files.read_jsonl(kept.run.metrics) == [
         {"kind": "grip", "step": 1, "batch": 1, "epoch": 0.5, "clean": None, "trained": None, "strongest": 0.3}
         | {"strength": 1, "lost": False, "nonfinite": {"clean": "nan", "trained": "inf"}}
@@ -193,6 +195,10 @@ def test_a_cut_ledger_forgets_the_evaluations_beyond_the_checkpoint(tmp_path: Pa
     assert read_metrics(kept.run.metrics) == [first]
     with pytest.raises(CfamcError, match="where a checkpoint counts on"):
         kept.cut_back({"metrics.jsonl": 10**6})
+    for none in (-1, "0", {"size": 0}, {"size": -1, "sha256": ""}, [0]):
+        with pytest.raises(CfamcError, match="does not say where it ended") as refused:
+            kept.cut_back({"metrics.jsonl": none})
+        assert refused.value.exit_code == ExitCode.BAD_DATA
 
 
 def test_no_process_leaves_before_an_interruption_is_written_down(

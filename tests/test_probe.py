@@ -499,13 +499,30 @@ def test_a_cut_run_ends_as_an_uncut_one(kind: str, tmp_path: Path) -> None:
             assert (folder / last / name).read_bytes() == (tmp_path / "uncut" / last / name).read_bytes()
 
 
-@pytest.mark.parametrize("name", ["99.momentum_buffer", "first.momentum_buffer", "0000.momentum_buffer"])
-def test_a_checkpoint_whose_state_is_of_another_optimizer_is_refused(name: str, tmp_path: Path) -> None:
-    """The weights fit, and the state has a parameter too many, one without a number, or one of another shape."""
+@pytest.mark.parametrize(
+    ("old", "new", "shape"),
+    [
+        ("", "99.momentum_buffer", (2, 7)),
+        ("", "first.momentum_buffer", (2, 7)),
+        ("", "0000.momentum_buffer", (2, 7)),
+        ("", "0000.momentum_buffer", ()),
+        ("0001.momentum_buffer", "0001.momentum", (2,)),
+        ("0001.momentum_buffer", "", ()),
+        ("", "step", (99,)),
+    ],
+)
+def test_a_checkpoint_whose_state_is_of_another_optimizer_is_refused(
+    old: str, new: str, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    """The weights fit; the state has a name too many or too few, another one or another shape, or is beyond the end."""
     whole = trainer(LONG["pgd"]())
     train(whole, tmp_path, until=1)
     path, saved, _ = checkpoint.newest_valid(tmp_path)
-    saved.state[name] = torch.zeros(2, 7)
+    saved.state.pop(old, None)
+    if new == "step":
+        saved.progress["step"] = whole.updates + 1
+    elif new:
+        saved.state[new] = torch.zeros(shape)
     with pytest.raises(CfamcError, match=f"{path.name}: its state does not fit the head") as refused:
         whole.load(saved, path=path)
     assert refused.value.exit_code == ExitCode.BAD_DATA

@@ -165,6 +165,33 @@ def test_a_changed_recipe_is_not_resumed(tmp_path: Path) -> None:
     assert "is finished" in again.err
 
 
+def test_what_was_changed_in_a_cut_run_is_not_gone_on_from(tmp_path: Path) -> None:
+    """Lines of metrics before the checkpoint, either recipe or its seed; the run goes on once the file is back."""
+    write_recipe(tmp_path, every=1, log_every=1)
+    flag = tmp_path / "flag"
+    child = warm().start("pretrain", "recipe.toml", cwd=tmp_path, hook="wait_in_loss", values=[str(flag), 4, 60])
+    child.until(flag.exists)
+    child.send(signal.SIGKILL)
+    child.wait()
+    run = only_run(tmp_path)
+    for name, old, new in (
+        ("metrics.jsonl", b'"loss":', b'"lost":'),
+        ("metrics.jsonl", b'"lr":0', b'"lr":1'),
+        ("recipe.toml", b"\nlr = 0.3", b"\nlr = 0.2"),
+        ("recipe.toml", b"\nseed = 0", b"\nseed = 1"),
+        ("resolved.json", b'"lr": 0.3', b'"lr": 0.2'),
+        ("resolved.json", b'"seed": 0', b'"seed": 1'),
+    ):
+        whole = (run / name).read_bytes()
+        assert old in whole, (name, old)
+        (run / name).write_bytes(whole.replace(old, new, 1))
+        refused = warm().run("pretrain", "--resume", run.name, "--json", cwd=tmp_path)
+        assert refused.code == 4, refused
+        assert str(Path("runs", run.name, name)) in refused.answer["error"]["message"]
+        (run / name).write_bytes(whole)
+    assert warm().run("pretrain", "--resume", run.name, "--quiet", cwd=tmp_path).code == 0
+
+
 def test_a_resumed_run_takes_what_may_change(tmp_path: Path) -> None:
     write_recipe(tmp_path, every=1)
     flag = tmp_path / "flag"

@@ -225,6 +225,32 @@ def test_a_holder_that_has_not_written_its_name_yet_is_not_called_by_a_dead_ones
             store.lock(run).__enter__()
 
 
+def look_in_turn(folder: Path) -> None:
+    """Note who had to be waited for, and then what is there."""
+    store._held.clear()  # those of the process that this one was forked from
+    with store.turn(folder, wait=lambda text: files.write_text(folder / f"waited-{os.getpid()}", text)):
+        files.write_text(folder / f"found-{os.getpid()}", str(folder.joinpath("item").exists()))
+
+
+def test_who_waits_for_its_turn_finds_what_was_begun_meanwhile(tmp_path: Path) -> None:
+    folder, context = tmp_path / "attacks", multiprocessing.get_context("fork")
+    processes = [context.Process(target=look_in_turn, args=(folder,)) for _ in range(3)]
+    with store.turn(folder, wait=pytest.fail):
+        for process in processes:
+            process.start()
+        until = time.monotonic() + 60
+        while len(waited := list(folder.glob("waited-*"))) < 3 and time.monotonic() < until:
+            time.sleep(0.01)
+        told = [path.read_text() for path in waited]  # one that comes before another is waited for too
+        (folder / "item").mkdir()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert [f"is held by process {os.getpid()} on" in text for text in told] == [True] * 3
+    assert [path.read_text() for path in folder.glob("found-*")] == ["True"] * 3
+    assert not (folder / ".lock").exists()
+
+
 def test_a_child_that_outlives_its_parent_does_not_hold_the_run(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     code = """
@@ -432,7 +458,7 @@ def test_streams_and_cuts_follow_no_link(tmp_path: Path) -> None:
         (tmp_path / name).symlink_to(tmp_path / "mine")
     for use in (
         lambda: files.JsonLines(tmp_path / "lines"),
-        lambda: files.cut(tmp_path / "lines", 1),
+        lambda: files.cut(tmp_path / "lines", {"size": 1, "sha256": None}),
         lambda: store._open_lock(tmp_path / ".lock", RunFolder(tmp_path)),
     ):
         with pytest.raises((CfamcError, OSError), match="symbolic links"):

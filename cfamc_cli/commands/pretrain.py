@@ -205,6 +205,8 @@ def _resume(reference: str, wanted: Recipe | None, options: Options) -> list[Run
     if not run.run_json.exists() or not run.recipe_toml.exists():
         raise bad_data(f"{run.path} holds no record to go on from: it was ended before it began", "start a new run")
     status, recipe = run.record().status, file.load(str(run.recipe_toml))
+    _require_own(recipe, run.recipe_toml, run)
+    _require_own(run.recipe(), run.resolved_json, run)
     if wanted is not None and (differing := file.differing_keys(recipe, wanted)):
         hint = "leave the recipe out to go on with the run's own, or start a new run"
         error = invalid(f"run {run.id} was started with another recipe: {', '.join(differing)}", hint)
@@ -219,6 +221,15 @@ def _resume(reference: str, wanted: Recipe | None, options: Options) -> list[Run
         # What may differ, where the data lie and how checkpoints are kept, is taken from the recipe that was given.
         recipe = wanted or recipe
         return _train(recipe, working.load_images(recipe, "train"), run, working)
+
+
+def _require_own(recipe: Recipe, path: Path, run: RunFolder) -> None:
+    """Refuse a recipe that was changed in its file since the run began."""
+    record = run.record()
+    for key, own, kept in (("digest", recipe.digest(), record.recipe_digest), ("seed", recipe.seed, record.seed)):
+        if own != kept:
+            cause = f"{path} is not the recipe of the run any more: {key} {own!s:.12}, where run.json has {kept!s:.12}"
+            raise bad_data(cause, "bring the file back as it was, or start a new run")
 
 
 def _train(recipe: Recipe, data: ImageSet, run: RunFolder | None, session: Session) -> list[RunRecord]:

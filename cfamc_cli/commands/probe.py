@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -60,6 +60,7 @@ from cfamc_cli.store.runs import (
     lock,
     new_item,
     standard_probe,
+    turn,
     unfinished_probes,
 )
 
@@ -153,12 +154,13 @@ def ensure_head(
     """
     if probe is not None:
         return find_probe(run, probe)
-    standard = standard_probe(run, loaded.digest)
-    name = working.agreed(standard.name if standard else "")
-    if not name:
-        working.talk.message(f"run {run.id} has no linear head yet: fitting the standard one")
-        fitted = _fit(run, _settled(run, Request(head="linear")), working, loaded=loaded, split=split)
-        name = working.agreed(fitted.name if fitted else "")
+    with turn(run.probes, wait=working.talk.message) if leads() else nullcontext():
+        standard = standard_probe(run, loaded.digest)
+        name = working.agreed(standard.name if standard else "")
+        if not name:
+            working.talk.message(f"run {run.id} has no linear head yet: fitting the standard one")
+            fitted = _fit(run, _settled(run, Request(head="linear")), working, loaded=loaded, split=split)
+            name = working.agreed(fitted.name if fitted else "")
     return run.probes / name
 
 

@@ -41,7 +41,7 @@ from cfamc_cli.store.records import (
     now,
     save_record,
 )
-from cfamc_cli.store.runs import LATEST, RECORD, RunFolder, find_run, lock, new_item
+from cfamc_cli.store.runs import LATEST, RECORD, RunFolder, find_run, new_item, turn
 
 MOVED = 1000  # images that are attacked where --limit says nothing
 _SHARES = (Fraction(1, 4), Fraction(1, 2), 1)  # of the attack's own eps, where --eps says nothing
@@ -72,7 +72,7 @@ def unlabelled(reference: str | None, *, flags: Flags, options: Options) -> None
 
         if not leads():
             return  # nothing here is shared
-        with out_of_memory():
+        with out_of_memory(), turn(run.unlabelled, wait=working.talk.message):
             folder, record = _measured(run, recipe, tables, flags, working)
     if options.as_json:
         answer = record.model_dump(mode="json")
@@ -167,30 +167,29 @@ def _measured(
                 environment=capture_environment(describe(device), computation(device, precision="float32")),
             )
             save_record(folder / RECORD, record)
-        with lock(RunFolder(folder)):
-            for table in missing:
-                began = time.monotonic()
-                moved = engine.moved(
-                    partial(loaded.encoder.features, features=layer),
-                    pixels[:count],
-                    outputs[layer],
-                    stage=table,
-                    seed=recipe.seed,
-                    device=device,
-                    each=progress(f"{table.norm} {table.eps}"),
-                )
-                assert not traces().changed, "an attack left a trace in the encoder"
-                if moved.invalid:
-                    talk.warning(f"{moved.invalid} points left the ball or are no images: they count as unmoved")
-                found = Movement(
-                    eps=table.eps,
-                    cosine=float(moved.cosine.mean()),
-                    kept=Accuracy.of(int(moved.kept.sum()), count),
-                    invalid=moved.invalid,
-                    wall_seconds=time.monotonic() - began,
-                )
-                record = _with(record, found)
-                save_record(folder / RECORD, record)
+        for table in missing:
+            began = time.monotonic()
+            moved = engine.moved(
+                partial(loaded.encoder.features, features=layer),
+                pixels[:count],
+                outputs[layer],
+                stage=table,
+                seed=recipe.seed,
+                device=device,
+                each=progress(f"{table.norm} {table.eps}"),
+            )
+            assert not traces().changed, "an attack left a trace in the encoder"
+            if moved.invalid:
+                talk.warning(f"{moved.invalid} points left the ball or are no images: they count as unmoved")
+            found = Movement(
+                eps=table.eps,
+                cosine=float(moved.cosine.mean()),
+                kept=Accuracy.of(int(moved.kept.sum()), count),
+                invalid=moved.invalid,
+                wall_seconds=time.monotonic() - began,
+            )
+            record = _with(record, found)
+            save_record(folder / RECORD, record)
     return folder, record
 
 

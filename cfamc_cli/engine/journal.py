@@ -112,7 +112,13 @@ class Journal:
         return torch.stack(self._rows) if self._rows else torch.zeros(0, len(self._names), device=self.device)
 
     def load(self, rows: Tensor) -> None:
-        """Go on from a checkpoint's rows."""
+        """Go on from a checkpoint's rows.
+
+        Raises:
+            ValueError: They are not of a journal.
+        """
+        if rows.dim() != 2 or rows.shape[1] != len(self._names):
+            raise ValueError("another journal's rows")
         self._rows = list(rows.unbind())
 
     def check_finite(self, *encoders: Encoder, step: int) -> Tensor:

@@ -241,6 +241,14 @@ class Trainer:
             still = self.embed(spared)
         return partial(self.attacked_loss, still=still, labels=labels)
 
+    def _carried(self) -> list[tuple[int, ...]]:
+        """Shapes of the perturbations that go on from batch to batch, a whole batch's: (V, B, C, S, S) a group."""
+        adversary, images = self.recipe.adversary, (self.recipe.train.batch_size, self.images.shape[1])
+        if not isinstance(adversary, FreeAdversary):
+            return []
+        moved = self.recipe.crops[1 if adversary.views == "second" else 0 :]
+        return [(group.count, *images, group.size, group.size) for group in moved]
+
     def _counts(self, own: int) -> list[int]:
         """Images of each process where this one has so many: all of its share, or fewer than anybody's share."""
         return self.shares if own >= min(self.shares) else [own] * self.world.size
@@ -365,6 +373,8 @@ class Trainer:
                     raise ValueError("another parameter's momentum")
                 buffer.copy_(kept)
             delta = [saved.state[name] for name in sorted(saved.state) if name.startswith("delta.")]
+            if [tuple(part.shape) for part in delta] != (self._carried() if step else []):
+                raise ValueError("other crops' perturbations")
             self.adversary.delta = [_channels_last(part[:, self.share].to(self.device)) for part in delta]
             self.journal.load(saved.state["journal"].to(self.device))
             if self.recipe.clusters:

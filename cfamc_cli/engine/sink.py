@@ -31,8 +31,8 @@ class Ledger(Protocol):
     def timing(self, line: TimingLine) -> None:
         """Append one line of rates, memory and wall time."""
 
-    def positions(self) -> dict[str, int]:
-        """Make every record durable and return the size in bytes of each record file."""
+    def positions(self) -> Mapping[str, object]:
+        """Make every record durable and return where each record file ends, as JSON values."""
 
 
 class NullTalk:
@@ -57,5 +57,5 @@ class NullLedger:
     def timing(self, line: TimingLine) -> None:
         pass
 
-    def positions(self) -> dict[str, int]:
+    def positions(self) -> Mapping[str, object]:
         return {}

@@ -8,6 +8,7 @@ one is writing. A line of a JSON-lines file exists once its newline does.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -19,11 +20,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from hashlib import blake2s
 from pathlib import Path
+from typing import TypedDict
 
 from cfamc_cli.errors import CfamcError, bad_data
 
 MAX_READ = 256 * 2**20  # bytes; no file that is read whole comes near it
 _TEMP = re.compile(r"\.tmp-([0-9a-f]{8})-(\d+)-(\d+)-[0-9a-f]{8}")
+_CHANGED = "bring the file back as it was, or start a new run"
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 
 
@@ -184,6 +187,13 @@ def sweep(folder: Path) -> list[Path]:
     return removed
 
 
+class Position(TypedDict):
+    """Where a file ends: its bytes, and the SHA-256 of them."""
+
+    size: int
+    sha256: str | None  # unknown to the checkpoints of older runs
+
+
 class JsonLines:
     """An append-only file of JSON objects, one a line, with one writer at a time.
 
@@ -197,6 +207,7 @@ class JsonLines:
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
             self._size = _whole_lines(self._descriptor)
             os.ftruncate(self._descriptor, self._size)
+            self._sha256 = _sha256(self._descriptor)
 
     def append(self, record: Mapping[str, object]) -> None:
         """Add one record; when that fails, the file is as it was.
@@ -214,12 +225,13 @@ class JsonLines:
                     os.ftruncate(self._descriptor, self._size)
                 raise
         self._size += len(line)
+        self._sha256.update(line)
 
-    def position(self) -> int:
-        """Flush to the disk and return the size of the file in bytes."""
+    def position(self) -> Position:
+        """Flush to the disk and return where the file ends."""
         with explained(self.path):
             os.fsync(self._descriptor)
-        return self._size
+        return {"size": self._size, "sha256": self._sha256.hexdigest()}
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""
@@ -234,23 +246,28 @@ class JsonLines:
         self.close()
 
 
-def cut(path: Path, size: int) -> None:
-    """Cut a file back to its first `size` bytes; a missing file has 0.
+def cut(path: Path, at: Position) -> None:
+    """Cut a file back to where it ended once; a missing file has 0 bytes.
 
     Raises:
-        CfamcError: The file is shorter than that, or cannot be written.
+        CfamcError: The file is shorter than that, was changed before it, or cannot be written.
     """
+    size = at["size"]
     with explained(path):
         found = path.lstat().st_size if os.path.lexists(path) else 0
         if found < size:
-            raise bad_data(f"{path} has {found:,} bytes where a checkpoint counts on {size:,}")
-        if found > size:
-            descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW)
-            try:
+            raise bad_data(f"{path} has {found:,} bytes where a checkpoint counts on {size:,}", _CHANGED)
+        if not found:
+            return
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+        try:
+            if at["sha256"] not in (None, _sha256(descriptor, size).hexdigest()):
+                raise bad_data(f"{path}: its first {size:,} bytes are not those of the checkpoint", _CHANGED)
+            if found > size:
                 os.ftruncate(descriptor, size)
                 os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def links_below(folder: Path) -> Iterator[Path]:
@@ -294,6 +311,11 @@ def _write_all(descriptor: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]
+
+
+def _sha256(descriptor: int, size: int | None = None) -> hashlib._Hash:
+    """The digest of an open file's first `size` bytes, or of all of them, to be gone on with."""
+    return hashlib.sha256(os.pread(descriptor, os.fstat(descriptor).st_size if size is None else size, 0))
 
 
 def _whole_lines(descriptor: int) -> int:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from cfamc_cli.errors import CfamcError, ExitCode, Interrupted, bad_data
 from cfamc_cli.recipe import file
 from cfamc_cli.recipe.schema import Recipe
 from cfamc_cli.store.environment import capture_environment
-from cfamc_cli.store.files import JsonLines, cut, write_json, write_text
+from cfamc_cli.store.files import JsonLines, Position, cut, write_json, write_text
 from cfamc_cli.store.records import (
     Computation,
     DataUsed,
@@ -83,16 +84,19 @@ class RunLedger:
         """Append to timing.jsonl."""
         self._timing.append(line.written())
 
-    def positions(self) -> dict[str, int]:
-        """Make both record files durable and return their sizes in bytes."""
+    def positions(self) -> dict[str, Position]:
+        """Make both record files durable and return where they end."""
         return {lines.path.name: lines.position() for lines in (self._metrics, self._timing)}
 
     def cut_back(self, positions: Mapping[str, object]) -> None:
-        """Drop what the record files hold beyond a checkpoint, and read again what they say of evaluations."""
+        """Drop what the record files hold beyond a checkpoint, and read again what they say of evaluations.
+
+        Raises:
+            CfamcError: Exit 4; they are not what they were at the checkpoint, or its positions are none.
+        """
         self.close()
         for path in (self.run.metrics, self.run.timing):
-            size = positions.get(path.name, 0)
-            cut(path, size if isinstance(size, int) else 0)
+            cut(path, _position(positions.get(path.name, 0), path))
         self._metrics, self._timing = JsonLines(self.run.metrics), JsonLines(self.run.timing)
         for line in read_metrics(self.run.metrics):
             self._note(line)
@@ -159,3 +163,13 @@ class RunLedger:
         self.record = self.record.model_copy(update={"updated": now(), "wall_seconds": wall, **changes})
         save_record(self.run.run_json, self.record)
         self._written = time.monotonic()
+
+
+def _position(kept: object, path: Path) -> Position:
+    """Where a file ended by a checkpoint; those of older runs tell its size alone."""
+    match kept:
+        case {"size": int(size), "sha256": str(sha256)} if size >= 0:
+            return {"size": size, "sha256": sha256}
+        case int(size) if size >= 0:
+            return {"size": size, "sha256": None}
+    raise bad_data(f"{path}: the checkpoint does not say where it ended")

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from cfamc_cli.errors import CfamcError, bad_data
 from cfamc_cli.store.files import JsonLines, read_jsonl
 from cfamc_cli.store.records import MeasuredBlock, MeasureHeader, StageTime
-from cfamc_cli.store.runs import RunFolder, lock, new_item
+from cfamc_cli.store.runs import RunFolder, lock, new_item, turn
 
 
 class MeasureLedger:
@@ -62,6 +62,14 @@ def open_measure(
     Raises:
         CfamcError: A live process works on it (exit code 6), or the run cannot be written.
     """
+    with turn(run.measures, wait=warn):
+        folder = _find_or_begin(run, name, header, warn=warn)
+    with lock(RunFolder(folder)):
+        yield MeasureLedger(folder, header, read_samples(RunFolder(folder).samples)[1])
+
+
+def _find_or_begin(run: RunFolder, name: str, header: MeasureHeader, *, warn: Callable[[str], None]) -> Path:
+    """The folder of the measure; see `open_measure`."""
     known: dict[int, MeasuredBlock] = {}
     found = None
     for path in sorted(run.measures.glob(f"[!.]*/{run.samples.name}")):
@@ -73,17 +81,14 @@ def open_measure(
         if stored.key == header.key:
             found = path.parent if stored.n == header.n else found
             known |= {number: block for number, block in blocks.items() if _fits(block, header)}
-    folder = found or new_item(run.measures, name)
-    with lock(RunFolder(folder)):
-        ledger = MeasureLedger(folder, header, {})
-        if found is None:
-            with JsonLines(RunFolder(folder).samples) as samples:
-                samples.append(header.model_dump())
-            for block in known.values():
-                ledger.commit(block, 0.0)
-        else:
-            ledger.blocks = read_samples(RunFolder(folder).samples)[1]  # again, now that nobody else writes
-        yield ledger
+    if found is not None:
+        return found
+    folder = new_item(run.measures, name)
+    with JsonLines(RunFolder(folder).samples) as samples:
+        samples.append(header.model_dump())
+    for block in known.values():
+        MeasureLedger(folder, header, {}).commit(block, 0.0)
+    return folder
 
 
 def _fits(block: MeasuredBlock, header: MeasureHeader) -> bool:

@@ -11,12 +11,13 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from cfamc_cli.errors import CfamcError, bad_data
-from cfamc_cli.store.files import JsonLines, explained, read_jsonl, staged_folder, sweep
+from cfamc_cli.store.files import JsonLines, read_jsonl, staged_folder, sweep
 from cfamc_cli.store.records import (
     AttackRecord,
     Outcome,
@@ -28,7 +29,7 @@ from cfamc_cli.store.records import (
     save_record,
     unpack_bits,
 )
-from cfamc_cli.store.runs import OUTCOMES, RECORD, RunFolder, lock, slug
+from cfamc_cli.store.runs import OUTCOMES, RECORD, RunFolder, lock, slug, turn
 
 
 def key_of(settings: Mapping[str, object]) -> str:
@@ -120,9 +121,17 @@ def open_ledger(run: RunFolder, name: str, empty: Outcomes, *, warn: Callable[[s
     Raises:
         CfamcError: A live process works on it (exit code 6), or the run cannot be written.
     """
-    with explained(run.attacks):
-        run.attacks.mkdir(parents=True, exist_ok=True)
-    sweep(run.attacks)
+    with turn(run.attacks, wait=warn):
+        sweep(run.attacks)
+        folder = _find_or_begin(run, name, empty, warn=warn)
+    with lock(RunFolder(folder)):
+        sweep(folder)
+        stored = load_record(folder / OUTCOMES, Outcomes)  # again, now that nobody else writes
+        yield Ledger(folder, empty, _read(folder, stored))
+
+
+def _find_or_begin(run: RunFolder, name: str, empty: Outcomes, *, warn: Callable[[str], None]) -> Path:
+    """The folder of the evaluation; see `open_ledger`."""
     found: list[tuple[Path, Outcomes, list[Outcome]]] = []
     for path in sorted(run.attacks.glob(f"[!.]*/{OUTCOMES}")):
         try:
@@ -134,20 +143,15 @@ def open_ledger(run: RunFolder, name: str, empty: Outcomes, *, warn: Callable[[s
     same = [folder for folder, stored, _ in found if stored.n == empty.n]
     same.sort(key=lambda folder: not (folder / RECORD).is_file())  # a finished one first
     if same:
-        folder = same[0]
-    else:
-        sizes = dict(enumerate(_block_sizes(empty)))
-        known: list[Outcome] = []
-        for path, stored, outcomes in sorted(found, key=lambda item: item[1].n):
-            known += [outcome for outcome in outcomes if len(outcome.standing) == sizes.get(outcome.block)]
-            if stored.n < empty.n and (again := stored.n % empty.block):
-                whole = f"blocks of {empty.block} samples are evaluated whole"
-                warn(f"{whole}: the last {again} of {path.name} are attacked again")
-        folder = _begin(run.attacks, slug(name), Ledger(Path(), empty, known))
-    with lock(RunFolder(folder)):
-        sweep(folder)
-        stored = load_record(folder / OUTCOMES, Outcomes)  # again, now that nobody else writes
-        yield Ledger(folder, empty, _read(folder, stored))
+        return same[0]
+    sizes = dict(enumerate(_block_sizes(empty)))
+    known: list[Outcome] = []
+    for path, stored, outcomes in sorted(found, key=lambda item: item[1].n):
+        known += [outcome for outcome in outcomes if len(outcome.standing) == sizes.get(outcome.block)]
+        if stored.n < empty.n and (again := stored.n % empty.block):
+            whole = f"blocks of {empty.block} samples are evaluated whole"
+            warn(f"{whole}: the last {again} of {path.name} are attacked again")
+    return _begin(run.attacks, slug(name), Ledger(Path(), empty, known))
 
 
 def _as_dear(outcome: Outcome, known: Outcome) -> Outcome:
@@ -157,19 +161,11 @@ def _as_dear(outcome: Outcome, known: Outcome) -> Outcome:
 
 def _begin(attacks: Path, name: str, ledger: Ledger) -> Path:
     """Make attacks/<name>-001 or the next number: it appears with its outcomes.json, so that it is never lost."""
-    number = 1
-    while True:
-        final = attacks / f"{name}-{number:03d}"
-        try:
-            if not final.exists():
-                with staged_folder(final) as staged:
-                    save_record(staged / OUTCOMES, ledger.as_record())
-                    _keep_times(staged, ledger.in_order())
-                return final
-        except CfamcError:
-            if not final.exists():  # else another process was faster
-                raise
-        number += 1
+    final = next(path for number in count(1) if not (path := attacks / f"{name}-{number:03d}").exists())
+    with staged_folder(final) as staged:
+        save_record(staged / OUTCOMES, ledger.as_record())
+        _keep_times(staged, ledger.in_order())
+    return final
 
 
 def _block_sizes(stored: Outcomes) -> list[int]:

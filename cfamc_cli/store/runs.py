@@ -262,21 +262,42 @@ def _identity(data: Mapping[str, object]) -> dict[str, object]:
 
 
 @contextmanager
-def lock(run: RunFolder) -> Iterator[None]:
+def turn(folder: Path, *, wait: Callable[[str], None]) -> Iterator[None]:
+    """Within, no other process looks for an item of a run or begins one, so that equal ones are not made twice.
+
+    Args:
+        folder: Such as `RunFolder.attacks`, made where it is missing.
+        wait: Told of the process that has to be waited for.
+
+    Raises:
+        CfamcError: As for `lock`, but that a live process is waited for.
+    """
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with lock(RunFolder(folder), wait=wait):
+        yield
+
+
+@contextmanager
+def lock(run: RunFolder, *, wait: Callable[[str], None] | None = None) -> Iterator[None]:
     """Hold a run, or an item of one, for this process alone; the lock ends with the process, however that ends.
+
+    Args:
+        run: The run or item.
+        wait: Told who holds it, and then its end is waited for; None refuses.
 
     Raises:
         CfamcError: A live process holds it (exit code 6), the run cannot be written, or there are symbolic links in it,
             which might lead to files of others (exit code 4).
     """
-    kind = run.path.parent
-    if link := kind if kind.name in _KINDS and kind.is_symlink() else next(links_below(run.path), None):
+    kinds = (path for path in (run.path, run.path.parent) if path.name in _KINDS and path.is_symlink())
+    if link := next(kinds, None) or next(links_below(run.path), None):
         raise bad_data(f"{link} is a symbolic link; those below a run are not followed", "put what it leads to there")
     path = run.path.resolve() / _LOCK
     if path in _held:
         raise _locked(run, "this process")
     with explained(path):
-        descriptor = _open_lock(path, run)
+        descriptor = _open_lock(path, run, wait)
     _held.add(path)
     try:
         since = datetime.now(UTC).isoformat(timespec="seconds")
@@ -292,7 +313,7 @@ def lock(run: RunFolder) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _open_lock(path: Path, run: RunFolder) -> int:
+def _open_lock(path: Path, run: RunFolder, wait: Callable[[str], None] | None = None) -> int:
     """Open and lock the file; a POSIX lock, for forked children do not inherit it and outlive their parent with it."""
     while True:
         with ExitStack() as opened:
@@ -301,7 +322,11 @@ def _open_lock(path: Path, run: RunFolder) -> int:
             try:
                 fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):
-                raise _locked(run, _holder(os.pread(descriptor, 4096, 0))) from None
+                holder = _holder(os.pread(descriptor, 4096, 0))
+                if wait is None:
+                    raise _locked(run, holder) from None
+                wait(f"{run.path} is held by {holder}: waiting for its turn")
+                fcntl.lockf(descriptor, fcntl.LOCK_EX)
             with suppress(FileNotFoundError):  # the last holder may have removed the file between the two calls
                 if os.fstat(descriptor).st_ino == path.stat().st_ino:
                     opened.pop_all()

@@ -122,16 +122,23 @@ class SupervisedTrainer:
             CfamcError: Exit 4; it does not fit.
         """
         checkpoints.load_state(self._saved, saved.model, path=path)
+        keys = ["exp_avg", "exp_avg_sq", "step"] if isinstance(self.settings, RobustLinear) else ["momentum_buffer"]
+        if isinstance(self.settings, Finetune) and not self.settings.momentum:
+            keys = []
         try:
+            step = int(str(saved.progress["step"]))
+            known = {f"{place:04d}.{key}" for place in range(len(self.parameters)) for key in keys}
+            if not 0 <= step <= self.updates or (step and saved.state.keys() != known):
+                raise ValueError("another optimizer's state")
             for name, tensor in saved.state.items():
                 place, _, key = name.partition(".")
                 parameter = self.parameters[int(place)]
-                if tensor.dim() and tensor.shape != parameter.shape:
+                if tensor.shape != (() if key == "step" else parameter.shape):
                     raise ValueError("another parameter's state")
                 # like its parameter in memory, which a convolution's gradient is too
                 own = torch.empty_like(parameter).copy_(tensor) if tensor.dim() else tensor.clone()
                 self.optimizer.state[parameter][key] = own
-            self.step = int(str(saved.progress["step"]))
+            self.step = step
         except (LookupError, ValueError) as error:
             raise bad_data(f"{path}: its state does not fit the head") from error
 
