@@ -154,13 +154,44 @@ def test_rows_become_lists_where_a_terminal_is_too_narrow(
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     rows = [("one", "75.9 [75.0, 76.7]"), ("two", "")]
-    for width, expected in ((60, 1), (20, 0)):
+    for width, expected in ((60, 1), (15, 0)):
         monkeypatch.setenv("COLUMNS", str(width))
         render.print_rows("T", ("name", "clean"), rows, right=(1,))
         out = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
-        assert ("one    75.9 [75.0, 76.7]" in out) == bool(expected)
-    assert "  name   one\n  clean  75.9 [75.0,\n         76.7]" in "\n".join(map(str.rstrip, out.splitlines()))
+        assert ("one   75.9 [75.0, 76.7]" in out) == bool(expected)
+    assert "  name   one\n  clean  75.9\n         [75.0,\n         76.7]" in "\n".join(
+        map(str.rstrip, out.splitlines())
+    )
     assert "  name  two" in out
+
+
+def test_a_narrow_terminal_breaks_no_word_of_a_table(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    columns = ["run", "clean %", "robust %", "n", "why apart"]
+    why = "settings of another attack than the one of the first table, which had steps 20"
+    row = ["20261122-120000-cifar10-cf-amc-ssl-s0-00000a", "75.9 [75.0, 76.7]", "45.1 \u00b1 0.3", "10,000", why]
+    for width in (80, 60):
+        monkeypatch.setenv("COLUMNS", str(width))
+        render.print_rows("T", columns, [row], right=(1, 2, 3))
+        out = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+        assert max(map(len, out.splitlines())) <= width
+        words = set(re.split(r"\s+", out))
+        assert {"cifar10-cf-amc-ssl-s0-00000a", "clean", "10,000", *why.split()} <= words  # the id's end addresses it
+        for figure in ("[75.0, 76.7]", "45.1 \u00b1 0.3"):
+            assert figure in out
+
+
+def test_signs_are_spelled_where_an_encoding_has_none() -> None:
+    text = f"75.9 \u00b1 0.3 {render.BLOCKS}"
+    for encoding, shown in (("utf-8", text), ("ascii", "75.9 +- 0.3 _.,:-=+#")):
+        command = f"from cfamc_cli.report import terminal; terminal.print_rows('T', ['a'], [[{text!r}]])"
+        kept = {key: os.environ[key] for key in ("PATH", "PYTHONPATH", "HOME") if key in os.environ}
+        done = subprocess.run(
+            [sys.executable, "-c", command], env=kept | {"PYTHONIOENCODING": encoding}, capture_output=True, check=True
+        )
+        assert shown in done.stdout.decode(encoding)
 
 
 SPEAK = """

@@ -156,9 +156,12 @@ def _write(
 
 def _print(sheet: Sheet) -> None:
     """Print a sheet; on a terminal too narrow for it, recipes and notes go below, and columns of the cost go away."""
+    for name, *cells in zip(sheet.columns, *sheet.rows, strict=True):
+        if name and cells and not any(cells):
+            sheet = sheet.without(name)
     narrow = sheet
     for name in sheets.DISPENSABLE:
-        if not terminal.fits(narrow.columns, narrow.rows):
+        if not terminal.fits(narrow.columns, narrow.rows, wrapped=name not in sheets.SAID):
             narrow = narrow.without(name)
     if not terminal.fits(narrow.columns, narrow.rows):
         narrow = sheet  # it becomes a list, which has room for everything

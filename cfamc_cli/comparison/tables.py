@@ -23,6 +23,7 @@ Which = Literal["clean", "robust"]
 USUAL_EPS = "8/255"
 STRONGEST = "autoattack"
 FEW = 0.1  # of the median number of samples: results on fewer cut no others
+_MARK = 8  # digits that tell fingerprints apart, for people
 _FIGURES = {"corruptions": "corrupted", "smoothing": "certified"}
 
 
@@ -43,7 +44,7 @@ class Condition:
 
     def title(self) -> str:
         """The condition in one line."""
-        data = f"{self.dataset} {images_of(self.split)} ({self.fingerprint[:8]})"
+        data = f"{self.dataset} {images_of(self.split)} ({self.fingerprint[:_MARK]})"
         head = f"{self.head} head on {self.features}"
         if not self.attack:
             return f"{data}, {head}, clean images"
@@ -63,14 +64,18 @@ class Condition:
 
     def differences(self, other: Condition) -> list[str]:
         """What keeps the two apart, such as "eps 4/255, not 8/255"."""
+        told, compared = [], fields(self)
         if bool(self.attack) != bool(other.attack):
-            return ["attacked, not clean" if self.attack else "clean images, not attacked"]
-        pairs = ((part.name, getattr(self, part.name), getattr(other, part.name)) for part in fields(self))
-        return [
-            f"{name} {mine[:60] or 'none'}, not {theirs[:60] or 'none'}"
-            for name, mine, theirs in pairs
-            if mine != theirs
-        ]
+            told = ["attacked, not clean" if self.attack else "clean images, not attacked"]
+            compared = compared[: [part.name for part in compared].index("space")]
+        for name in (part.name for part in compared if getattr(self, part.name) != getattr(other, part.name)):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if name == "settings":  # those that both have go without saying, unless it is another attack
+                same = set(mine.split(", ")) & set(theirs.split(", ")) if self.attack == other.attack else set()
+                mine, theirs = (", ".join(x for x in text.split(", ") if x not in same) for text in (mine, theirs))
+            length = _MARK if name == "fingerprint" else 60
+            told.append(f"{name} {mine[:length] or 'none'}, not {theirs[:length] or 'none'}")
+        return told
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,10 +43,10 @@ def _measured(record: BenchRecord) -> tuple[Variant, TrainingCost]:
 
 
 def expected(spread: Spread) -> str:
-    """Such as "1 h 37 min +- 2 %": half of the interval."""
+    """Such as "1 h 37 min \u00b1 2 %": half of the interval."""
     if spread.low is None or spread.high is None or spread.seconds == 0:
         return duration(spread.seconds)
-    return f"{duration(spread.seconds)} +- {50 * (spread.high - spread.low) / spread.seconds:.0f} %"
+    return f"{duration(spread.seconds)} \u00b1 {50 * (spread.high - spread.low) / spread.seconds:.0f} %"
 
 
 def _sections(record: BenchRecord, variant: Variant, cost: TrainingCost) -> Sheet:
@@ -105,7 +105,7 @@ def _variants(record: BenchRecord) -> Sheet:
         product, convolution = (compact(int(rate)) for rate in (peak.matrix_product, peak.convolution))
         notes.append(f"Peak in {peak.precision}: matrix product {product}FLOP/s, convolution {convolution}FLOP/s.")
     notes.append(f"GiB: the most that the {whole} held; the plan says {record.planned_memory / 2**30:.2g}.")
-    notes.append("+-: half of the bootstrap 95 % interval of the mean batch, on a machine as it was.")
+    notes.append("\u00b1: half of the bootstrap 95 % interval of the mean batch, on a machine as it was.")
     if record.recommended:
         chosen = " ".join(f"--set {key}={str(value).lower()}" for key, value in record.recommended.items())
         notes.append(f"Faster here: {chosen}" if record.variants[0].cost else f"Possible here: {chosen}")

@@ -160,11 +160,11 @@ def as_json(
 
 
 def figure_text(figure: Figure | None) -> str:
-    """Such as "75.9 [75.0, 76.7]" for one run and "75.9 +- 0.3" for several, in percent."""
+    """Such as "75.9 [75.0, 76.7]" for one run and "75.9 \u00b1 0.3" for several, in percent."""
     if figure is None:
         return ""
     if figure.low is None or figure.high is None:
-        return f"{percent(figure.value)} +- {percent(figure.std or 0.0)}"
+        return f"{percent(figure.value)} \u00b1 {percent(figure.std or 0.0)}"
     return f"{percent(figure.value)} [{percent(figure.low)}, {percent(figure.high)}]"
 
 
@@ -228,20 +228,20 @@ def _sheet(table: ComparedTable, beside: Sequence[Published], limit: int) -> She
 def _apart(tables: Sequence[ComparedTable], limit: int) -> Sheet:
     shown = tables[: limit or None]
     rows = [
-        (*(row.label, f"{row.n:,}", figure_text(row.clean), *_called(table, row)), table.condition.title(), why)
+        (row.label, f"{row.n:,}", figure_text(row.clean), _called(table, row), why)
         for table in shown
         for row in table.rows
         for why in ["; ".join(filter(None, [*_untrusted(row), table.apart]))]
     ]
     title = "Apart: not comparable with the first table, nor with each other"
-    columns = ("run", "n", "clean %", "robust %", "other %", "under", "why apart")
-    return Sheet(title, columns, (1, 2, 3, 4), tuple(rows), more=len(tables) - len(shown))
+    columns = ("run", "n", "clean %", "robust %", "where it differs")
+    return Sheet(title, columns, (1, 2, 3), tuple(rows), more=len(tables) - len(shown))
 
 
-def _called(table: ComparedTable, row: Row) -> tuple[str, str]:
-    """The second accuracy, apart where it is none under attack."""
+def _called(table: ComparedTable, row: Row) -> str:
+    """The second accuracy, by its name where it is none under attack."""
     text = figure_text(row.robust)
-    return (text, "") if table.condition.figure == "robust" else ("", f"{table.condition.figure} {text}")
+    return text if table.condition.figure == "robust" else f"{text} {table.condition.figure}"
 
 
 def _published_sheet(condition: Condition, rows: Sequence[Published]) -> Sheet:
@@ -400,10 +400,11 @@ _LATEX = {
     '"': "''",
     "*": "{*}",  # at the start of a row these would belong to the command before it
     "[": "{[}",
+    "\u00b1": r"$\pm$",
     **{character: f"\\{character}" for character in "&%$#_{}"},
 }
 
 
 def _latex_text(text: str) -> str:
     pieces = [_LATEX.get(character, character) for character in clean(text)]
-    return "".join(pieces).replace(" +- ", r" $\pm$ ")
+    return "".join(pieces)

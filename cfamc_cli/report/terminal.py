@@ -7,18 +7,21 @@ knows no markup, and its control characters are spelled out. A terminal that wen
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Literal
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -32,6 +35,15 @@ if TYPE_CHECKING:
 
     from cfamc_cli.store.records import Accuracy
 
+BLOCKS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"  # of a curve in a line of text, from low to high
+_NARROW = 60  # characters of a line; below that cells are not wrapped
+_WORD = 40  # characters; a longer one may be broken
+_GAP = 2  # blanks between the columns of a table
+_DATE = re.compile(r"\b\d{8}-\d{6}-(?=[a-z0-9-]+-[0-9a-f]{6}\b)")  # of an id, which what is left addresses as well
+_BETWEEN_WORDS = re.compile(  # blanks, but for those within a figure with its interval, spread or unit
+    r"(?<!\u00b1)(?<!\+-) (?!\u00b1|\+-|[^\[]*\]|(?:[kMGhsd%]|min|[KMG]iB)(?:[ )]|$))"
+)
+_PLAIN = {"\u00b1": "+-", **dict(zip(BLOCKS, "_.,:-=+#", strict=True))}  # where the encoding has none of these
 PLAIN_SECONDS = 10.0  # at least this long between two plain lines of one task
 _LONGEST = 4000  # characters of one text; a name of a megabyte is nobody's name
 
@@ -87,6 +99,7 @@ def write_out(text: str) -> None:
         return
     encoding = out.encoding or "utf-8"
     try:
+        text = text.translate(_spelled(out))
         out.write(text if text.isascii() else text.encode(encoding, "backslashreplace").decode(encoding))
         out.flush()
     except BrokenPipeError:
@@ -97,6 +110,15 @@ def write_out(text: str) -> None:
         raise CfamcError(f"cannot write to stdout: {cause}", exit_code=ExitCode.FAILED) from failure
     except ValueError:  # closed by the program that called us
         return
+
+
+def _spelled(out: IO[str] | None) -> dict[int, str]:
+    """What stands for the signs that the encoding of a stream has not."""
+    try:
+        "".join(_PLAIN).encode(getattr(out, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return str.maketrans(_PLAIN)
+    return {}
 
 
 def print_json(value: object) -> None:
@@ -115,19 +137,28 @@ def print_json(value: object) -> None:
     write_out(text + "\n")
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Collection[int] = ()) -> Table:
-    """Make a table of plain cells; the columns in `right` are aligned to the right."""
-    made = Table(box=box.SIMPLE_HEAD)
+def table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    right: Collection[int] = (),
+    widths: Sequence[int] | None = None,
+) -> Table:
+    """Make a table of plain cells.
+
+    Args:
+        columns: Headings.
+        rows: Cells.
+        right: Columns that are aligned to the right.
+        widths: Of the columns; cells are wrapped between words. As wide as their cells where it is None.
+    """
+    made = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for index, name in enumerate(columns):
-        number = index in right
-        made.add_column(
-            Text(clean(name)),
-            justify="right" if number else "left",
-            overflow="ellipsis" if number else "fold",  # half a number is marked as such
-            no_wrap=number,
-        )
+        width = None if widths is None else widths[index]
+        justify: Literal["left", "right"] = "right" if index in right else "left"
+        made.add_column(_cell(name, width), justify=justify, width=width, overflow="fold")
     for row in rows:
-        made.add_row(*(Text(clean(cell)) for cell in row))
+        made.add_row(*map(_cell, row, widths or itertools.repeat(None)))
     return made
 
 
@@ -139,9 +170,12 @@ def print_rows(
     Raises:
         CfamcError: As for `write_out`.
     """
-    write_out(f"{clean(title)}\n")
-    if fits(columns, rows):
-        _print_table(table(columns, rows, right=right))
+    write_out(f"{clean(title)}\n\n")
+    if not fits(columns, rows, wrapped=False):
+        rows = [[_DATE.sub("", cell) for cell in row] for row in rows]
+    if fits(columns, rows, wrapped=_is_wide()):
+        _print_table(table(columns, rows, right=right, widths=_widths(columns, rows)))
+        write_out("\n")
         return
     for row in rows:
         listed = Table.grid(padding=(0, 2))
@@ -149,29 +183,74 @@ def print_rows(
         listed.add_column(overflow="fold")
         for name, cell in zip(columns, row, strict=True):
             if cell:
-                listed.add_row(Text(f"  {clean(name)}"), Text(clean(cell)))
+                listed.add_row(_cell(f"  {name}"), _cell(cell))
         _print_table(listed)
         write_out("\n")
+
+
+def _cell(text: str, width: int | None = None) -> Text:
+    if width is None:
+        return Text(_shown(text))
+    lines = [""]
+    for word in _BETWEEN_WORDS.split(_shown(text)):
+        if lines[-1] and cell_len(f"{lines[-1]} {word}") > width:
+            lines.append(word)
+        else:
+            lines[-1] += f" {word}" if lines[-1] else word
+    return Text("\n".join(lines))
+
+
+def _shown(text: str) -> str:
+    return clean(text).translate(_spelled(sys.stdout))
 
 
 def _print_table(shown: Table) -> None:
     """In the width of a terminal, or elsewhere as wide as it wants to be."""
     console = Console(highlight=False, emoji=False, markup=False)
     if not console.is_terminal:
-        console.width = _natural_width(shown, console)
+        console.width = max(console.measure(shown, options=console.options.update(max_width=10_000)).maximum, 1)
     with console.capture() as capture:
         console.print(shown)
     write_out(capture.get())
 
 
-def fits(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> bool:
-    """Whether stdout is wide enough for a table of these cells; anything but a terminal is."""
+def fits(columns: Sequence[str], rows: Sequence[Sequence[str]], *, wrapped: bool = True) -> bool:
+    """Whether stdout is wide enough for a table of these cells; anything but a terminal is.
+
+    Args:
+        columns: Headings.
+        rows: Cells.
+        wrapped: Whether cells may take several lines.
+    """
     console = Console()
-    return not console.is_terminal or _natural_width(table(columns, rows), console) <= console.width
+    taken = _widths(columns, rows) if wrapped else [max(parts) for parts in _lengths(columns, rows, whole=True)]
+    return not console.is_terminal or sum(taken) + _GAP * (len(columns) - 1) <= console.width
 
 
-def _natural_width(shown: Table, console: Console) -> int:
-    return max(console.measure(shown, options=console.options.update(max_width=10_000)).maximum, 1)
+def _is_wide() -> bool:
+    """Whether cells of several lines leave a table readable."""
+    return Console().width >= _NARROW
+
+
+def _lengths(columns: Sequence[str], rows: Sequence[Sequence[str]], *, whole: bool) -> list[list[int]]:
+    """Cells on the screen that the texts of each column take, or the longest word of each."""
+    lines = [map(_shown, line) for line in (columns, *rows)]
+    return [
+        [cell_len(text) if whole else min(max(map(cell_len, _BETWEEN_WORDS.split(text))), _WORD) for text in column]
+        for column in zip(*lines, strict=True)
+    ]
+
+
+def _widths(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
+    """Widths of columns in which no word is broken, as far as stdout is wide; more goes to who lacks most."""
+    console = Console()
+    wanted = [max(parts) for parts in _lengths(columns, rows, whole=True)]
+    if not console.is_terminal:
+        return wanted
+    widths = [max(parts) for parts in _lengths(columns, rows, whole=False)]
+    for _ in range(console.width - sum(widths) - _GAP * (len(widths) - 1)):
+        widths[max(range(len(widths)), key=lambda at: wanted[at] / max(widths[at], 1))] += 1
+    return [min(pair) for pair in zip(widths, wanted, strict=True)]
 
 
 def percent(share: float) -> str:
