@@ -22,6 +22,8 @@ app = typer.Typer(
 )
 recipes_app = typer.Typer(invoke_without_command=True, rich_markup_mode=None, help="The recipes that ship with cfamc.")
 app.add_typer(recipes_app, name="recipes")
+runs_app = typer.Typer(invoke_without_command=True, rich_markup_mode=None, help="List, show and look after runs.")
+app.add_typer(runs_app, name="runs")
 
 Text: TypeAlias = str | None
 Texts: TypeAlias = list[str] | None
@@ -58,6 +60,7 @@ def _root(
     _need_command(context)
 
 
+@runs_app.callback()
 @recipes_app.callback()
 def _need_command(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
@@ -391,6 +394,89 @@ def copy_recipe(
     from cfamc_cli.report import terminal
 
     terminal.write_out(f"{recipes.copy(name, target, force=force)}\n")
+
+
+OneRun = Annotated[str, Argument(metavar="RUN", help="A run: its id, a part of that, its name, a tag or its path.")]
+
+
+@runs_app.command("list")
+def list_runs(runs: RunsOption = None, json: JsonOption = False) -> None:
+    """List the runs of a store, the newest first."""
+    from cfamc_cli.commands.runs import show_list
+    from cfamc_cli.store.runs import default_store
+
+    show_list(default_store(runs), as_json=json)
+
+
+@runs_app.command("show")
+def show_run(run: RunArgument = None, runs: RunsOption = None) -> None:
+    """Print one page: what a run is, its curves, and all that was measured on it."""
+    from cfamc_cli.commands.runs import show
+    from cfamc_cli.store.runs import default_store
+
+    show(default_store(runs), run)
+
+
+@runs_app.command("watch")
+def watch_run(run: RunArgument = None, runs: RunsOption = None) -> None:
+    """Follow a run that trains elsewhere on this machine, until it ends."""
+    from cfamc_cli.commands.runs import watch
+    from cfamc_cli.store.runs import default_store
+
+    watch(default_store(runs), run)
+
+
+@runs_app.command("tag")
+def tag_run(
+    run: OneRun,
+    words: Annotated[list[str], Argument(metavar="WORD...", help="To call it by.")],
+    runs: RunsOption = None,
+) -> None:
+    """Give a run tags, by which every command finds it."""
+    from cfamc_cli.commands.runs import tag
+    from cfamc_cli.store.runs import default_store
+
+    tag(default_store(runs), run, words, remove=False)
+
+
+@runs_app.command("untag")
+def untag_run(
+    run: OneRun,
+    words: Annotated[Texts, Argument(metavar="[WORD]...", help="Tags to take away; else all.")] = None,
+    runs: RunsOption = None,
+) -> None:
+    """Take tags away from a run."""
+    from cfamc_cli.commands.runs import tag
+    from cfamc_cli.store.runs import default_store
+
+    tag(default_store(runs), run, words or [], remove=True)
+
+
+@runs_app.command("rm")
+def remove_runs(
+    references: Annotated[list[str], Argument(metavar="RUN...", help="Runs, as of any command.")],
+    yes: Annotated[bool, Option("--yes", "-y", help="Do not ask.")] = False,
+    runs: RunsOption = None,
+) -> None:
+    """Remove runs with all that was measured on them, after a question."""
+    from cfamc_cli.commands.runs import remove
+    from cfamc_cli.store.runs import default_store
+
+    remove(default_store(runs), references, yes=yes)
+
+
+@runs_app.command("gc")
+def clear_runs(
+    references: Annotated[Texts, Argument(metavar="[RUN]...", help="Runs; else all of the store.")] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="Say what it would free, and do nothing.")] = False,
+    runs: RunsOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Remove the checkpoints of each run but its newest whole one."""
+    from cfamc_cli.commands.runs import clear
+    from cfamc_cli.store.runs import default_store
+
+    clear(default_store(runs), references or [], dry_run=dry_run, as_json=json)
 
 
 def _seeds(seed: int | None, seeds: str | None) -> list[int]:

@@ -174,7 +174,7 @@ def test_progress_goes_up_and_ends() -> None:
         def __init__(self) -> None:
             self.steps: list[tuple[int, int]] = []
 
-        def progress(self, task: str, done: int, total: int, values: Mapping[str, float]) -> None:
+        def progress(self, task: str, done: int, total: int, values: Mapping[str, float | str]) -> None:
             assert task == "attack"
             self.steps.append((done, total))
 
@@ -727,9 +727,9 @@ class Spoken(NullTalk):
     """Remembers the progress that was reported."""
 
     def __init__(self) -> None:
-        self.steps: list[tuple[str, int, int, dict[str, float]]] = []
+        self.steps: list[tuple[str, int, int, dict[str, float | str]]] = []
 
-    def progress(self, task: str, done: int, total: int, values: Mapping[str, float]) -> None:
+    def progress(self, task: str, done: int, total: int, values: Mapping[str, float | str]) -> None:
         self.steps.append((task, done, total, dict(values)))
 
 

@@ -40,6 +40,14 @@ SURFACE = {
     "cfamc recipes list": "--json",
     "cfamc recipes show": "NAME",
     "cfamc recipes copy": "NAME TARGET --force",
+    "cfamc runs": "",
+    "cfamc runs list": "--json --runs",
+    "cfamc runs show": "RUN --runs",
+    "cfamc runs watch": "RUN --runs",
+    "cfamc runs tag": "RUN WORDS --runs",
+    "cfamc runs untag": "RUN WORDS --runs",
+    "cfamc runs rm": "REFERENCES --runs --yes/-y",
+    "cfamc runs gc": "REFERENCES --dry-run --json --runs",
 }
 
 
@@ -88,7 +96,7 @@ def test_help_of_every_command(name: str, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_without_a_command_the_help_is_talk(capsys: pytest.CaptureFixture[str]) -> None:
-    for words in ((), ("recipes",)):
+    for words in ((), ("recipes",), ("runs",)):
         code, out, err = run(capsys, *words)
         assert (code, out) == (2, "")
         assert err.startswith("Usage: cfamc")

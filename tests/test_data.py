@@ -60,7 +60,7 @@ class Listener(NullTalk):
     def warning(self, text: str) -> None:
         self.warnings.append(text)
 
-    def progress(self, task: str, done: int, total: int, values: Mapping[str, float]) -> None:
+    def progress(self, task: str, done: int, total: int, values: Mapping[str, float | str]) -> None:
         self.progressed.append((task, done, total))
 
 

@@ -63,7 +63,7 @@ class Listener(NullTalk, NullLedger):
     warnings: list[str] = field(default_factory=list)
     messages: list[str] = field(default_factory=list)
     costs: list[TimingLine] = field(default_factory=list)
-    shown: list[tuple[str, int, int, dict[str, float]]] = field(default_factory=list)
+    shown: list[tuple[str, int, int, dict[str, float | str]]] = field(default_factory=list)
 
     def metrics(self, line: MetricLine) -> None:
         self.records.append(json.loads(json.dumps(line.written(), allow_nan=False)))
@@ -77,7 +77,7 @@ class Listener(NullTalk, NullLedger):
     def message(self, text: str) -> None:
         self.messages.append(text)
 
-    def progress(self, task: str, done: int, total: int, values: Mapping[str, float]) -> None:
+    def progress(self, task: str, done: int, total: int, values: Mapping[str, float | str]) -> None:
         self.shown.append((task, done, total, dict(values)))
 
     def positions(self) -> dict[str, int]:

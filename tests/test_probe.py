@@ -79,12 +79,12 @@ class Heard(NullTalk):
 
     def __init__(self) -> None:
         self.warnings: list[str] = []
-        self.told: list[tuple[str, int, int, dict[str, float]]] = []
+        self.told: list[tuple[str, int, int, dict[str, float | str]]] = []
 
     def warning(self, text: str) -> None:
         self.warnings.append(text)
 
-    def progress(self, task: str, done: int, total: int, values: Mapping[str, float]) -> None:
+    def progress(self, task: str, done: int, total: int, values: Mapping[str, float | str]) -> None:
         self.told.append((task, done, total, dict(values)))
 
 

@@ -73,7 +73,7 @@ def make_run(store: Path, data: Path, **tables: Mapping[str, Any]) -> RunFolder:
     """A finished run, as pretraining leaves one, of an encoder that was not trained."""
     settled: dict[str, Any] = {"data": {"root": str(data)}, "crops": [{"count": 4, "size": 12}]}
     recipe = tiny_recipe("emp-ssl", "none", **settled | {"name": "small"} | tables)
-    run = create_run(store, recipe.name, now=now())
+    run = create_run(store, recipe.name, seed=0, now=now())
     write_text(run.recipe_toml, recipe_file.to_toml(recipe))
     write_json(run.resolved_json, recipe.resolved())
     encoder = build_encoder(recipe.model, generator=addressed_generator("small"))

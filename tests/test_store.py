@@ -46,14 +46,14 @@ def test_a_slug_is_a_plain_file_name(name: str) -> None:
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_run_never_leaves_its_store(tmp_path: Path, name: str) -> None:
-    run = store.create_run(tmp_path / "deep" / "runs", name, now=NOON)
+    run = store.create_run(tmp_path / "deep" / "runs", name, seed=0, now=NOON)
     assert run.path.parent == tmp_path / "deep" / "runs"
     assert run.path.is_dir()
     assert store.list_runs(tmp_path / "deep" / "runs") == [run]
 
 
 def test_ids_tell_the_time_in_utc(tmp_path: Path) -> None:
-    run = store.create_run(tmp_path, "CIFAR-10 CF", now=NOON.astimezone(timezone(timedelta(hours=5))))
+    run = store.create_run(tmp_path, "CIFAR-10 CF", seed=0, now=NOON.astimezone(timezone(timedelta(hours=5))))
     assert run.id.startswith("20261122-120000-cifar-10-cf-")
     assert store.slug("ünï café") == "uni-cafe"
 
@@ -70,7 +70,7 @@ def test_the_store_is_chosen_by_flag_then_environment(tmp_path: Path, monkeypatc
 
 def create_at(folder: Path, barrier: multiprocessing.synchronize.Barrier) -> None:
     barrier.wait(timeout=60)
-    store.create_run(folder, "same", now=NOON)
+    store.create_run(folder, "same", seed=0, now=NOON)
     store.new_item(folder / "probes", "linear")
 
 
@@ -93,7 +93,7 @@ def test_64_processes_in_one_second_get_64_runs(tmp_path: Path, monkeypatch: pyt
 def test_ids_that_collide_are_drawn_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = iter(["aaaaaa", "aaaaaa", "bbbbbb"])
     monkeypatch.setattr("secrets.token_hex", lambda size: next(drawn))
-    ids = [store.create_run(tmp_path, "a", now=NOON).id[-6:] for _ in range(2)]
+    ids = [store.create_run(tmp_path, "a", seed=0, now=NOON).id[-6:] for _ in range(2)]
     assert ids == ["aaaaaa", "bbbbbb"]
 
 
@@ -121,6 +121,9 @@ def test_runs_are_found_by_path_id_prefix_and_age(tmp_path: Path, monkeypatch: p
         (f"runs/{B}", B),
         (str(tmp_path / "runs" / B), B),
         ("link", B),
+        ("000002", B),
+        ("b", B),
+        ("b-000002", B),
     ]:
         assert store.find_run(runs, reference).id == expected
     assert store.find_run(runs, "latest", accept=lambda run: "-a-" in run.id).id == A

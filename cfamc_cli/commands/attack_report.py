@@ -12,7 +12,7 @@ from cfamc_cli.commands.common import Options
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.recipe.schema import fraction
 from cfamc_cli.report import terminal
-from cfamc_cli.report.audit import audit_paragraph, lacks_audit
+from cfamc_cli.report.audit import audit_paragraph, lacks_audit, verdict
 from cfamc_cli.report.plots import draw
 from cfamc_cli.store.records import Accuracy, AttackRecord, Flag, Mask
 from cfamc_cli.store.runs import RunFolder
@@ -152,14 +152,9 @@ def _print_table(points: Sequence[Point]) -> None:
     rows = []
     for point in points:
         record = point.record
-        if failed := point.failed:
-            verdict = "failed: " + ", ".join(flag.name for flag in failed)
-        else:
-            made = sum(flag.verdict == "passed" for flag in record.flags)
-            verdict = f"{made} passed" + (", no audit" if lacks_audit(record) else "")
         worst = terminal.percent(point.worst.value)
         shares = (terminal.interval(record.clean), terminal.interval(record.robust), worst)
-        rows.append((record.attack, f"{record.threat.norm} {record.threat.eps}", *shares, verdict, record.id))
+        rows.append((record.attack, f"{record.threat.norm} {record.threat.eps}", *shares, verdict(record), record.id))
     title = f"{first.run}, head {first.probe}: {first.subset}; % with 95 % intervals"
     columns = ("attack", "threat", "clean", "robust", "worst case", "checks", "kept as")
     terminal.print_rows(title, columns, rows, right=(2, 3, 4))

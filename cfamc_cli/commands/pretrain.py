@@ -129,7 +129,9 @@ def _start(recipes: Sequence[Recipe], options: Options, *, force: bool) -> list[
                 if not force:
                     _require_memory(costs, working)
                 _starting_weights(recipe, options.store)
-                run = create_run(options.store, recipe.name, now=now()) if working.world.leads else None
+                run = (
+                    create_run(options.store, recipe.name, seed=recipe.seed, now=now()) if working.world.leads else None
+                )
                 results += _train(recipe, data, run, working)
         except (CfamcError, Interrupted) as end:
             finished = [record.id for record in results]

@@ -155,7 +155,7 @@ def import_run(asked: Import, data: Mapping[str, object], working: Session) -> t
     if last is not None and len(last.head.bias) != len(classes):
         talk.message(f"left out: {last.name} tells {len(last.head.bias):,} classes, not the {len(classes)} of the data")
         last = None
-    run = create_run(working.options.store, recipe.name, now=now())
+    run = create_run(working.options.store, recipe.name, seed=recipe.seed, now=now())
     record = found(run, recipe, device=describe(working.device))
     progress = {"step": 0, "recipe": recipe.digest(), "positions": {}, "backbone_only": foreign.backbone_only}
     checkpoint.save(run.checkpoints, 0, Checkpoint(foreign.encoder.state_dict(), {}, progress))

@@ -18,8 +18,8 @@ class Talk(Protocol):
     def warning(self, text: str) -> None:
         """Say one line that the person should not miss."""
 
-    def progress(self, task: str, done: int, total: int, values: Mapping[str, float]) -> None:
-        """Report that `done` of `total` units of `task` are finished; `values` is shown beside it."""
+    def progress(self, task: str, done: int, total: int, values: Mapping[str, float | str]) -> None:
+        """Report that `done` of `total` units of `task` are finished; `values` is shown beside it, text as it is."""
 
 
 class Ledger(Protocol):
@@ -44,7 +44,7 @@ class NullTalk:
     def warning(self, text: str) -> None:
         pass
 
-    def progress(self, task: str, done: int, total: int, values: Mapping[str, float]) -> None:
+    def progress(self, task: str, done: int, total: int, values: Mapping[str, float | str]) -> None:
         pass
 
 

@@ -337,6 +337,11 @@ def differing_keys(a: Recipe, b: Recipe) -> list[str]:
     return sorted({key for key, _ in left ^ right}.difference(outside(Outside.RUN)))
 
 
+def settings(recipe: Recipe) -> dict[str, str]:
+    """Every setting of a recipe that has an effect but seed and name, as TOML writes it, by dotted key."""
+    return {key: _toml(value) for key, value in _leaves(recipe.resolved(), "") if key not in ("seed", "name")}
+
+
 def _leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
     if isinstance(node, list) and node and isinstance(node[0], dict):
         node = dict(enumerate(node))

@@ -51,6 +51,14 @@ def lacks_audit(record: AttackRecord) -> bool:
     return all(flag.name != _LAST_CHECK for flag in record.flags)
 
 
+def verdict(record: AttackRecord) -> str:
+    """What came of the checks, in a few words."""
+    if failed := [flag.name for flag in record.flags if flag.verdict == "failed"]:
+        return f"failed: {', '.join(failed)}"
+    made = sum(flag.verdict == "passed" for flag in record.flags)
+    return f"{made} passed" + (", no audit" if lacks_audit(record) else "")
+
+
 def audit_paragraph(record: AttackRecord) -> str:
     """What was attacked, with what, what was looked for and what was not, in one paragraph without a line break."""
     threat, data, flags = record.threat, record.data, {flag.name: flag for flag in record.flags}

@@ -326,7 +326,7 @@ class Terminal:
     def warning(self, text: str) -> None:
         self._console.say(Text.assemble(("warning: ", "bold yellow"), clean(text)))
 
-    def progress(self, task: str, done: int, total: int, values: Mapping[str, float]) -> None:
+    def progress(self, task: str, done: int, total: int, values: Mapping[str, float | str]) -> None:
         if self._quiet:
             return
         now = self._clock()
@@ -369,11 +369,14 @@ class _Task:
         self.start = start
         self.first = first  # a resumed task does not begin at 0
         self.next_line = start
-        self.values: Mapping[str, float] = {}
+        self.values: Mapping[str, float | str] = {}
         self.bar: TaskID | None = None
 
     def shown(self) -> str:
-        return "  ".join(f"{clean(name)} {number(value)}" for name, value in self.values.items())
+        return "  ".join(
+            f"{clean(name)} {clean(value) if isinstance(value, str) else number(value)}"
+            for name, value in self.values.items()
+        )
 
     def line(self, task: str, done: int, total: int, now: float) -> str:
         elapsed, advanced = now - self.start, done - self.first
@@ -401,6 +404,15 @@ def number(value: float) -> str:
     if isinstance(value, int) or (math.isfinite(value) and value == int(value) and abs(value) < 1e9):
         return f"{int(value)}"
     return f"{value:.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"
+
+
+def curve(values: Sequence[float], *, width: int) -> str:
+    """Finite values in a line of blocks, from the lowest of them to the highest; of many, evenly picked ones."""
+    if len(values) > width:
+        values = [values[round(at * (len(values) - 1) / (width - 1))] for at in range(width)]
+    low, high = min(values), max(values)
+    scale = (len(BLOCKS) - 1) / (high - low) if high > low else 0.0
+    return "".join(BLOCKS[round((value - low) * scale)] for value in values)
 
 
 def _plain(value: object) -> object:

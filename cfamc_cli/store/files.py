@@ -156,6 +156,29 @@ def write_json(path: Path, value: object) -> None:
     write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
+def discard(folder: Path) -> None:
+    """Remove a folder: from one moment to the next it is gone under its name, whatever ends the work after that.
+
+    Raises:
+        CfamcError: It cannot be removed; names what is left.
+    """
+    temp = folder.parent / _temp_name()
+    with explained(folder):
+        folder.rename(temp)
+    with explained(temp):
+        shutil.rmtree(temp)
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files in a folder, as far as it can be read; links count as such."""
+    places = [Path(place, name) for place, _, names in os.walk(folder) for name in names]
+    total = 0
+    for path in places:
+        with suppress(OSError):
+            total += path.lstat().st_size
+    return total
+
+
 def sync(path: Path) -> None:
     """Flush a file or folder to the disk.
 

@@ -831,6 +831,12 @@ class EvaluationLine(Line):
     eps: str
     attack: str
 
+    def shown(self) -> dict[str, str]:
+        """When it was made and what came out, for people."""
+        clean, robust, knn = (f"{100 * right / self.n:.1f} %" for right in (self.clean, self.robust, self.knn))
+        text = f"clean {clean}, {self.attack} {self.eps} {robust}, knn {knn}"
+        return {f"at epoch {self.epoch:.3g}:": text}
+
     def evaluation(self) -> Evaluation:
         """The same as run.json keeps it, with intervals."""
         knn, clean, robust = (Accuracy.of(right, self.n) for right in (self.knn, self.clean, self.robust))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -29,7 +30,8 @@ SHEET, LOSS, ACCURACY = "examples.png", "loss.png", "accuracy.png"
 _LOCK = ".lock"
 _KINDS = ("attacks", "measures", "probes", "unlabelled")  # folders of items in a run
 _SLUG_LENGTH = 48
-_ID = re.compile(r"\d{8}-\d{6}-[a-z0-9-]+-[0-9a-f]{6}")
+_ID = re.compile(r"\d{8}-\d{6}-([a-z0-9-]+?)(-s\d+)?-[0-9a-f]{6}")  # the first runs told no seed
+TAG = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,47}")
 _LISTED = 8  # candidates that an error names
 
 _held: set[Path] = set()  # locks of this process: the system would grant them to it a second time
@@ -61,6 +63,7 @@ class RunFolder:
     measures = _Part("measures")
     samples = _Part("samples.jsonl")  # of a measure
     unlabelled = _Part("unlabelled")
+    tags_json = _Part("tags.json")
 
     @property
     def id(self) -> str:
@@ -90,6 +93,36 @@ class RunFolder:
         """
         return load_record(self.resolved_json, Recipe)
 
+    def tags(self) -> tuple[str, ...]:
+        """The words that people call it by; none where they cannot be read."""
+        try:
+            found = json.loads(read_bytes(self.tags_json))
+            return tuple(tag for tag in found if isinstance(tag, str) and TAG.fullmatch(tag))
+        except (CfamcError, ValueError, TypeError, RecursionError):
+            return ()
+
+    def answers_to(self, reference: str) -> bool:
+        """Whether a word means this run: the beginning of its id, or an end of that from a dash on, such as its last
+        six digits; its name with or without the seed; or a tag.
+        """
+        name = _ID.fullmatch(self.id)
+        named = name is not None and reference in (name[1], f"{name[1]}{name[2] or ''}")
+        return self.id.startswith(reference) or self.id.endswith(f"-{reference}") or named or reference in self.tags()
+
+    def state(self, record: RunRecord) -> str:
+        """How far it is, in a word: its status, or "killed" where that says otherwise and nobody works on it."""
+        return "killed" if record.status in ("created", "running") and self.is_dead() else record.status
+
+    def is_run(self) -> bool:
+        """Whether it is a run beyond doubt, and not any other folder of the place that was named as the store."""
+        return _ID.fullmatch(self.id) is not None or self.run_json.is_file()
+
+    def spare_checkpoints(self) -> list[Path]:
+        """The checkpoints older than the newest whole one; none where none is whole."""
+        numbered = [(int(path.name[5:]), path) for path in self.checkpoints.glob("step-*") if path.name[5:].isdecimal()]
+        found = [path for _, path in sorted(numbered, reverse=True)]
+        return next((found[at:] for at, path in enumerate(found, start=1) if found[at:] and _is_whole(path)), [])
+
     def is_dead(self) -> bool:
         """Whether nobody works on it any more, as far as this machine knows; asked of a run that says "running"."""
         try:
@@ -111,6 +144,19 @@ class RunFolder:
             return None
 
 
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether the files of a checkpoint are those that its manifest tells of."""
+    try:
+        files = json.loads(read_bytes(checkpoint / "manifest.json"))["files"]
+        for name, told in files.items():
+            with (checkpoint / name).open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != told["sha256"]:
+                    return False
+        return bool(files)
+    except (CfamcError, OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return False
+
+
 def default_store(runs: Path | None) -> Path:
     """Return the store that was asked for: by flag, else by CFAMC_RUNS, else ./runs."""
     return runs or Path(os.environ.get("CFAMC_RUNS") or "runs")
@@ -129,12 +175,13 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text).strip("-")[:_SLUG_LENGTH].strip("-") or "run"
 
 
-def create_run(store: Path, name: str, *, now: datetime) -> RunFolder:
+def create_run(store: Path, name: str, *, seed: int, now: datetime) -> RunFolder:
     """Make the folder of a new run; no two callers ever get the same one.
 
     Args:
         store: The run store, made where it is missing.
         name: Name of the recipe; any text.
+        seed: Of the recipe; the id tells it.
         now: Time of the run, with its time zone.
 
     Raises:
@@ -143,7 +190,7 @@ def create_run(store: Path, name: str, *, now: datetime) -> RunFolder:
     with explained(store):
         store.mkdir(parents=True, exist_ok=True)
     while True:
-        path = store / f"{now.astimezone(UTC):%Y%m%d-%H%M%S}-{slug(name)}-{secrets.token_hex(3)}"
+        path = store / f"{now.astimezone(UTC):%Y%m%d-%H%M%S}-{slug(name)}-s{seed}-{secrets.token_hex(3)}"
         with explained(path), suppress(FileExistsError):
             path.mkdir()
             sync(store)
@@ -189,7 +236,7 @@ def find_run(store: Path, reference: str, *, accept: Callable[[RunFolder], bool]
 
     Args:
         store: Where to look.
-        reference: A path, an id, the beginning of an id, or "latest".
+        reference: A path, "latest", or what a run answers to; a whole id means that run alone.
         accept: Which runs "latest" may mean.
 
     Raises:
@@ -205,8 +252,8 @@ def find_run(store: Path, reference: str, *, accept: Callable[[RunFolder], bool]
             return run
         found = "no run" if not runs else f"none of the {len(runs)} runs fits"
         raise invalid(f"{found} in {store}", "start one with: cfamc pretrain recipes/quickstart.toml")
-    begun = [run for run in runs if reference and run.id.startswith(reference)]
-    matches = [run for run in begun if run.id == reference] or begun
+    matches = [run for run in runs if run.id == reference]
+    matches = matches or [run for run in runs if reference and run.answers_to(reference)]
     if len(matches) == 1:
         return matches[0]
     if matches:
