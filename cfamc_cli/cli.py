@@ -396,6 +396,34 @@ def copy_recipe(
     terminal.write_out(f"{recipes.copy(name, target, force=force)}\n")
 
 
+@recipes_app.command("explain")
+def explain_key(
+    key: Annotated[str, Argument(metavar="[KEY]", help="A key such as train.epochs, or a table; else all.")] = "",
+    json: JsonOption = False,
+) -> None:
+    """Say what a key of a recipe means: its unit, range and default."""
+    from cfamc_cli.commands import recipes
+    from cfamc_cli.report import terminal
+
+    if json:
+        from dataclasses import asdict
+
+        from cfamc_cli.recipe.describe import explain
+
+        terminal.print_json({"keys": [asdict(entry) for entry in explain(key)]})
+    else:
+        terminal.write_out(recipes.explain(key))
+
+
+@recipes_app.command("schema")
+def print_schema() -> None:
+    """Print the JSON schema of a recipe, for editors: of taplo and tombi, `#:schema FILE` says where it lies."""
+    from cfamc_cli.commands import recipes
+    from cfamc_cli.report import terminal
+
+    terminal.write_out(recipes.json_schema())
+
+
 OneRun = Annotated[str, Argument(metavar="RUN", help="A run: its id, a part of that, its name, a tag or its path.")]
 
 

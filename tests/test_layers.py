@@ -146,6 +146,8 @@ def test_what_is_light_comes_without_torch(tmp_path: Path) -> None:
         "nonsense": 2,
         "recipes list": 0,
         "recipes show cifar10": 0,
+        "recipes schema": 0,
+        "recipes explain train.epochs": 0,
         "pretrain --help": 0,
         "pretrain cifar10 --dry-run": 0,
         "pretrain imagenet100 --dry-run --json": 0,

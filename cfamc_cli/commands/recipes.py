@@ -1,13 +1,19 @@
-"""What `cfamc recipes` does: list the shipped recipes, show one, copy one to start from. Never imports torch."""
+"""What `cfamc recipes` does: list the shipped recipes, show one, copy one to start from, say what its keys mean.
+
+Never imports torch.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 from cfamc_cli.errors import invalid
-from cfamc_cli.recipe import file
+from cfamc_cli.recipe import describe, file
 from cfamc_cli.store.files import write_text
+
+SCHEMA = "cfamc-recipe.schema.json"
 
 
 def titles() -> dict[str, str]:
@@ -35,8 +41,32 @@ def show(reference: str) -> str:
     return file.read(file.find(reference), label=reference)
 
 
+def explain(key: str) -> str:
+    """What a key of a recipe means, in its forms; a table or no key at all is told with all keys in it.
+
+    Args:
+        key: As for `describe.explain`.
+
+    Raises:
+        CfamcError: No recipe has such a key.
+    """
+    from textwrap import indent
+
+    told = []
+    for entry in describe.explain(key):
+        name = entry.key if entry.value else f"[{entry.key}]"
+        told.append(f"{name}{f', {entry.form}' if entry.form else ''}\n")
+        told += [indent(f"{line}\n", "    ") for line in (entry.meaning, entry.value) if line]
+    return "".join(told)
+
+
+def json_schema() -> str:
+    """The JSON schema of a recipe, as editors read it."""
+    return json.dumps(describe.json_schema(), indent=2) + "\n"
+
+
 def copy(reference: str, target: Path | None = None, *, force: bool = False) -> Path:
-    """Copy a recipe and return where it lies now.
+    """Copy a recipe and return where it lies now; beside it goes the schema that its first line tells editors of.
 
     Args:
         reference: As for `file.load`.
@@ -53,5 +83,8 @@ def copy(reference: str, target: Path | None = None, *, force: bool = False) -> 
         target = target / source.name
     if os.path.lexists(target) and not force:
         raise invalid(f"{target} exists", "--force replaces it; or name another file")
-    write_text(target, text)
+    described = target.parent / SCHEMA
+    if not described.exists() or describe.TITLE in file.read(described, label=SCHEMA):  # else it is somebody else's
+        write_text(described, json_schema())
+    write_text(target, f"#:schema ./{SCHEMA}\n{text}")
     return target

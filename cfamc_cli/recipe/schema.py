@@ -169,21 +169,35 @@ def _no_number(value: object) -> object:
     return value
 
 
-Norm = Literal["linf", "l2"]
+Norm = Literal["linf", "l2"]  # how the length of a perturbation is measured
 SearchPrecision = Literal["float32", "tf32"]
 Features = Literal["pre_feature", "backbone"]  # what a head reads
 Judged = Literal["holdout", "test"]  # the images that results are measured on
 Split = Literal["train"] | Judged
-Exact = Annotated[str, BeforeValidator(exact)]
-Length = Annotated[str, BeforeValidator(length)]
+# in units of the range of pixels, which is [0, 1]: text such as "8/255", or 0.03
+Exact = Annotated[str, BeforeValidator(exact, json_schema_input_type=str | float)]
+# in units of the range of pixels, which is [0, 1]: text such as "8/255", or 0.03; in L2 it may be above 1
+Length = Annotated[str, BeforeValidator(length, json_schema_input_type=str | float)]
+Eps = Exact  # how far a perturbation may go in any pixel
+StepSize = Exact  # how far each ascent step goes
+AscentSteps = Annotated[int, Field(ge=1, le=1000)]  # projected ascent steps of each attack
+Start = Literal["zero", "random"]  # where a perturbation begins: at the clean image, or drawn from the ball
+Views = Literal["all", "second"]  # the groups of crops that are perturbed: all, or the second alone
+AttackSteps = Annotated[int, Field(ge=1, le=100_000)]  # gradient steps of each run
+Restarts = Annotated[int, Field(ge=1, le=1000)]  # runs; each takes up what those before it left standing
+Targets = Annotated[int, Field(ge=1, le=100_000)]  # likeliest wrong classes that are aimed at
+Momentum = Annotated[float, Field(ge=0, lt=1)]  # of SGD
 PathText = Annotated[str, Field(min_length=1), AfterValidator(_without_nul)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Temperature = Positive  # of the softmax over similarities
 Deviation = Annotated[float, Field(gt=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
-Epochs = Annotated[float, Field(gt=0, le=100_000)]
-BatchSize = Annotated[int, Field(ge=2, le=1_000_000)]
+HeadEpochs = Count  # passes over the training images
+HeadBatch = Count  # images
+Epochs = Annotated[float, Field(gt=0, le=100_000)]  # passes over the images, replays not counted; fractions allowed
+BatchSize = Annotated[int, Field(ge=2, le=1_000_000)]  # images, over all processes
 Range = Annotated[tuple[Positive, Positive], Field(strict=False), AfterValidator(_ordered)]
 Jitter = Annotated[
     tuple[NonNegative, NonNegative, NonNegative, NonNegative], Field(strict=False), AfterValidator(_jitter_in_range)
@@ -251,6 +265,7 @@ class Table(BaseModel):
 class Data(Table):
     """Which images; labels are read where there are some, and used by no objective but supcon."""
 
+    # "fashion-mini" is embedded; "folder" is one of your own, with train/ and test/.
     dataset: Literal["fashion-mini", "cifar10", "cifar100", "fashion-mnist", "svhn", "stl10", "folder"]
     # The folder of "folder"; where the raw files of the others lie, else the cache.
     root: Annotated[PathText | None, Outside.RUN] = None
@@ -277,7 +292,7 @@ class Data(Table):
 class Crops(Table):
     """One group of crops: `count` random resized crops per image, passed through the encoder together."""
 
-    count: Annotated[int, Field(ge=1, le=1024)]
+    count: Annotated[int, Field(ge=1, le=1024)]  # crops of an image
     size: Annotated[int, Field(ge=8, le=512)] = 32  # pixels
     scale: Annotated[Range, AfterValidator(_within_image)] = (0.08, 1.0)  # area, as a share of the image
     ratio: Range = (0.75, 1.3333333333333333)  # width / height
@@ -286,12 +301,12 @@ class Crops(Table):
 class Augment(Table):
     """What happens to a crop after it was cut; the order of the four jitter operations is random per crop."""
 
-    flip: Probability = 0.5
+    flip: Probability = 0.5  # how often left and right are swapped
     jitter: Jitter = (0.4, 0.4, 0.4, 0.2)  # brightness, contrast, saturation, and hue, which is at most 0.5
-    jitter_p: Probability = 0.8
-    grayscale_p: Probability = 0.2
-    blur_p: Probability = 0.1  # Gaussian, sigma 0.1 to 2
-    solarize_p: Probability = 0.1  # threshold 128/255
+    jitter_p: Probability = 0.8  # how often colours are jittered
+    grayscale_p: Probability = 0.2  # how often they are taken out
+    blur_p: Probability = 0.1  # how often it is blurred: Gaussian, sigma 0.1 to 2 pixels
+    solarize_p: Probability = 0.1  # how often it is solarised, at the threshold 128/255
 
     def idle(self) -> dict[str, str]:
         return {"jitter": "jitter_p is 0"} if self.jitter_p == 0 else {}
@@ -300,8 +315,8 @@ class Augment(Table):
 class Normalize(Table):
     """What a network was trained to expect of pixels: (x - mean) / std, for red, green and blue."""
 
-    mean: Annotated[tuple[Probability, Probability, Probability], Field(strict=False)]
-    std: Annotated[tuple[Deviation, Deviation, Deviation], Field(strict=False)]
+    mean: Annotated[tuple[Probability, Probability, Probability], Field(strict=False)]  # of red, green, blue
+    std: Annotated[tuple[Deviation, Deviation, Deviation], Field(strict=False)]  # likewise
 
 
 class Model(Table):
@@ -311,13 +326,14 @@ class Model(Table):
     """
 
     backbone: Annotated[str, AfterValidator(_backbone)] = "resnet18"  # resnet18, resnet34, resnet50 or timm:NAME
+    # 3x3 of stride 1 without pooling, or 7x7 of stride 2 and max-pooling.
     stem: Literal["cifar", "imagenet"] = "cifar"
     width: Annotated[int, Field(ge=1, le=512)] = 64  # channels of the first stage
     # What timm is told beside the name, such as img_size and patch_size of a vision transformer.
     options: Annotated[dict[str, Any], AfterValidator(_options), Later()] = {}
-    hidden_dim: Annotated[int, Field(ge=2, le=65536)] = 4096
-    embedding_dim: Annotated[int, Field(ge=2, le=65536)] = 1024
-    normalize: Annotated[Normalize | None, Later()] = None
+    hidden_dim: Annotated[int, Field(ge=2, le=65536)] = 4096  # of `pre_feature` and the projector
+    embedding_dim: Annotated[int, Field(ge=2, le=65536)] = 1024  # of what the objective reads
+    normalize: Annotated[Normalize | None, Later()] = None  # left out: pixels as they are
     # Pixels of a side that the backbone sees: whatever comes in is resized to that, with antialiasing.
     input_size: Annotated[int | None, Field(ge=8, le=1024), Later()] = None
 
@@ -341,9 +357,9 @@ class EmpSsl(Table):
     """EMP-SSL, arXiv:2304.03977: invariance of the crops plus total coding rate."""
 
     name: Literal["emp-ssl"]
-    invariance_weight: NonNegative = 200.0
-    tcr_weight: NonNegative = 1.0
-    tcr_eps: Positive = 0.2
+    invariance_weight: NonNegative = 200.0  # of the likeness of an image's crops
+    tcr_weight: NonNegative = 1.0  # of the total coding rate, which spreads embeddings
+    tcr_eps: Positive = 0.2  # distortion that the coding rate allows
 
     def idle(self) -> dict[str, str]:
         return {"tcr_eps": "tcr_weight is 0"} if self.tcr_weight == 0 else {}
@@ -357,14 +373,14 @@ class SimClr(Table):
     """SimCLR, arXiv:2002.05709: NT-Xent over the views of a batch."""
 
     name: Literal["simclr"]
-    temperature: Positive = 0.07
+    temperature: Temperature = 0.07
 
 
 class SupCon(Table):
     """Supervised contrastive learning, arXiv:2004.11362; the one objective that reads labels."""
 
     name: Literal["supcon"]
-    temperature: Positive = 0.07
+    temperature: Temperature = 0.07
 
 
 class Clusters(Table):
@@ -375,7 +391,7 @@ class Clusters(Table):
 
     name: Literal["clusters"]
     count: Annotated[int, Field(ge=2, le=65536)] = 50  # several a class: it should be no hint at how many there are
-    temperature: Positive = 0.1
+    temperature: Temperature = 0.1
 
 
 class NoAdversary(Table):
@@ -388,34 +404,34 @@ class PgdAdversary(Table):
     """K projected ascent steps of the training loss before each weight step, arXiv:1706.06083."""
 
     name: Literal["pgd"]
-    eps: Exact = "8/255"
-    step_size: Exact = "0.01"
-    steps: Annotated[int, Field(ge=1, le=1000)] = 5
-    start: Literal["zero", "random"] = "zero"
-    views: Literal["all", "second"] = "all"
+    eps: Eps = "8/255"
+    step_size: StepSize = "0.01"
+    steps: AscentSteps = 5
+    start: Start = "zero"
+    views: Views = "all"
 
 
 class FreeAdversary(Table):
     """Free adversarial training, arXiv:1904.12843: each replay's one backward pass pays for weights and delta."""
 
     name: Literal["free"]
-    eps: Exact = "8/255"
-    step_size: Exact = "0.01"
-    replays: Annotated[int, Field(ge=1, le=100)] = 3
-    start: Literal["zero", "random"] = "zero"
-    views: Literal["all", "second"] = "all"
+    eps: Eps = "8/255"
+    step_size: StepSize = "0.01"
+    replays: Annotated[int, Field(ge=1, le=100)] = 3  # weight updates with each batch
+    start: Start = "zero"
+    views: Views = "all"
 
 
 class Lars(Table):
     """SGD with Nesterov momentum under LARS, arXiv:1708.03888."""
 
-    name: Literal["lars"] = "lars"
-    lr: NonNegative = 0.3
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    nesterov: bool = True
-    weight_decay: NonNegative = 1e-4
-    trust_coefficient: Positive = 0.005
-    clip: bool = True
+    name: Literal["lars"] = "lars"  # there is no other
+    lr: NonNegative = 0.3  # learning rate, before the schedule
+    momentum: Momentum = 0.9
+    nesterov: bool = True  # whether momentum looks ahead
+    weight_decay: NonNegative = 1e-4  # added to gradients of weights, not of biases and norms
+    trust_coefficient: Positive = 0.005  # length of a step as a share of the weights'
+    clip: bool = True  # whether a step is at most that of plain SGD
 
     def fault(self) -> tuple[str, str] | None:
         still = "nesterov", "has no effect: momentum is 0 (set nesterov = false)"
@@ -426,7 +442,7 @@ class Cosine(Table):
     """Cosine over all weight updates of a phase, after `warmup` updates of linear rise."""
 
     name: Literal["cosine"]
-    warmup: Annotated[int, Field(ge=0, le=10**9)] = 0  # weight updates
+    warmup: Annotated[int, Field(ge=0, le=10**9)] = 0  # weight updates of linear rise
     end: Annotated[float, Field(ge=0, lt=1), Later()] = 0.0  # where it falls to, as a share of lr
 
 
@@ -439,15 +455,15 @@ class OfficialCosine(Table):
 class Train(Table):
     """How long, how large, and how a run keeps itself."""
 
-    epochs: Epochs = 10.0  # passes over the images, replays not counted
-    batch_size: BatchSize = 100  # images, over all processes
+    epochs: Epochs = 10.0
+    batch_size: BatchSize = 100
     init: PathText | None = None  # a run whose encoder is the start
     # Whose statistics batch norm takes with several processes: its own share's, or the whole batch's.
     batch_norm: Annotated[Literal["local", "synchronised"], Later()] = "local"
     # Decay of a moving average over the weight updates, which then is the encoder for all but training; 0: none.
     average: Annotated[float, Field(ge=0, lt=1), Later()] = 0.0
-    deterministic: bool = False
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    deterministic: bool = False  # the same bits each time, and slower
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of passes; "auto": bfloat16 where hardware has it
     # "auto": on CUDA, where the run is long enough for it (`plan.compiling_pays`).
     compile: Annotated[Literal["auto", True, False], BeforeValidator(_no_number), Later(before=False)] = "auto"
     # "recompute" makes each stage of the backbone twice instead of keeping what is in it: slower, and the same bits.
@@ -468,12 +484,12 @@ class Linear(Table):
 
     head: Literal["linear"]
     features: Features = "pre_feature"
-    protocol: Literal["official", "converged"] = "official"
-    epochs: Count = 20
-    batch_size: Count = 256
-    lr: Positive = 3e-4  # Adam
+    protocol: Literal["official", "converged"] = "official"  # some epochs of Adam, or to the optimum
+    epochs: HeadEpochs = 20
+    batch_size: HeadBatch = 256
+    lr: Positive = 3e-4  # learning rate of Adam
     l2: NonNegative = 1e-4  # weight of the squared weights in the converged loss
-    standardize: bool = False
+    standardize: bool = False  # whether features are brought to mean 0 and deviation 1
 
     def idle(self) -> dict[str, str]:
         if self.protocol == "official":
@@ -486,12 +502,12 @@ class RobustLinear(Table):
 
     head: Literal["robust-linear"]
     features: Features = "pre_feature"
-    epochs: Count = 20
-    batch_size: Count = 256
-    lr: Positive = 3e-4  # Adam
-    eps: Exact = "8/255"
-    step_size: Exact = "0.01"
-    steps: Annotated[int, Field(ge=1, le=1000)] = 5
+    epochs: HeadEpochs = 20
+    batch_size: HeadBatch = 256
+    lr: Positive = 3e-4  # learning rate of Adam
+    eps: Eps = "8/255"
+    step_size: StepSize = "0.01"
+    steps: AscentSteps = 5
 
 
 class AggregatedCrops(Table):
@@ -499,12 +515,12 @@ class AggregatedCrops(Table):
 
     head: Literal["crops"]
     features: Features = "pre_feature"
-    crops: Annotated[int, Field(ge=1, le=1024)] = 16
-    epochs: Count = 100
-    batch_size: Count = 100
-    lr: Positive = 0.03  # SGD, cosine per epoch
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    weight_decay: NonNegative = 5e-5
+    crops: Annotated[int, Field(ge=1, le=1024)] = 16  # of an image
+    epochs: HeadEpochs = 100
+    batch_size: HeadBatch = 100
+    lr: Positive = 0.03  # learning rate of SGD, cosine per epoch
+    momentum: Momentum = 0.9
+    weight_decay: NonNegative = 5e-5  # of SGD
 
 
 class Knn(Table):
@@ -512,8 +528,8 @@ class Knn(Table):
 
     head: Literal["knn"]
     features: Features = "pre_feature"
-    k: Count = 20
-    temperature: Positive = 0.07
+    k: Count = 20  # neighbours that vote
+    temperature: Temperature = 0.07
 
 
 class Finetune(Table):
@@ -521,16 +537,16 @@ class Finetune(Table):
 
     head: Literal["finetune"]
     features: Features = "pre_feature"
-    objective: Literal["pgd", "trades", "clean"] = "pgd"
-    epochs: Count = 25
-    batch_size: Count = 128
-    lr: Positive = 0.01  # SGD with momentum, cosine
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    weight_decay: NonNegative = 5e-4
-    eps: Exact = "8/255"
-    step_size: Exact = "2/255"
-    steps: Annotated[int, Field(ge=1, le=1000)] = 10
-    trades_beta: NonNegative = 6.0
+    objective: Literal["pgd", "trades", "clean"] = "pgd"  # what it is trained on
+    epochs: HeadEpochs = 25
+    batch_size: HeadBatch = 128
+    lr: Positive = 0.01  # learning rate of SGD, cosine
+    momentum: Momentum = 0.9
+    weight_decay: NonNegative = 5e-4  # of SGD
+    eps: Eps = "8/255"
+    step_size: StepSize = "2/255"
+    steps: AscentSteps = 10
+    trades_beta: NonNegative = 6.0  # weight of the divergence from clean answers, arXiv:1901.08573
 
     def idle(self) -> dict[str, str]:
         match self.objective:
@@ -546,7 +562,7 @@ class EpsAttack(Table):
     """What all attacks share: in L2 a length means something else, so its defaults are others."""
 
     name: str
-    eps: Length = "8/255"
+    eps: Length = "8/255"  # how far the attack may go
     norm: Norm = "linf"
     # "tf32" is for CUDA: an example then counts if float32 agrees, and where it does not the sample is attacked again.
     search_precision: SearchPrecision = "float32"
@@ -577,10 +593,10 @@ class PgdAttack(EpsAttack):
     """PGD on the cross-entropy of encoder + head."""
 
     name: Literal["pgd"]
-    step_size: Length = "0.01"
-    steps: Annotated[int, Field(ge=1, le=100_000)] = 20
-    restarts: Annotated[int, Field(ge=1, le=1000)] = 1
-    start: Literal["zero", "random"] = "zero"  # of the first run; restarts begin at random
+    step_size: Length = "0.01"  # how far each step goes
+    steps: AttackSteps = 20
+    restarts: Restarts = 1
+    start: Start = "zero"  # of the first run; restarts begin at random
 
 
 class FgsmAttack(EpsAttack):
@@ -593,48 +609,48 @@ class ApgdAttack(EpsAttack):
     """Auto-PGD on the cross-entropy or the difference of logits ratio, arXiv:2003.01690."""
 
     name: Literal["apgd-ce", "apgd-dlr"]
-    steps: Annotated[int, Field(ge=1, le=100_000)] = 100
-    restarts: Annotated[int, Field(ge=1, le=1000)] = 1
+    steps: AttackSteps = 100
+    restarts: Restarts = 1
 
 
 class TargetedApgdAttack(EpsAttack):
     """Auto-PGD on the targeted difference of logits ratio, one run per target class, arXiv:2003.01690."""
 
     name: Literal["apgd-t"]
-    steps: Annotated[int, Field(ge=1, le=100_000)] = 100
-    restarts: Annotated[int, Field(ge=1, le=1000)] = 1
-    targets: Annotated[int, Field(ge=1, le=100_000)] = 9
+    steps: AttackSteps = 100
+    restarts: Restarts = 1
+    targets: Targets = 9
 
 
 class FabAttack(EpsAttack):
     """Targeted FAB, arXiv:1907.02044."""
 
     name: Literal["fab"]
-    steps: Annotated[int, Field(ge=1, le=100_000)] = 100
-    targets: Annotated[int, Field(ge=1, le=100_000)] = 9
+    steps: AttackSteps = 100
+    targets: Targets = 9
 
 
 class SquareAttack(EpsAttack):
     """Square, a random search that sees logits only, arXiv:1912.00049."""
 
     name: Literal["square"]
-    queries: Annotated[int, Field(ge=1, le=1_000_000)] = 5000
+    queries: Annotated[int, Field(ge=1, le=1_000_000)] = 5000  # of an image
 
 
 class EmbeddingAttack(EpsAttack):
     """PGD on the distance of the features from those of the clean image: it needs no labels."""
 
     name: Literal["embedding"]
-    step_size: Length = "0.01"
-    steps: Annotated[int, Field(ge=1, le=100_000)] = 20
-    restarts: Annotated[int, Field(ge=1, le=1000)] = 1
+    step_size: Length = "0.01"  # how far each step goes
+    steps: AttackSteps = 20
+    restarts: Restarts = 1
 
 
 class AutoAttackAttack(EpsAttack):
     """AutoAttack, arXiv:2003.01690."""
 
     name: Literal["autoattack"]
-    version: Literal["standard", "rand"] = "standard"
+    version: Literal["standard", "rand"] = "standard"  # "rand" is for networks that draw
 
 
 class Smallest(Table):
@@ -642,8 +658,8 @@ class Smallest(Table):
 
     name: Literal["smallest"]
     norm: Norm = "linf"
-    steps: Annotated[int, Field(ge=1, le=100_000)] = 50  # of each walk
-    targets: Annotated[int, Field(ge=1, le=100_000)] = 3
+    steps: AttackSteps = 50  # of each walk
+    targets: Targets = 3
 
 
 class Corruptions(Table):
@@ -693,7 +709,7 @@ class Phase(Table):
     default.
     """
 
-    epochs: Epochs  # passes over the images in this phase
+    epochs: Epochs
     batch_size: BatchSize | None = None
     crops: CropGroups | None = None
     augment: Augment | None = None
@@ -717,9 +733,9 @@ class Recipe(Table):
     Counts of views, steps and replays are of the first phase; `parts` has those of the others.
     """
 
-    schema_version: Annotated[Literal[1], Field(alias="schema")]
-    name: Annotated[str, Field(min_length=1, max_length=200), Outside.RUN]
-    seed: Annotated[int, Field(ge=0, lt=2**32), Outside.ENCODER] = 0
+    schema_version: Annotated[Literal[1], Field(alias="schema")]  # of this format
+    name: Annotated[str, Field(min_length=1, max_length=200), Outside.RUN]  # in words; runs are called after it
+    seed: Annotated[int, Field(ge=0, lt=2**32), Outside.ENCODER] = 0  # of all that is drawn
     data: Data
     crops: CropGroups
     augment: Augment = Augment()
