@@ -81,6 +81,7 @@ def pretrain(
     resume: Annotated[Text, Option(metavar="RUN", help="Go on with a run: its id, path, or latest.")] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Print the resolved recipe and its cost.")] = False,
     force: Annotated[bool, Option("--force", help="Start although the plan is beyond the memory there is.")] = False,
+    plot: Annotated[bool, Option("--plot", help="Draw the curves of the training into the run's folder.")] = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -96,6 +97,7 @@ def pretrain(
         resume=resume,
         dry_run=dry_run,
         force=force,
+        plot=plot,
         options=options,
     )
 
@@ -375,12 +377,20 @@ def list_recipes(json: JsonOption = False) -> None:
 
 
 @recipes_app.command("show")
-def show_recipe(name: RecipeArgument) -> None:
+def show_recipe(
+    name: RecipeArgument,
+    plot: Annotated[File, Option(metavar="FILE", help="Draw its crops, clean and perturbed, as a PNG.")] = None,
+) -> None:
     """Print a recipe, comments included."""
     from cfamc_cli.commands import recipes
     from cfamc_cli.report import terminal
 
-    terminal.write_out(recipes.show(name))
+    text = recipes.show(name)
+    if plot is not None:
+        from cfamc_cli.commands.preview import draw_crops
+
+        draw_crops(name, plot)
+    terminal.write_out(text)
 
 
 @recipes_app.command("copy")

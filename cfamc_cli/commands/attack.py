@@ -10,7 +10,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,9 +20,10 @@ from cfamc_cli.commands.attack_settings import Flags, asked_attacks, asked_measu
 from cfamc_cli.commands.common import SAME_COMMAND, Options, Session, interruption, require_checkpoint, session
 from cfamc_cli.commands.measure import Subject, measured
 from cfamc_cli.commands.transfer import from_source, judged_on, require_transferable
-from cfamc_cli.errors import invalid, missing_library
+from cfamc_cli.errors import invalid
 from cfamc_cli.recipe.schema import Attack, EmbeddingAttack, Norm, PgdAttack, Recipe, number
 from cfamc_cli.report.audit import lacks_audit
+from cfamc_cli.report.plots import require_plots
 from cfamc_cli.store.environment import capture_environment
 from cfamc_cli.store.files import write_bytes
 from cfamc_cli.store.outcomes import Ledger, key_of, open_ledger
@@ -72,8 +72,8 @@ def attack(reference: str | None, *, flags: Flags, options: Options) -> None:
             a signal ended the work.
     """
     check_flags(flags)
-    if flags.plot and find_spec("matplotlib") is None:
-        raise missing_library("--plot needs matplotlib", extra="plots")
+    if flags.plot:
+        require_plots()
     run = find_run(options.store, LATEST if reference is None else reference, accept=RunFolder.has_checkpoint)
     require_checkpoint(run, options)
     recipe, status = run.recipe(), run.record().status

@@ -19,10 +19,11 @@ from cfamc_cli.recipe import file
 from cfamc_cli.recipe.plan import PROCESS, Plan, duration
 from cfamc_cli.recipe.schema import Recipe
 from cfamc_cli.report import terminal
-from cfamc_cli.store.files import sweep
+from cfamc_cli.report.plots import draw_training, require_plots
+from cfamc_cli.store.files import sweep, write_bytes
 from cfamc_cli.store.ledger import RunLedger, found, found_again
 from cfamc_cli.store.records import Progress, RunRecord, Totals, now
-from cfamc_cli.store.runs import RunFolder, create_run, find_run, lock
+from cfamc_cli.store.runs import CURVES, RunFolder, create_run, find_run, lock
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,6 +40,7 @@ def pretrain(
     resume: str | None,
     dry_run: bool,
     force: bool,
+    plot: bool,
     options: Options,
 ) -> None:
     """Train one run per seed, go on with a run, or say what would be done.
@@ -50,11 +52,14 @@ def pretrain(
         resume: A run to go on with.
         dry_run: Print the resolved recipe and its cost, and do nothing.
         force: Start a run whose plan is beyond the memory there is.
+        plot: Draw the curves of each run into its folder.
         options: Where and how.
 
     Raises:
         CfamcError: With the exit code of its cause; 129, 130, 138 or 143 for a signal, and the run can be resumed.
     """
+    if plot:
+        require_plots()  # before any work
     if resume is not None:
         recipes = [None] if reference is None else _recipes(reference, overrides, seeds)
         if len(recipes) > 1 or (reference is None and (overrides or seeds)):
@@ -72,11 +77,22 @@ def pretrain(
             _show_plan(recipes_to_train, options)
             return
         results = _start(recipes_to_train, options, force=force)
+    if plot:
+        _draw(results, options)
     if options.as_json and results:  # other processes of torchrun have none, and say nothing
         finished = [record.model_dump(mode="json") for record in results]
         terminal.print_json(finished[0] if len(finished) == 1 else {"runs": finished})
     elif results:
         terminal.write_out("".join(f"{record.id}\n" for record in results))
+
+
+def _draw(results: Sequence[RunRecord], options: Options) -> None:
+    """Draw the curves of each run into its folder."""
+    for record in results:
+        run = find_run(options.store, record.id)
+        write_bytes(run.path / CURVES, draw_training(run))
+        if not options.quiet:
+            terminal.talk().say(f"drawn: {run.path / CURVES}")
 
 
 def _recipes(reference: str, overrides: Sequence[str], seeds: Sequence[int]) -> list[Recipe]:

@@ -40,6 +40,7 @@ from cfamc_cli.store.records import (
     IMPORTED,
     Accuracy,
     DataUsed,
+    FeatureMap,
     HeadKind,
     PendingProbe,
     ProbeRecord,
@@ -52,6 +53,7 @@ from cfamc_cli.store.records import (
 from cfamc_cli.store.runs import (
     HEAD,
     LATEST,
+    MAP,
     PENDING,
     RECORD,
     RunFolder,
@@ -459,6 +461,10 @@ def _keep(
             describe(loaded.device), computation(loaded.device, precision=fitted.precision)
         ),
     )
+    if (plane := fitted.plane) is not None:
+        labels = test.labels[:: plane.stride].tolist()
+        points = ((x, y, label) for (x, y), label in zip(plane.points.tolist(), labels, strict=True))
+        save_record(folder / MAP, FeatureMap(points=tuple(points), explained=plane.explained))
     save_record(folder / RECORD, record)
     commonest = max(map(sum, confusion)) / len(test)
     if record.test_accuracy.low <= commonest:

@@ -146,6 +146,11 @@ class Row:
         return self.entries[0].run
 
     @property
+    def who(self) -> object:
+        """Equal for rows of the same encoders and heads, whatever attacked them."""
+        return (tuple(entry.run.id for entry in self.entries), self.entries[0].head)
+
+    @property
     def condition(self) -> Condition:
         return self.entries[0].condition
 

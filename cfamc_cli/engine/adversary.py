@@ -39,6 +39,10 @@ class Adversary:
 
     def perturb(self, loss_of: LossOf) -> Groups:  # noqa: ARG002
         """The crops to train on beside the spared ones: in [0, 1] and within eps of the clean ones."""
+        return self.moved()
+
+    def moved(self) -> Groups:
+        """The groups that are not spared, with their perturbations as they stand."""
         return self.crops
 
     def ascend(self) -> None:
@@ -69,7 +73,6 @@ class Moving(Adversary):
         ]
 
     def moved(self) -> Groups:
-        """The groups that are not spared, with the perturbations on."""
         return [x + delta for x, delta in zip(self.clean, self.delta, strict=True)]
 
 

@@ -144,6 +144,18 @@ class Trainer:
             self.average.hand_over()
             self.enter(self.phase + 1)
 
+    def preview(self) -> tuple[Tensor, Groups, Groups]:
+        """The images of the first batch in [0, 1], their crops, and those as the adversary moves them while the weights stay."""
+        crops, labels = self.crops_of(0)
+        self.adversary.begin(crops, self._generators("delta", 0))
+        for _ in range(self.recipe.replays):
+            still = self.embed(self.adversary.spared)
+            moved = self.adversary.perturb(partial(self.attacked_loss, still=still, labels=labels))
+            self.loss_of([*still, *self.embed(moved)], labels)[1].loss.backward()
+            self.adversary.ascend()
+        images = gather(self.images, self._order(0).to(self.images.device), device=self.device)
+        return images.float() / 255, crops, [*self.adversary.spared, *(x.detach() for x in self.adversary.moved())]
+
     def _train_phase(self, prefetch: Prefetch, folder: Path, *, stop: Callable[[], int]) -> int:
         """As `train`, to the end of the phase."""
         self.encoder.train()
@@ -266,9 +278,7 @@ class Trainer:
     @section("crops")
     def crops_of(self, batch: int) -> tuple[Groups, Tensor | None]:
         """The crops of this process's share of a batch, and what labels there are, of the whole batch."""
-        epoch, index = divmod(batch, self.per_epoch)
-        size = self.recipe.train.batch_size
-        order = epoch_order(self.recipe.seed, epoch, len(self.images), self.phase)[index * size : (index + 1) * size]
+        order, size = self._order(batch), self.recipe.train.batch_size
         height, width = self.images.shape[-2:]
         lists = []
         for group, generator in zip(self.recipe.crops, self._generators("crops", batch), strict=True):
@@ -285,6 +295,12 @@ class Trainer:
         ]
         labels = self.labels if self.clusters is None else self.clusters
         return crops, None if labels is None else labels[moved]
+
+    def _order(self, batch: int) -> Tensor:
+        """Positions of the images of a whole batch, (B,)."""
+        epoch, index = divmod(batch, self.per_epoch)
+        size = self.recipe.train.batch_size
+        return epoch_order(self.recipe.seed, epoch, len(self.images), self.phase)[index * size : (index + 1) * size]
 
     def _generators(self, purpose: Literal["crops", "delta"], batch: int) -> list[torch.Generator]:
         address = self.recipe.seed, *phase_address(self.phase), *divmod(batch, self.per_epoch)

@@ -11,8 +11,9 @@ from cfamc_cli.comparison.gather import Gathered, LeftOut
 from cfamc_cli.comparison.tables import ComparedTable
 from cfamc_cli.errors import CfamcError
 from cfamc_cli.report.beside import beside
-from cfamc_cli.report.plots import Curves, draw, panels
-from cfamc_cli.report.sheets import sheets
+from cfamc_cli.report.closer import close_up
+from cfamc_cli.report.plots import Curves, draw, leading, looks_of, results, trainings
+from cfamc_cli.report.sheets import figure_text, sheets
 from cfamc_cli.report.terminal import clean, templates
 from cfamc_cli.store.files import read_bytes
 from cfamc_cli.store.records import now
@@ -47,11 +48,21 @@ def page(
         """What the template writes is never interpreted, by a browser or by a terminal that shows the source."""
         return value if isinstance(value, Markup) else clean(value)
 
-    drawn, missing = {}, None
+    table = leading(tables)
+    closer, examples, without = close_up(table, found.folders) if table else ({}, {}, [])
+    groups = [
+        ("Results", results(tables, table) if table else {}),
+        ("Training", trainings(curves, looks_of(table)) if table else {}),
+        ("A closer look", closer),
+    ]
+    drawn: list[tuple[str, list[tuple[str, str, bytes]]]] = []
+    missing = None
     try:
-        drawn = {title: draw([panel], ".svg") for title, panel in panels(tables, curves).items()}
+        for name, group in groups:
+            drawn.append((name, [(title, "svg+xml", draw([panel], ".svg")) for title, panel in group.items()]))
     except CfamcError as error:
         missing = error
+    drawn.append(("Adversarial examples", [(title, "png", data) for title, data in examples.items()]))
     runs = list(dict.fromkeys(entry.run.id for table in tables for row in table.rows for entry in row.entries))
     return (
         templates()
@@ -66,13 +77,27 @@ def page(
                 *beside(found),
             ],
             most_rows=MOST_ROWS,
-            pictures={title: Markup(base64.b64encode(data).decode()) for title, data in drawn.items()},
+            opening=_opening(table) if table else "",
+            pictures=[
+                (name, [(title, kind, Markup(base64.b64encode(data).decode())) for title, kind, data in group])
+                for name, group in drawn
+                if group
+            ],
             missing=missing,
             runs=[(run, _details(run, found)) for run in runs[:MOST_RUNS]],
             more_runs=len(runs[MOST_RUNS:]),
-            left_out=left_out,
+            left_out=[*left_out, *without],
         )
     )
+
+
+def _opening(table: ComparedTable) -> str:
+    """What the leading table says, in a sentence."""
+    if table.verdict:
+        return f"{table.verdict}."
+    row = table.rows[0]
+    robust = f", {table.condition.figure} {figure_text(row.robust)} %" if row.robust else ""
+    return f"{row.label}: clean {figure_text(row.clean)} %{robust}."
 
 
 def _details(run: str, found: Gathered) -> tuple[list[str], list[str]]:

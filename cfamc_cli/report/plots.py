@@ -8,14 +8,16 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from cfamc_cli.comparison.gather import LeftOut
 from cfamc_cli.comparison.statistics import Figure
 from cfamc_cli.comparison.tables import ComparedTable, Row, exact_number
 from cfamc_cli.errors import CfamcError, invalid, missing_library
+from cfamc_cli.report.sheets import differing
 from cfamc_cli.report.terminal import clean
-from cfamc_cli.store.records import EvaluationLine, MetricLine, TrainLine, read_metrics
+from cfamc_cli.store.records import EvaluationLine, GripLine, MetricLine, TrainLine, read_metrics
 from cfamc_cli.store.runs import RunFolder
 
 if TYPE_CHECKING:
@@ -27,9 +29,24 @@ _COLOURS = (
     *("#56B4E9", "#000000", "#8C6D31", "#7B4173", "#31A354"),
 )
 MOST_LINES = len(_COLOURS)  # rows that a picture shows as lines or names
+_DIRECT = 4  # rows that are named where they are drawn; more have a legend
+_NAME_HEIGHT = 0.06  # of the axes
+_VEIL: dict[str, Any] = {"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.5}  # behind a name on a line
+_TIMES = (("s", 1), ("min", 60), ("h", 3600))
 _CLEAN = "clean accuracy (%)"
-_FRONT, _BY_EPS, _BY_TIME = "Clean against robust accuracy", "Accuracy against eps", "Accuracy against training time"
+FRONT, _BY_EPS, _BY_TIME = "Clean against robust accuracy", "Accuracy against eps", "Accuracy against training time"
 _LOSS, _ACCURACY = "Training loss", "Online accuracy while training"
+_GRIP, _ROBUST = "Grip of the adversary", "Online accuracy under attack"
+_CURVES = {  # of a training: what its axis says; first those of each interval
+    _LOSS: "loss",
+    "Invariance term": "mean cosine, negated",
+    "Coding rate": "coding rate",
+    "Learning rate": "learning rate",
+    "Effective rank": "effective rank of embeddings",
+    _GRIP: "loss it adds, of what PGD-10 adds",
+    _ACCURACY: _CLEAN,
+    _ROBUST: "robust accuracy (%)",
+}
 _STYLE: dict[Any, Any] = {
     "axes.grid": True,
     "axes.spines.right": False,
@@ -51,11 +68,13 @@ Curves: TypeAlias = Mapping[str, Lines]  # by title
 
 def learning_curves(tables: Sequence[ComparedTable], folders: Mapping[str, RunFolder]) -> tuple[Curves, list[LeftOut]]:
     """Read the learning curves of the rows that pictures name, and tell which cannot be drawn."""
-    curves: dict[str, dict[str, list[Line]]] = {_LOSS: {}, _ACCURACY: {}}
+    curves: dict[str, dict[str, list[Line]]] = {title: {} for title in _CURVES}
     left_out: list[LeftOut] = []
-    leading = _leading(tables)
-    for row in leading.rows[:MOST_LINES] if leading else ():
-        for run in {entry.run.id: entry.run for entry in row.entries}.values():
+    table = leading(tables)
+    read: set[str] = set()  # a run stands in a row for each of its heads
+    for row in table.rows[:MOST_LINES] if table else ():
+        for run in {entry.run.id: entry.run for entry in row.entries if entry.run.id not in read}.values():
+            read.add(run.id)
             try:
                 imported = run.family == run.id  # and not trained here
                 lines = [] if imported else read_metrics(folders[run.id].metrics)
@@ -69,43 +88,105 @@ def learning_curves(tables: Sequence[ComparedTable], folders: Mapping[str, RunFo
 
 
 def _points(lines: Sequence[MetricLine]) -> dict[str, Line]:
-    losses = [(line.epoch, line.loss) for line in lines if isinstance(line, TrainLine)]
-    shares = [(line.epoch, 100 * line.clean / line.n) for line in lines if isinstance(line, EvaluationLine)]
-    return {_LOSS: [point for point in losses if math.isfinite(point[1])], _ACCURACY: shares}  # a lost step has no loss
+    """What was measured while training, by the title of its curve; a step that was lost has no point."""
+    found: dict[str, list[tuple[float, float | None]]] = defaultdict(list)
+    for line in lines:
+        match line:
+            case TrainLine():
+                values = (line.loss, line.invariance, line.coding_rate, line.lr, line.effective_rank)
+                for title, value in zip(_CURVES, values, strict=False):
+                    found[title].append((line.epoch, value))
+            case GripLine():
+                found[_GRIP].append((line.epoch, line.strength))
+            case EvaluationLine():
+                found[_ACCURACY].append((line.epoch, 100 * line.clean / line.n))
+                found[_ROBUST].append((line.epoch, 100 * line.robust / line.n))
+    return {
+        title: [(epoch, value) for epoch, value in points if value is not None and math.isfinite(value)]
+        for title, points in found.items()
+    }
 
 
 def panels(tables: Sequence[ComparedTable], curves: Curves) -> dict[str, Panel]:
-    """Return the panels that there are numbers for, by title."""
-    leading = _leading(tables)
-    if leading is None:
+    """Return the panels of results that there are numbers for, by title, and those of the two usual curves."""
+    table = leading(tables)
+    if table is None:
         return {}
+    usual = {title: curves[title] for title in (_LOSS, _ACCURACY)}
+    return results(tables, table) | trainings(usual, looks_of(table))
+
+
+def results(tables: Sequence[ComparedTable], leading: ComparedTable) -> dict[str, Panel]:
+    """A panel for each way to look at the leading table, by title."""
     made: dict[str, Panel] = {}
-    looks = _looks(leading.rows)
+    looks = looks_of(leading)
     if leading.condition.attack:
-        made[_FRONT] = partial(_scatter, table=leading, looks=looks)
+        made[FRONT] = partial(_scatter, table=leading, looks=looks)
     if by_eps := _eps_curves(tables, leading):
         made[_BY_EPS] = partial(
             _lines, lines=by_eps, looks=looks, title=_BY_EPS, labels=("eps (255ths)", "accuracy (%)"), marker="o"
         )
-    for title, lines in curves.items():
-        if lines:
-            unit = "loss" if title == _LOSS else _CLEAN
-            made[title] = partial(_lines, lines=lines, looks=looks, title=title, labels=("epoch", unit), marker="")
     made[_BY_TIME] = partial(_time, table=leading, looks=looks)
     return made
 
 
-def _leading(tables: Sequence[ComparedTable]) -> ComparedTable | None:
+def draw_training(run: RunFolder) -> bytes:
+    """Draw all curves of one training as a PNG.
+
+    Raises:
+        CfamcError: Its metrics cannot be read, or are too few to draw.
+    """
+    curves = {title: {run.id: [line]} for title, line in _points(read_metrics(run.metrics)).items() if len(line) > 1}
+    ordered = {title: curves[title] for title in _CURVES if title in curves}
+    return draw(list(trainings(ordered, {run.id: ("", _COLOURS[0])}).values()), ".png")
+
+
+def trainings(curves: Curves, looks: Mapping[str, Look]) -> dict[str, Panel]:
+    """A panel for each curve of trainings that has points, by title; several objectives never share axes."""
+    return {
+        title: partial(_lines, lines=lines, looks=looks, title=title, labels=("epoch", _CURVES[title]), marker="")
+        for title, lines in curves.items()
+        if lines
+    }
+
+
+def leading(tables: Sequence[ComparedTable]) -> ComparedTable | None:
     """The table that is drawn: the first under attack, else the first."""
     return next((table for table in tables if table.condition.attack), tables[0] if tables else None)
 
 
-def _looks(rows: Sequence[Row]) -> dict[str, Look]:
-    """A name and a colour for each of the first rows, the same in all panels; a name that is not unique is an id."""
-    names = [row.run.name if len(row.entries) == 1 else row.label for row in rows[:MOST_LINES]]
-    told = [name if names.count(name) == 1 else row.label for row, name in zip(rows, names, strict=False)]
-    labels = [f" {clean(name)[:60]}" for name in told]  # a legend hides those that begin with an underscore
+def looks_of(table: ComparedTable) -> dict[str, Look]:
+    """A name and a colour for each of the first rows, the same in all panels."""
+    rows = table.rows[:MOST_LINES]
+    labels = [f" {clean(name)[:60]}" for name in _names(table, rows)]  # a legend hides those that begin with "_"
     return {row.label: (name, colour) for row, name, colour in zip(rows, labels, _COLOURS, strict=False)}
+
+
+def _names(table: ComparedTable, rows: Sequence[Row]) -> list[str]:
+    """Their runs' names; where rows share one, the first setting that tells them apart, else their labels."""
+    same: dict[str, list[dict[str, object]]] = defaultdict(list)
+    for row in rows:
+        same[row.run.name].append(differing(table, row))
+
+    def named(row: Row) -> str:
+        found = same[row.run.name]
+        if len(found) == 1:
+            return row.label if len(row.entries) > 1 else row.run.name
+        telling = (key for key in found[0] if len({str(own[key]) for own in found if key in own}) == len(found))
+        setting = next((f"{key}={differing(table, row)[key]}" for key in telling), row.label)
+        return setting if len(same) == 1 else f"{row.run.name}, {setting}"
+
+    return [named(row) for row in rows]
+
+
+def require_plots() -> None:
+    """Raise where --plot could not draw at the end.
+
+    Raises:
+        CfamcError: Exit 2; matplotlib is missing.
+    """
+    if find_spec("matplotlib") is None:
+        raise missing_library("--plot needs matplotlib", extra="plots")
 
 
 def draw(drawn: Sequence[Panel], suffix: str) -> bytes:
@@ -125,12 +206,15 @@ def draw(drawn: Sequence[Panel], suffix: str) -> bytes:
     lines = -(-len(drawn) // columns)
     with matplotlib.rc_context(_STYLE):
         canvas: Canvas = Canvas(figsize=(6.2 * columns, 4.2 * lines + 0.4), layout="constrained")
+        grid = canvas.add_gridspec(lines, columns)
         known: dict[str, Any] = {}
-        for index, panel in enumerate(drawn, start=1):
-            axes = canvas.add_subplot(lines, columns, index)
+        for index, panel in enumerate(drawn):
+            alone = index == len(drawn) - 1 and index % columns == 0  # in its line, which it fills
+            axes = canvas.add_subplot(grid[index // columns, :] if alone else grid[index // columns, index % columns])
             panel(axes)
             handles, labels = axes.get_legend_handles_labels()
-            known = {**dict(zip(labels, handles, strict=True)), **known}
+            if len(handles) > 1 and not axes.texts:  # else a name is not needed, or stands where it belongs
+                known = {**dict(zip(labels, handles, strict=True)), **known}
         if known:
             canvas.legend(known.values(), known.keys(), loc="outside lower center", ncols=2 * columns)
         out = io.BytesIO()
@@ -147,18 +231,40 @@ def _scatter(axes: Axes, *, table: ComparedTable, looks: Mapping[str, Look]) -> 
     if len(front) > 1:  # to the left of each point nothing better is known
         axes.plot(*zip(*front, strict=True), "--", drawstyle="steps-pre", color="0.6", linewidth=1, zorder=0)
     robust = f"robust accuracy (%), {_attack(table)}"
-    axes.set(xlabel=_CLEAN, ylabel=robust, title=_FRONT)
+    axes.set(xlabel=_CLEAN, ylabel=robust, title=FRONT)
+    if len(table.rows) <= _DIRECT:
+        _name_points(axes, [(100 * row.clean.value, row) for row in table.rows], looks)
 
 
 def _time(axes: Axes, *, table: ComparedTable, looks: Mapping[str, Look]) -> None:
+    longest = max(row.seconds for row in table.rows)
+    unit, size = next(((unit, size) for unit, size in _TIMES if longest < 120 * size), _TIMES[-1])
     for row in table.rows:
-        minutes = row.seconds / 60
-        _point(axes, row, looks, x=minutes, figure=row.clean, hollow=True)
+        _point(axes, row, looks, x=row.seconds / size, figure=row.clean, hollow=True)
         if row.robust is not None:
-            _point(axes, row, looks, x=minutes, figure=row.robust)
+            _point(axes, row, looks, x=row.seconds / size, figure=row.robust)
     shown = f"accuracy (%): clean hollow, robust filled\n{_attack(table)}" if table.condition.attack else _CLEAN
-    axes.set(xlabel="training time (min)", ylabel=shown, title=_BY_TIME)
+    axes.set(xlabel=f"training time ({unit})", ylabel=shown, title=_BY_TIME)
     axes.set_xlim(0, 1.05 * axes.dataLim.x1 or 1)
+    if len(table.rows) <= _DIRECT:
+        _name_points(axes, [(row.seconds / size, row) for row in table.rows], looks)
+
+
+def _name_points(axes: Axes, points: Sequence[tuple[float, Row]], looks: Mapping[str, Look]) -> None:
+    """Write the name of each row beside its point, on the side where there is room."""
+    left, right = axes.get_xlim()
+    for x, row in points:
+        name, colour = looks[row.label]
+        late = x > (left + right) / 2
+        axes.annotate(
+            name.strip(),
+            (x, 100 * (row.robust or row.clean).value),
+            (-7 if late else 7, 7),
+            textcoords="offset points",
+            ha="right" if late else "left",
+            color=colour,
+            fontsize=8,
+        )
 
 
 def _point(
@@ -197,15 +303,15 @@ def _bars(figure: Figure) -> list[list[float]]:
 
 def _eps_curves(tables: Sequence[ComparedTable], leading: ComparedTable) -> dict[str, list[Line]]:
     """Accuracy by eps in 255ths, for rows that the leading table's attack met at two sizes or more; clean at 0."""
-    curves: dict[str, dict[float, float]] = defaultdict(dict)
+    curves: dict[object, dict[float, float]] = defaultdict(dict)
     for table in tables:
         eps = exact_number(table.condition.eps)
         if eps is None or replace(table.condition, eps="") != replace(leading.condition, eps=""):
             continue
         for row in table.rows:
             if row.robust is not None:
-                curves[row.label] |= {0.0: 100 * row.clean.value, 255 * eps: 100 * row.robust.value}
-    return {label: [sorted(curve.items())] for label, curve in curves.items() if len(curve) > 2}
+                curves[row.who] |= {0.0: 100 * row.clean.value, 255 * eps: 100 * row.robust.value}
+    return {row.label: [sorted(curves[row.who].items())] for row in leading.rows if len(curves[row.who]) > 2}
 
 
 def _lines(
@@ -214,17 +320,32 @@ def _lines(
     axes.set(xlabel=labels[0], ylabel=labels[1], title=title)
     for label, seeds in lines.items():
         name, colour = looks.get(label, (None, ""))
-        for index, points in enumerate(seeds if name else ()):
+        for index, points in enumerate(() if name is None else seeds):
             axes.plot(
                 *zip(*points, strict=True),
                 marker=marker,
                 markersize=4,
                 linewidth=1.4 if len(seeds) == 1 else 0.7,
-                label=name if index == 0 else None,
+                label=(name or None) if index == 0 else None,
                 color=colour,
             )
     if title == _BY_EPS:
         axes.set_ylim(bottom=0)
+    if 1 < len(lines) <= _DIRECT:
+        _name_ends(axes, {label: seeds[0][-1][1] for label, seeds in lines.items()}, looks)
+
+
+def _name_ends(axes: Axes, ends: Mapping[str, float], looks: Mapping[str, Look]) -> None:
+    """Write each row's name above the end of its line, moved up where two would meet."""
+    low, high = axes.get_ylim()
+    heights = {label: (end - low) / (high - low) for label, end in ends.items() if label in looks}
+    free = 0.0
+    for label, height in sorted(heights.items(), key=lambda item: item[1]):
+        name, colour = looks[label]
+        free = max(free, height + 0.01)
+        look: dict[str, Any] = {"ha": "right", "va": "bottom", "color": colour, "fontsize": 8, "bbox": _VEIL}
+        axes.text(0.99, free, name.strip(), transform=axes.transAxes, **look)
+        free += _NAME_HEIGHT
 
 
 def _attack(table: ComparedTable) -> str:

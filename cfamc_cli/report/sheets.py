@@ -185,10 +185,10 @@ def _by_eps(tables: Sequence[ComparedTable], limit: int) -> list[Sheet]:
     if len(same) < 2:
         return []
     radii = sorted(same, key=lambda eps: exact_number(eps) or 0.0)
-    found = {eps: {_who(row): row for row in same[eps].rows} for eps in radii}
+    found = {eps: {row.who: row for row in same[eps].rows} for eps in radii}
     rows, shown = [], tables[0].rows[: limit or None]
     for row in shown:
-        own = {eps: found[eps][_who(row)] for eps in radii if _who(row) in found[eps]}
+        own = {eps: found[eps][row.who] for eps in radii if row.who in found[eps]}
         cells = [figure_text(own[eps].robust) if eps in own else "" for eps in radii]
         wrong = [f"{eps} not trusted: {', '.join(part.failed)}" for eps, part in own.items() if part.failed]
         wrong += [f"{eps} on {part.n:,}" for eps, part in own.items() if part.n != row.n]
@@ -197,11 +197,6 @@ def _by_eps(tables: Sequence[ComparedTable], limit: int) -> list[Sheet]:
     columns = ("run", "n", "clean %", *(f"{eps} %" for eps in radii), "note")
     more = len(tables[0].rows) - len(shown)
     return [Sheet(title, columns, tuple(range(1, len(columns) - 1)), tuple(rows), more=more)]
-
-
-def _who(row: Row) -> object:
-    """Equal for rows of the same encoders and heads."""
-    return (tuple(entry.run.id for entry in row.entries), row.entries[0].head)
 
 
 def _sheet(table: ComparedTable, beside: Sequence[Published], limit: int) -> Sheet:
@@ -283,12 +278,12 @@ def _cost(row: Row) -> tuple[str, ...]:
 
 
 def _recipe(table: ComparedTable, row: Row) -> str:
-    settings = [f"{key}={value}" for key, value in _differing(table, row).items()]
+    settings = [f"{key}={value}" for key, value in differing(table, row).items()]
     more = [f"and {len(settings) - MOST_KEYS} more"] if len(settings) > MOST_KEYS else []
     return ", ".join(settings[:MOST_KEYS] + more)
 
 
-def _differing(table: ComparedTable, row: Row) -> dict[str, object]:
+def differing(table: ComparedTable, row: Row) -> dict[str, object]:
     """The settings of a row in which its table differs, as far as it has them."""
     known = {**row.run.recipe, **dict(row.entries[0].head)}
     return {key: known[key] for key in table.keys if key in known}
@@ -331,7 +326,7 @@ def _json_row(table: ComparedTable, row: Row) -> dict[str, Any]:
         "seeds": [entry.run.seed for entry in row.entries],
         "results": [entry.result for entry in row.entries],
         "name": row.run.name,
-        "recipe": _differing(table, row),
+        "recipe": differing(table, row),
         "epochs": row.run.epochs,
         "steps": row.run.steps,
         "view_passes": row.run.view_passes,

@@ -278,6 +278,13 @@ class ProbeRecord(ProbeResult):
         return self
 
 
+class FeatureMap(Record):
+    """probes/<id>/map.json: features of evenly chosen samples of `test`, at their first two principal components."""
+
+    points: tuple[tuple[float, float, Count], ...]  # and the label
+    explained: tuple[float, float]  # share of the variance along each
+
+
 class PendingProbe(Record):
     """probes/<id>/pending.json: a head under way that can be resumed."""
 

@@ -23,10 +23,11 @@ from cfamc_cli.store.records import IMPORTED, ProbeRecord, RunRecord, Status, lo
 
 LATEST = "latest"
 RECORD = "record.json"  # what makes a probe or an attack one
-HEAD, PENDING = "head.safetensors", "pending.json"  # of a probe
+HEAD, PENDING, MAP = "head.safetensors", "pending.json", "map.json"  # of a probe
 OUTCOMES, EXAMPLES = "outcomes.json", "examples.safetensors"  # of an attack; below, its pictures
 BENCHES = "benches"  # in the store, beside the runs; a bench is a folder with a record
 SHEET, LOSS, ACCURACY = "examples.png", "loss.png", "accuracy.png"
+CURVES = "curves.png"  # of a training
 _LOCK = ".lock"
 _KINDS = ("attacks", "measures", "probes", "unlabelled")  # folders of items in a run
 _SLUG_LENGTH = 48

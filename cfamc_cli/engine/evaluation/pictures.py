@@ -74,6 +74,44 @@ def sheet(samples: Sequence[Shown], *, heading: Sequence[str], gain: float) -> b
     return out.getvalue()
 
 
+def crops_sheet(
+    images: Tensor, clean: Sequence[Tensor], moved: Sequence[Tensor], *, heading: Sequence[str], gain: float
+) -> bytes:
+    """Draw each image and its crops in a line, below it the crops as they are perturbed, and the difference.
+
+    Args:
+        images: (N, 3, H, W) in [0, 1].
+        clean: Crops by group, (V, N, 3, S, S) each.
+        moved: The same, perturbed.
+        heading: Lines above the pictures.
+        gain: What differences are multiplied by before they are added to middle grey.
+
+    Returns:
+        A PNG.
+    """
+    font, step = ImageFont.load_default(), _TILE + 2
+    difference = [0.5 + gain * (after - before) for before, after in zip(clean, moved, strict=True)]
+    lines = [[crop for group in groups for crop in group] for groups in (clean, moved, difference)]
+    most = max(round(font.getlength(_plain(line))) for line in heading)
+    top, columns = _GAP + _LINE * (len(heading) + 1), 1 + len(lines[0])
+    canvas = Image.new(
+        "RGB", (max(columns * step, most) + 3 * _GAP, top + len(images) * (len(lines) * step + _GAP)), _PAPER
+    )
+    draw = ImageDraw.Draw(canvas)
+    for line, text in enumerate(heading):
+        draw.text((_GAP, _GAP + line * _LINE), _plain(text), fill=_INK, font=font)
+    for place, image in enumerate(images):
+        upper = top + place * (len(lines) * step + _GAP)
+        canvas.paste(_enlarged(image, (_TILE, _TILE)), (_GAP, upper))
+        for below, crops in enumerate(lines):
+            for column, crop in enumerate(crops, start=1):
+                at = 2 * _GAP + column * step, upper + below * step
+                canvas.paste(_enlarged(crop[place], (_TILE, _TILE)), at)
+    out = io.BytesIO()
+    canvas.save(out, format="PNG")
+    return out.getvalue()
+
+
 _Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
 

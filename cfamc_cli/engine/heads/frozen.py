@@ -36,6 +36,7 @@ from cfamc_cli.store.records import Accuracy, ClassAccuracy
 
 _CHUNK = 512  # samples of a forward pass, and rows of a distance matrix
 _ROWS = 4096  # cached features of one product
+_MAPPED = 500  # samples of a plane
 CONVERGED = 1e-4  # largest entry of the gradient at which a head counts as converged: the loss is then within 1e-5
 
 Each = Callable[[int, int], None]  # told how many of how many are done
@@ -66,6 +67,15 @@ class Task:
 
 
 @dataclass(frozen=True)
+class Plane:
+    """Features of every `stride`-th sample at their first two principal components."""
+
+    stride: int
+    points: Tensor  # (N, 2), on the CPU
+    explained: tuple[float, float]  # share of the variance along each
+
+
+@dataclass(frozen=True)
 class Fitted:
     """A head that is done, and what it answers."""
 
@@ -74,6 +84,7 @@ class Fitted:
     test: Tensor  # (M,) predicted labels of the images that it is judged on
     converged: bool | None = None  # whether the protocol "converged" came to the optimum; None for the others
     precision: Precision = "float32"  # of the passes that it was fitted by
+    plane: Plane | None = None  # of the test features; None for heads that keep none
 
 
 def fit_on_features(task: Task, settings: Linear | AggregatedCrops | Knn) -> Fitted | None:
@@ -107,7 +118,7 @@ def fit_on_features(task: Task, settings: Linear | AggregatedCrops | Knn) -> Fit
     if isinstance(settings, Knn):
         k, temperature = settings.k, settings.temperature
         nearest = weighted_knn(features, labels, queries, classes=classes, k=k, temperature=temperature, each=each)
-        return Fitted(None, None, nearest)
+        return Fitted(None, None, nearest, plane=principal_plane(queries))
     statistics = features if isinstance(settings, Linear) and settings.standardize else None
     head = new_head(features.shape[1], classes, seed=seed, device=device, statistics=statistics)
     converged = None
@@ -119,7 +130,8 @@ def fit_on_features(task: Task, settings: Linear | AggregatedCrops | Knn) -> Fit
     else:
         fit_by_batches(head, features, labels, settings=settings, seed=seed, each=each)
     classifier = Classifier(encoder, head, features=settings.features, crops=sources[1])
-    return Fitted(classifier, predict(head, features), predict(head, queries), converged)
+    answers = predict(head, features), predict(head, queries)
+    return Fitted(classifier, *answers, converged, plane=principal_plane(queries))
 
 
 @torch.no_grad()
@@ -230,6 +242,23 @@ def classify(classifier: Classifier, images: Tensor, *, device: torch.device, ea
 def predict(head: LinearHead, features: Tensor) -> Tensor:
     """Predicted labels (N,) from features (N, F), in chunks."""
     return torch.cat([head(chunk).argmax(1) for chunk in torch.split(features, _ROWS)])
+
+
+def principal_plane(features: Tensor) -> Plane | None:
+    """The plane in which features (N, F) of at most 500 evenly chosen samples vary most; None for fewer than 3.
+
+    By the eigenvectors of their inner products; a component's sign makes its largest entry positive.
+    """
+    if len(features) < 3:
+        return None
+    stride = -(-len(features) // _MAPPED)
+    chosen = features[::stride].cpu().double()
+    chosen -= chosen.mean(0)
+    values, vectors = torch.linalg.eigh(chosen @ chosen.T)
+    values, vectors = values.flip(0)[:2].clamp(min=0), vectors.flip(1)[:, :2]
+    signs = vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
+    first, second = (values / chosen.square().sum().clamp(min=1e-12)).tolist()
+    return Plane(stride, vectors * signs * values.sqrt(), (first, second))
 
 
 def confusion_of(truth: Tensor, answers: Tensor, *, classes: int) -> tuple[tuple[int, ...], ...]:
