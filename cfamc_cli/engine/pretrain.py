@@ -145,7 +145,7 @@ class Trainer:
             self.enter(self.phase + 1)
 
     def preview(self) -> tuple[Tensor, Groups, Groups]:
-        """The images of the first batch in [0, 1], their crops, and those as the adversary moves them while the weights stay."""
+        """The first batch: images in [0, 1], their crops, and those as the adversary moves them; weights stay."""
         crops, labels = self.crops_of(0)
         self.adversary.begin(crops, self._generators("delta", 0))
         for _ in range(self.recipe.replays):

@@ -94,14 +94,13 @@ def crops_sheet(
     lines = [[crop for group in groups for crop in group] for groups in (clean, moved, difference)]
     most = max(round(font.getlength(_plain(line))) for line in heading)
     top, columns = _GAP + _LINE * (len(heading) + 1), 1 + len(lines[0])
-    canvas = Image.new(
-        "RGB", (max(columns * step, most) + 3 * _GAP, top + len(images) * (len(lines) * step + _GAP)), _PAPER
-    )
+    each = len(lines) * step + _GAP  # pixels of an image and what belongs to it
+    canvas = Image.new("RGB", (max(columns * step, most) + 3 * _GAP, top + len(images) * each), _PAPER)
     draw = ImageDraw.Draw(canvas)
     for line, text in enumerate(heading):
         draw.text((_GAP, _GAP + line * _LINE), _plain(text), fill=_INK, font=font)
     for place, image in enumerate(images):
-        upper = top + place * (len(lines) * step + _GAP)
+        upper = top + place * each
         canvas.paste(_enlarged(image, (_TILE, _TILE)), (_GAP, upper))
         for below, crops in enumerate(lines):
             for column, crop in enumerate(crops, start=1):
