@@ -22,7 +22,7 @@ from cfamc_cli.recipe import file
 SURFACE = {
     "cfamc": "--install-completion --show-completion --version",
     "cfamc bench": "RECIPE --alone --attack --device --json --quiet/-q --runs --seconds --set",
-    "cfamc pretrain": "RECIPE --device --dry-run --force --json --quiet/-q --resume --runs --seed --seeds --set",
+    "cfamc pretrain": "RECIPE --device --dry-run --force --json --plot --quiet/-q --resume --runs --seed --seeds --set",
     "cfamc probe": (
         "RUN --architecture --batch-norm --crops --data --device --epochs --features --head --import --json --limit "
         "--mean --network --protocol --quiet/-q --resume --runs --set --size --split --std"
@@ -38,7 +38,7 @@ SURFACE = {
     "cfamc export": "RUN --device --force --format --head --json --metrics --out --part --quiet/-q --runs",
     "cfamc recipes": "",
     "cfamc recipes list": "--json",
-    "cfamc recipes show": "NAME",
+    "cfamc recipes show": "NAME --plot",
     "cfamc recipes copy": "NAME TARGET --force",
     "cfamc recipes explain": "KEY --json",
     "cfamc recipes schema": "",

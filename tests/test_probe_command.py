@@ -42,7 +42,7 @@ from cfamc_cli.errors import CfamcError
 from cfamc_cli.recipe import file as recipe_file
 from cfamc_cli.recipe.schema import Model
 from cfamc_cli.store.files import write_json, write_text
-from cfamc_cli.store.records import DataUsed, ProbeRecord, RunRecord, load_record, now, save_record
+from cfamc_cli.store.records import DataUsed, FeatureMap, ProbeRecord, RunRecord, load_record, now, save_record
 from cfamc_cli.store.runs import HEAD, RunFolder, cache_folder, create_run, standard_probe
 
 CPU = torch.device("cpu")
@@ -136,6 +136,10 @@ def test_a_head_is_a_record_that_can_be_measured_again(probe: Command, kind: str
     assert all("not clearly better than one class" in line for line in done.err.splitlines())  # few steps, few images
     folder = probe.run.probes / f"{kind}-001"
     names = {"record.json"} if kind == "knn" else {"record.json", "head.safetensors"}
+    if kind in ("linear", "crops", "knn"):  # fitted to features that are kept
+        names.add("map.json")
+        points = load_record(folder / "map.json", FeatureMap).points
+        assert [label for _, _, label in points] == [label for label in range(3) for _ in range(5)]
     assert {path.name for path in folder.iterdir()} == names
     record = load_record(folder / "record.json", ProbeRecord)
     assert done.json == record.model_dump(mode="json")

@@ -40,7 +40,7 @@ def pretrain(
     resume: str | None,
     dry_run: bool,
     force: bool,
-    plot: bool,
+    plot: bool = False,
     options: Options,
 ) -> None:
     """Train one run per seed, go on with a run, or say what would be done.

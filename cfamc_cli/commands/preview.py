@@ -5,9 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from cfamc_cli.commands.common import Options, session
-from cfamc_cli.engine.data.sets import at_hand
-from cfamc_cli.engine.evaluation.pictures import crops_sheet
-from cfamc_cli.engine.pretrain import Trainer
 from cfamc_cli.engine.sink import NullLedger
 from cfamc_cli.errors import invalid
 from cfamc_cli.recipe import file
@@ -32,6 +29,10 @@ def draw_crops(reference: str, target: Path) -> None:
     Raises:
         CfamcError: The recipe or its images cannot be used, or the file cannot be written.
     """
+    from cfamc_cli.engine.data.sets import at_hand
+    from cfamc_cli.engine.evaluation.pictures import crops_sheet
+    from cfamc_cli.engine.pretrain import Trainer
+
     if target.suffix != ".png":
         raise invalid(f"cannot draw {target.suffix!r:.20}", "use .png")
     recipe = file.load(reference)
