@@ -10,6 +10,7 @@ from typing import Annotated, Literal, TypeAlias
 import typer
 from typer import Argument, Option
 
+from cfamc_cli.commands import complete
 from cfamc_cli.errors import CfamcError, ExitCode, invalid
 
 app = typer.Typer(
@@ -30,7 +31,10 @@ Texts: TypeAlias = list[str] | None
 Number: TypeAlias = int | None
 File: TypeAlias = Path | None
 
-RunArgument = Annotated[Text, Argument(metavar="RUN", help="A run: its id, path or latest; else the newest one.")]
+RunArgument = Annotated[
+    Text,
+    Argument(metavar="RUN", help="A run: its id, path or latest; else the newest one.", autocompletion=complete.runs),
+]
 RunsOption = Annotated[File, Option("--runs", metavar="FOLDER", help="The run store; else CFAMC_RUNS, else ./runs.")]
 DeviceOption = Annotated[str, Option(metavar="NAME", help="auto, cpu, cuda, cuda:0 or mps.")]
 JsonOption = Annotated[bool, Option("--json", help="Print one JSON object to stdout, errors included.")]
@@ -39,7 +43,9 @@ SplitOption = Annotated[
     Literal["holdout", "test"] | None,
     Option(help="Training images that the recipe holds out, or test images; the former where there are some."),
 ]
-RecipeArgument = Annotated[str, Argument(metavar="NAME", help="A recipe's name, or a file.")]
+RecipeArgument = Annotated[
+    str, Argument(metavar="NAME", help="A recipe's name, or a file.", autocompletion=complete.recipes)
+]
 
 
 def _version(wanted: bool) -> None:
@@ -70,15 +76,23 @@ def _need_command(context: typer.Context) -> None:
 
 @app.command()
 def pretrain(
-    recipe: Annotated[Text, Argument(metavar="RECIPE", help="A TOML file, or a shipped recipe's name.")] = None,
+    recipe: Annotated[
+        Text,
+        Argument(metavar="RECIPE", help="A TOML file, or a shipped recipe's name.", autocompletion=complete.recipes),
+    ] = None,
     overrides: Annotated[
-        Texts, Option("--set", metavar="KEY=VALUE", help="Such as crops.0.count=8; repeatable.")
+        Texts,
+        Option(
+            "--set", metavar="KEY=VALUE", help="Such as crops.0.count=8; repeatable.", autocompletion=complete.settings
+        ),
     ] = None,
     seed: Annotated[Number, Option(help="In place of the recipe's seed.")] = None,
     seeds: Annotated[Text, Option(metavar="0,1,2", help="One run per seed.")] = None,
     device: DeviceOption = "auto",
     runs: RunsOption = None,
-    resume: Annotated[Text, Option(metavar="RUN", help="Go on with a run: its id, path, or latest.")] = None,
+    resume: Annotated[
+        Text, Option(metavar="RUN", help="Go on with a run: its id, path, or latest.", autocompletion=complete.runs)
+    ] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Print the resolved recipe and its cost.")] = False,
     force: Annotated[bool, Option("--force", help="Start although the plan is beyond the memory there is.")] = False,
     plot: Annotated[bool, Option("--plot", help="Draw the curves of the training into the run's folder.")] = False,
@@ -104,9 +118,18 @@ def pretrain(
 
 @app.command()
 def bench(
-    recipe: Annotated[str, Argument(metavar="RECIPE", help="A TOML file, or a shipped recipe's name.")],
+    recipe: Annotated[
+        str,
+        Argument(metavar="RECIPE", help="A TOML file, or a shipped recipe's name.", autocompletion=complete.recipes),
+    ],
     overrides: Annotated[
-        Texts, Option("--set", metavar="KEY=VALUE", help="Such as train.batch_size=50; repeatable.")
+        Texts,
+        Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Such as train.batch_size=50; repeatable.",
+            autocompletion=complete.settings,
+        ),
     ] = None,
     seconds: Annotated[float, Option(min=0, max=3600, metavar="N", help="Time for each variant of settings.")] = 10.0,
     alone: Annotated[bool, Option("--alone", help="Measure the recipe's own settings, and no others.")] = False,
@@ -127,15 +150,26 @@ def bench(
 @app.command()
 def probe(
     run: Annotated[
-        Text, Argument(metavar="RUN", help="A run: its id, path or latest; else the newest finished one.")
+        Text,
+        Argument(
+            metavar="RUN",
+            help="A run: its id, path or latest; else the newest finished one.",
+            autocompletion=complete.runs,
+        ),
     ] = None,
-    head: Annotated[Text, Option(metavar="KIND", help="linear, robust-linear, crops, knn or finetune.")] = None,
+    head: Annotated[
+        Text,
+        Option(metavar="KIND", help="linear, robust-linear, crops, knn or finetune.", autocompletion=complete.heads),
+    ] = None,
     features: Annotated[Text, Option(metavar="LAYER", help="pre_feature or backbone.")] = None,
     crops: Annotated[Number, Option(metavar="N", help="Crops of an image, for --head crops.")] = None,
     epochs: Annotated[Number, Option(metavar="N", help="How long the head is trained.")] = None,
     protocol: Annotated[Text, Option(metavar="NAME", help="official or converged, for --head linear.")] = None,
     overrides: Annotated[
-        Texts, Option("--set", metavar="KEY=VALUE", help="Such as probe.lr=0.001; repeatable.")
+        Texts,
+        Option(
+            "--set", metavar="KEY=VALUE", help="Such as probe.lr=0.001; repeatable.", autocompletion=complete.settings
+        ),
     ] = None,
     data: Annotated[
         Texts,
@@ -208,6 +242,7 @@ def attack(
             metavar="NAME",
             help="pgd, fgsm, apgd-ce, apgd-dlr, apgd-t, fab, square, autoattack, autoattack-rand or embedding; "
             "or a measure: smallest, corruptions or smoothing.",
+            autocompletion=complete.attacks,
         ),
     ] = None,
     steps: Annotated[Number, Option(metavar="N", help="Steps of the attack.")] = None,
@@ -230,12 +265,20 @@ def attack(
     ] = None,
     limit: Annotated[Number, Option(min=1, metavar="N", help="Attack the first N images of a balanced order.")] = None,
     split: SplitOption = None,
-    head: Annotated[Text, Option(metavar="PROBE", help="Head to attack: a probe's id, or a kind of head.")] = None,
+    head: Annotated[
+        Text,
+        Option(metavar="PROBE", help="Head to attack: a probe's id, or a kind of head.", autocompletion=complete.heads),
+    ] = None,
     space: Annotated[
         str, Option(metavar="NAME", help="image, or crops: each crop of the aggregated head by itself.")
     ] = "image",
     source: Annotated[
-        Text, Option(metavar="RUN", help="Make the examples on another run, and judge them on this.")
+        Text,
+        Option(
+            metavar="RUN",
+            help="Make the examples on another run, and judge them on this.",
+            autocompletion=complete.runs,
+        ),
     ] = None,
     strict: Annotated[bool, Option("--strict", help="Make the audit, and exit with 5 if a check fails.")] = False,
     audit: Annotated[bool, Option("--audit", help="Make the full audit, which attacks again.")] = False,
@@ -294,13 +337,19 @@ def attack(
 def compare(
     references: Annotated[
         Texts,
-        Argument(metavar="[STORE|RUN]...", help="Stores, runs or beginnings of ids; else the store."),
+        Argument(
+            metavar="[STORE|RUN]...",
+            help="Stores, runs or beginnings of ids; else the store.",
+            autocompletion=complete.runs,
+        ),
     ] = None,
     where: Annotated[
         Texts, Option(metavar="FILTER", help="Such as adversary.name=free or robust>=30; repeatable.")
     ] = None,
     sort: Annotated[str, Option(metavar="KEY", help="A metric or recipe key, with :asc or :desc.")] = "",
-    baseline: Annotated[Text, Option(metavar="RUN", help="Hold the others against this run.")] = None,
+    baseline: Annotated[
+        Text, Option(metavar="RUN", help="Hold the others against this run.", autocompletion=complete.runs)
+    ] = None,
     published: Annotated[bool, Option("--published", help="Add the published table, marked as such.")] = False,
     fold: Annotated[bool, Option("--fold/--no-fold", help="One row for the seeds of a recipe.")] = True,
     limit: Annotated[int, Option(min=0, metavar="N", help="Rows of a table on a terminal; 0 for all.")] = 50,
@@ -342,7 +391,12 @@ def export(
         Option("--format", help="How it is written; safetensors unless told."),
     ] = None,
     head: Annotated[
-        Text, Option(metavar="PROBE", help="Head of the classifier: a probe's id, or a kind of head.")
+        Text,
+        Option(
+            metavar="PROBE",
+            help="Head of the classifier: a probe's id, or a kind of head.",
+            autocompletion=complete.heads,
+        ),
     ] = None,
     metrics: Annotated[
         Literal["csv", "tensorboard"] | None, Option(help="Hand over the run's metrics, in place of weights.")
@@ -408,7 +462,12 @@ def copy_recipe(
 
 @recipes_app.command("explain")
 def explain_key(
-    key: Annotated[str, Argument(metavar="[KEY]", help="A key such as train.epochs, or a table; else all.")] = "",
+    key: Annotated[
+        str,
+        Argument(
+            metavar="[KEY]", help="A key such as train.epochs, or a table; else all.", autocompletion=complete.keys
+        ),
+    ] = "",
     json: JsonOption = False,
 ) -> None:
     """Say what a key of a recipe means: its unit, range and default."""
@@ -434,7 +493,12 @@ def print_schema() -> None:
     terminal.write_out(recipes.json_schema())
 
 
-OneRun = Annotated[str, Argument(metavar="RUN", help="A run: its id, a part of that, its name, a tag or its path.")]
+OneRun = Annotated[
+    str,
+    Argument(
+        metavar="RUN", help="A run: its id, a part of that, its name, a tag or its path.", autocompletion=complete.runs
+    ),
+]
 
 
 @runs_app.command("list")
@@ -492,7 +556,9 @@ def untag_run(
 
 @runs_app.command("rm")
 def remove_runs(
-    references: Annotated[list[str], Argument(metavar="RUN...", help="Runs, as of any command.")],
+    references: Annotated[
+        list[str], Argument(metavar="RUN...", help="Runs, as of any command.", autocompletion=complete.runs)
+    ],
     yes: Annotated[bool, Option("--yes", "-y", help="Do not ask.")] = False,
     runs: RunsOption = None,
 ) -> None:
@@ -505,7 +571,9 @@ def remove_runs(
 
 @runs_app.command("gc")
 def clear_runs(
-    references: Annotated[Texts, Argument(metavar="[RUN]...", help="Runs; else all of the store.")] = None,
+    references: Annotated[
+        Texts, Argument(metavar="[RUN]...", help="Runs; else all of the store.", autocompletion=complete.runs)
+    ] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Say what it would free, and do nothing.")] = False,
     runs: RunsOption = None,
     json: JsonOption = False,

@@ -32,6 +32,7 @@ class Entry:
     form: str  # such as 'name = "pgd"'; empty where its table has one form
     meaning: str
     value: str  # type, range and default in words; empty for a table
+    choices: tuple[str, ...] = ()  # what the key may be where that is one of a few; of a table the names of its form
 
 
 @cache
@@ -121,14 +122,18 @@ def _entries(table: type[Table], above: str = "", form: str = "") -> Iterator[En
         key, forms = above + (settings.alias or field), tables(settings.annotation)
         key += ".0" if forms and made.get("type") == "array" else ""
         if len(forms) > 1:
-            yield Entry(
-                f"{key}.{_tag(forms[0])}", "", "which of these forms it has", f"{_either(_names(forms))}; must be given"
-            )
+            tag, names = _tag(forms[0]), _names(forms)
+            told = f"{_either(names)}; must be given"
+            yield Entry(f"{key}.{tag}", "", "which of these forms it has", told, tuple(names))
         if not forms and not (form and field == _tag(table)):
-            yield Entry(key, form, meaning(table, field), _in_words(made, required=settings.is_required()))
+            value = _in_words(made, required=settings.is_required())
+            few = (True, False) if made.get("type") == "boolean" else made.get("enum", ())
+            choices = tuple(one if isinstance(one, str) else json.dumps(one) for one in few)
+            yield Entry(key, form, meaning(table, field), value, choices)
         for one in forms:
-            label = _label(one) if len(forms) > 1 else ""
-            yield Entry(key, label, inspect.cleandoc(one.__doc__ or ""), "")
+            names = _names([one]) if len(forms) > 1 else []
+            label = f"{_tag(one)} = {_either(names)}" if names else ""
+            yield Entry(key, label, inspect.cleandoc(one.__doc__ or ""), "", tuple(names))
             yield from _entries(one, f"{key}.", label)
 
 
@@ -139,10 +144,6 @@ def _tag(table: type[Table]) -> str:
 
 def _names(forms: Iterable[type[Table]]) -> list[str]:
     return [name for table in forms for name in get_args(table.model_fields[_tag(table)].annotation)]
-
-
-def _label(table: type[Table]) -> str:
-    return f"{_tag(table)} = {_either(_names([table]))}"
 
 
 def _either(values: Iterable[object]) -> str:
@@ -174,15 +175,6 @@ _KINDS = {
     "array": "numbers",
     "object": "a table",
 }
-
-
-def keys() -> dict[str, str]:
-    """Every dotted key that --set takes, tables left out, and what it means in the first of its forms."""
-    found: dict[str, str] = {}
-    for entry in _entries(Recipe):
-        if entry.value:
-            found.setdefault(entry.key, entry.meaning)
-    return found
 
 
 def explain(key: str) -> list[Entry]:

@@ -1,0 +1,93 @@
+"""What a shell offers when Tab is pressed: recipes, runs, heads, attacks, keys. What cannot be read offers nothing."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import get_args
+
+import typer
+
+from cfamc_cli.errors import CfamcError
+
+Offer = tuple[str, str]  # a word, and what it means
+
+
+def recipes(incomplete: str) -> list[Offer]:
+    """Shipped recipes, files of recipes and the folders on the way to them."""
+    from cfamc_cli.commands.recipes import titles
+
+    typed = Path(incomplete)
+    here = typed if incomplete.endswith("/") else typed.parent
+    start = incomplete[: len(incomplete) - len("" if incomplete.endswith("/") else typed.name)]
+    with suppress(OSError):
+        files = [(f"{start}{path.name}{'/' * path.is_dir()}", "") for path in sorted(here.iterdir())]
+        return [*titles().items(), *(file for file in files if file[0].endswith((".toml", "/")))]
+    return list(titles().items())
+
+
+def runs(context: typer.Context) -> list[Offer]:
+    """The runs of the store that --runs names, the newest first, and their tags."""
+    from cfamc_cli.store.runs import LATEST, default_store, list_runs
+
+    offers: list[Offer] = []
+    with suppress(CfamcError):
+        for run in reversed(list_runs(default_store(context.params.get("runs")))):
+            with suppress(CfamcError):
+                record = run.record()
+                offers += [(run.id, run.state(record)), *((tag, run.id) for tag in run.tags())]
+    return [(LATEST, "the newest"), *offers] if offers else []
+
+
+def kinds(key: str) -> list[Offer]:
+    """The forms that a table of a recipe may have: its heads or attacks."""
+    from cfamc_cli.recipe import describe
+
+    forms = (entry for entry in describe.explain(key) if not entry.value)
+    return [(name, _first_line(entry.meaning)) for entry in forms for name in entry.choices]
+
+
+def heads(context: typer.Context) -> list[Offer]:
+    """The heads of the run that stands on the line, or of the newest, and the kinds of heads."""
+    from cfamc_cli.store.runs import LATEST, default_store, find_run, finished_probes
+
+    offers: list[Offer] = []
+    if context.info_name != "probe":
+        with suppress(CfamcError):
+            run = find_run(default_store(context.params.get("runs")), context.params.get("run") or LATEST)
+            offers = [(folder.name, f"{record.head} head") for folder, record in finished_probes(run)]
+    return offers + kinds("probe")
+
+
+def attacks() -> list[Offer]:
+    """Attacks and measures."""
+    from cfamc_cli.recipe.schema import Measure
+
+    measures = [(table.model_fields["name"].annotation, table.__doc__) for table in get_args(Measure)]
+    return kinds("attack") + [
+        (name, _first_line(told or "")) for literal, told in measures for name in get_args(literal)
+    ]
+
+
+def settings(context: typer.Context, incomplete: str) -> list[Offer]:
+    """Keys for --set, with their values where there are few; of probe only those of its table."""
+    from cfamc_cli.recipe import describe
+
+    start = "probe." if context.info_name == "probe" else ""
+    offers: dict[str, str] = {}
+    for entry in describe.explain(start.rstrip(".")):
+        if entry.value and entry.key.startswith(incomplete.partition("=")[0]):
+            words = entry.choices or ("",)
+            offers |= {f"{entry.key}={word}": entry.meaning for word in words}
+    return list(offers.items())
+
+
+def keys() -> list[Offer]:
+    """Keys and tables of recipes."""
+    from cfamc_cli.recipe import describe
+
+    return list({entry.key: _first_line(entry.meaning) for entry in describe.explain("")}.items())
+
+
+def _first_line(text: str) -> str:
+    return text.partition("\n")[0]
