@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import signal
 from functools import partial
 from pathlib import Path
@@ -244,6 +245,23 @@ def test_the_record_of_a_training_is_that_of_what_was_trained(
     assert record.data == images.used()
     assert record.data.n == 70
     assert record.environment.computation == computation(torch.device("cpu"), precision="float32")
+
+
+def test_a_run_says_what_it_is_before_it_begins(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, options = tmp_path / "tiny.toml", Options(device="cpu", runs=tmp_path / "runs")
+    path.write_text(recipe_text())
+    pretrain(str(path), overrides=[], seeds=[3], resume=None, dry_run=False, force=False, options=options)
+    (run,) = list_runs(tmp_path / "runs")
+    said = [line.partition("  ")[2].strip() for line in capsys.readouterr().err.splitlines()[:5]]
+    assert said[:3] == [
+        f"{run.id} in {tmp_path / 'runs'}",
+        "tiny, seed 3: emp-ssl, adversary free",
+        "64 images of fashion-mini train, 4 crops of 16 pixels",
+    ]
+    assert "-s3-" in run.id
+    assert said[3].startswith("cpu, ")
+    assert said[3].endswith(" in float32")
+    assert re.fullmatch(r"24 weight updates, 0\.\d+ GiB, about \d+ s and evaluations", said[4])
 
 
 def test_what_is_beyond_the_memory_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

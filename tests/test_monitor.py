@@ -160,6 +160,7 @@ def test_online_evaluation_of_an_encoder_whose_answers_are_known() -> None:
         (13, 0),
         (230, 0),  # right by its neighbours alone
     ]
+    told: list[tuple[int, int]] = []
     found = monitor.evaluate(
         cast("Encoder", Brightness()),
         even([value for value, _ in bank]),
@@ -170,9 +171,13 @@ def test_online_evaluation_of_an_encoder_whose_answers_are_known() -> None:
         eps="8/255",
         device=torch.device("cpu"),
         stop=lambda: 0,
+        each=lambda done, total: told.append((done, total)),
         where=HERE,
     )
     assert found == EvaluationLine(**HERE, n=9, knn=6, clean=7, robust=5, eps="8/255", attack="pgd-10")
+    passes = len(bank) + 9 + 7 * 10 * 3  # features; then of what is right, steps forward and backward
+    assert told[-1] == (passes, passes)
+    assert [done for done, _ in told] == sorted({done for done, _ in told})
 
 
 def test_online_evaluation_counts_and_leaves_everything_alone() -> None:
@@ -194,6 +199,7 @@ def test_online_evaluation_counts_and_leaves_everything_alone() -> None:
         eps="8/255",
         device=torch.device("cpu"),
         stop=lambda: 0,
+        each=lambda *_: None,
         where=HERE,
     )
     assert found is not None
@@ -222,6 +228,7 @@ def test_online_evaluation_without_one_right_answer() -> None:
         eps="8/255",
         device=torch.device("cpu"),
         stop=lambda: 0,
+        each=lambda *_: None,
         where=HERE,
     )
     assert found is not None
@@ -273,6 +280,7 @@ def test_the_online_head_is_fitted_to_standardised_features_and_asks_all_the_whi
         eps="1/255",
         device=cpu,
         stop=stop,
+        each=lambda *_: None,
         where=HERE,
     )
     assert found is not None
@@ -287,7 +295,15 @@ def test_online_evaluation_ends_when_it_is_asked_to() -> None:
     cpu, asked = torch.device("cpu"), iter([0, 0, 15])
     bank, held_out = (images[:16], labels[:16]), (images[16:], labels[16:])
     found = monitor.evaluate(
-        encoder, *bank, *held_out, classes=2, eps="8/255", device=cpu, stop=lambda: next(asked), where=HERE
+        encoder,
+        *bank,
+        *held_out,
+        classes=2,
+        eps="8/255",
+        device=cpu,
+        stop=lambda: next(asked),
+        each=lambda *_: None,
+        where=HERE,
     )
     assert found is None
     assert encoder.training

@@ -24,6 +24,7 @@ from cfamc_cli.engine.crops import crop_batch, sample_parameters
 from cfamc_cli.engine.data.sets import ImageSet, class_balanced_split
 from cfamc_cli.engine.distributed import World
 from cfamc_cli.engine.encoder import Encoder, build_encoder, frozen_statistics
+from cfamc_cli.engine.forecast import forecast
 from cfamc_cli.engine.journal import Diverged
 from cfamc_cli.engine.objectives import Terms, objective_loss
 from cfamc_cli.engine.optim import LarsOptimizer, learning_rate
@@ -587,7 +588,7 @@ def test_every_number_of_the_journal_is_that_of_the_tensors(
         )
         assert cost.peak_memory > 2**20
         values = {key: line[key] for key in ("epoch", "lr", "loss", "gradient_norm", "invariance", "coding_rate")}
-        assert shown == ("train", line["step"], updates, values | {"views_per_second": cost.views_per_second})
+        assert shown == ("train", line["step"], updates, values | {"views/s": cost.views_per_second})
 
 
 def test_an_evaluation_is_no_part_of_the_rate_of_training(
@@ -1071,3 +1072,24 @@ def test_encoder_and_features_are_one_graph_each(training: bool) -> None:
         torch._dynamo.reset()
         found = torch._dynamo.explain(function)(torch.zeros(4, 3, 8, 8))
         assert (found.graph_count, found.break_reasons) == (1, [])
+
+
+@pytest.mark.parametrize(("adversary", "passes"), [("free", 3), ("pgd", 1 + 2 * 2 / 3), ("none", 1)])
+def test_a_forecast_is_the_plan_at_the_rate_of_one_pass_and_leaves_no_trace(
+    adversary: str, passes: float, tiny_images: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of(tiny_recipe("emp-ssl", adversary), tiny_images)
+    before = {name: value.clone() for name, value in trainer.encoder.state_dict().items()}
+    random_state = torch.get_rng_state()
+    readings = iter([0.0, 1.0, 10.0, 12.0])  # a first pass of 1 s, which warms up, and one of 2 s
+    monkeypatch.setattr("cfamc_cli.engine.forecast.time.perf_counter", lambda: next(readings))
+    found = forecast(trainer, plan(trainer.recipe, len(trainer.images)))
+    batches = len(trainer.images) // 8
+    assert found == pytest.approx(2 * batches * passes)
+    assert all(torch.equal(value, before[name]) for name, value in trainer.encoder.state_dict().items())
+    assert all(weight.grad is None for weight in trainer.encoder.parameters())
+    assert torch.equal(torch.get_rng_state(), random_state)
+    trainer.step = trainer.updates // 2
+    readings = iter([0.0, 2.5])  # so long a pass is not made twice
+    monkeypatch.setattr("cfamc_cli.engine.forecast.time.perf_counter", lambda: next(readings))
+    assert forecast(trainer, plan(trainer.recipe, len(trainer.images))) == pytest.approx(2.5 * batches * passes / 2)

@@ -274,6 +274,7 @@ def _train(recipe: Recipe, data: ImageSet, run: RunFolder | None, session: Sessi
                 parameters=checkpoint.count_parameters(trainer.encoder),
             )
             kept.begin(data.used(), totals, _progress(trainer), trainer.computation)
+            _introduce(kept, trainer, costs, session)
             if decay := recipe.train.average:
                 session.talk.message(f"the average of the weights is evaluated and saved: train.average = {decay:g}")
         with session.signals.deferred():
@@ -332,6 +333,25 @@ def _take_up(trainer: Trainer, run: RunFolder | None, session: Session) -> Mappi
         checkpoint.load_state(trainer.encoder, weights, path=Path(source))
         session.talk.message(f"starts from the encoder of {source}")
     return {}
+
+
+def _introduce(kept: RunLedger, trainer: Trainer, costs: Plan, session: Session) -> None:
+    """Say what the run is and what it will take, before it begins."""
+    from cfamc_cli.engine.forecast import forecast
+
+    record, recipe, say = kept.record, trainer.parts[0], session.talk.message
+    phases = f", {len(trainer.parts)} phases" if len(trainer.parts) > 1 else ""
+    crops = " and ".join(f"{group.count} crops of {group.size} pixels" for group in recipe.crops)
+    assert record.data is not None, "the run has begun"
+    say(f"run     {record.id} in {kept.run.path.parent}")
+    method = f"{recipe.objective.name}, adversary {recipe.adversary.name}{phases}"
+    say(f"recipe  {recipe.name}, seed {recipe.seed}: {method}")
+    say(f"data    {record.data.n:,} images of {record.data.dataset} {record.data.split}, {crops}")
+    say(f"device  {record.environment.device}, in {trainer.computation.precision}")
+    seconds, left = forecast(trainer, costs), trainer.total - record.progress.step
+    time = "time is told after some batches" if seconds is None else f"about {duration(seconds)} and evaluations"
+    memory = costs.memory + (PROCESS if trainer.device.type == "cpu" else 0)
+    say(f"plan    {left:,} weight updates, {memory / 2**30:.2g} GiB, {time}")
 
 
 def _progress(trainer: Trainer) -> Progress:

@@ -75,7 +75,7 @@ class Journal:
         self._grip_plan = monitor.schedule(updates=updates, batch_size=share, passes_per_update=1 + steps)
         few = self._grip_plan.images
         self._few = slice(few if few < share else None)  # images of a batch; of each process's share, or all of them
-        self._accuracy: dict[str, float] = {}
+        self._accuracy: dict[str, str] = {}  # of the last evaluation, in words
         self._first: tuple[int, float] | None = None  # update and time at the end of this sitting's first batch
         self._evaluation = 0.0  # seconds of the last one
         self._predicted = False
@@ -208,7 +208,7 @@ class Journal:
         self.ledger.timing(
             TimingLine(**where, views_per_second=rate, data_share=share, seconds=seconds, peak_memory=memory)
         )
-        shown = {"epoch": where["epoch"], **means, "views_per_second": rate, **self._accuracy}
+        shown = {"epoch": where["epoch"], **means, "views/s": rate, **self._accuracy}
         self.talk.progress("train", where["step"], self.total, shown)
         self._rows = []
         self.start(step)
@@ -277,7 +277,14 @@ class Journal:
         held_out, others = class_balanced_split(labels, HELD_OUT, seed=self.recipe.seed)
         bank = others[torch.randperm(len(others), generator=addressed_generator("bank", self.recipe.seed))]
         bank = bank[: monitor.BANK]
-        adversary = self.recipe.adversary
+        adversary, passes = self.recipe.adversary, 1
+        task = f"evaluation {'' if step or self.before['step'] else 'of the untrained encoder '}in passes:"
+
+        def tell(done: int, total: int) -> None:
+            nonlocal passes
+            passes = total
+            self.talk.progress(task, min(done, total - 1), total, {})
+
         line = monitor.evaluate(
             encoder,
             batch(images, bank, device=self.device),
@@ -288,6 +295,7 @@ class Journal:
             eps="8/255" if isinstance(adversary, NoAdversary) else adversary.eps,
             device=self.device,
             stop=stop,
+            each=tell,
             where=self.where(step),
         )
         self._evaluation = time.perf_counter() - began
@@ -297,5 +305,6 @@ class Journal:
         if line is None:
             return False
         self.ledger.metrics(line)
-        self._accuracy = {"knn": line.knn / line.n, "clean": line.clean / line.n, "robust": line.robust / line.n}
+        self._accuracy = line.shown()
+        self.talk.progress(task, passes, passes, self._accuracy)
         return True

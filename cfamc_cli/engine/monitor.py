@@ -22,6 +22,7 @@ from cfamc_cli.store.records import EvaluationLine, GripLine
 
 BANK = 5000  # training images that the online heads are fitted to, at most
 ATTACK_STEPS = 10
+_PASSES = 3 * ATTACK_STEPS  # of an image under attack, a backward pass counted as two
 CHECKS = 20  # comparisons of adversaries over a run, at most
 LOST = 0.05  # strength below which an adversary has lost its grip: free training measured 0.14 to 0.45, collapse < 0
 COST = 0.02  # of the run's view passes that they may take
@@ -53,6 +54,7 @@ def evaluate(
     eps: str,
     device: torch.device,
     stop: Callable[[], int],
+    each: Callable[[int, int], None],
     where: Where,
 ) -> EvaluationLine | None:
     """Fit heads to features of `bank` and count how often they are right on `held_out`.
@@ -70,25 +72,31 @@ def evaluate(
         eps: L-inf radius of the attack, exact text.
         device: Where to compute.
         stop: Asked all the while; what it returns, if not 0, ends the evaluation.
+        each: Told how many passes of an image are done, and of how many; backward ones count twice.
         where: The encoder's position in its run.
 
     Returns:
         The counts; None where `stop` ended it.
     """
+    attacked, before = len(held_out), len(bank) + len(held_out)  # what is wrong already is not attacked
 
-    def look_up(*_: int) -> None:  # features report how many are done, and of how many
+    def look_up(done: int = 0, _: int = 0) -> None:
         if stop():
             raise _Cut
+        if done:
+            each(done, before + _PASSES * attacked)
 
     training = encoder.training
     bank_labels, held_out_labels = bank_labels.to(device), held_out_labels.to(device)
     try:
         features = extract_features(encoder, bank, device=device, each=look_up)
-        queries = extract_features(encoder, held_out, device=device, each=look_up)
+        seen = len(bank)
+        queries = extract_features(encoder, held_out, device=device, each=lambda done, _: look_up(seen + done))
         neighbours = weighted_knn(features, bank_labels, queries, classes=classes)
         head = new_head(features.shape[1], classes, seed=0, device=device, statistics=features).requires_grad_(False)
-        fit_converged(head, features, bank_labels, l2=1e-4, iterations=100, each=look_up)
+        fit_converged(head, features, bank_labels, l2=1e-4, iterations=100, each=lambda *_: look_up())
         right = head(queries).argmax(1) == held_out_labels
+        attacked, seen = int(right.sum()), before
 
         encoder.eval()
         still = right.clone()
@@ -97,7 +105,9 @@ def evaluate(
             y = held_out_labels[chunk]
 
             def loss_of(moved: Sequence[Tensor], y: Tensor = y) -> Tensor:
-                look_up()
+                nonlocal seen
+                seen += _PASSES // ATTACK_STEPS * len(y)
+                look_up(seen)
                 return F.cross_entropy(head(encoder.features(moved[0])), y, reduction="sum")
 
             (delta,) = _strongest(loss_of, [x], eps=number(eps))
