@@ -221,7 +221,7 @@ def test_held_out_and_test_images_are_never_in_one_table(
     ]
     assert all(len(table["rows"]) == 1 for table in tables)
     assert cli.run(["compare", "--runs", str(folder / "runs")]) == 0
-    assert "folder held-out training images (" in " ".join(capsys.readouterr().out.split())
+    assert "held-out training images, not test images" in " ".join(capsys.readouterr().out.split())
     assert cli.run(["probe", made.id, "--runs", str(folder / "runs"), "--device", "cpu"]) == 0
     assert "Held-out accuracy by class" in capsys.readouterr().out
 

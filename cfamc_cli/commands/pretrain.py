@@ -274,7 +274,8 @@ def _train(recipe: Recipe, data: ImageSet, run: RunFolder | None, session: Sessi
                 parameters=checkpoint.count_parameters(trainer.encoder),
             )
             kept.begin(data.used(), totals, _progress(trainer), trainer.computation)
-            _introduce(kept, trainer, costs, session)
+            if not session.options.quiet:
+                _introduce(kept, trainer, costs, session)
             if decay := recipe.train.average:
                 session.talk.message(f"the average of the weights is evaluated and saved: train.average = {decay:g}")
         with session.signals.deferred():

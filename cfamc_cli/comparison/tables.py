@@ -73,8 +73,10 @@ class Condition:
             if name == "settings":  # those that both have go without saying, unless it is another attack
                 same = set(mine.split(", ")) & set(theirs.split(", ")) if self.attack == other.attack else set()
                 mine, theirs = (", ".join(x for x in text.split(", ") if x not in same) for text in (mine, theirs))
+            if name == "split":
+                mine, theirs, name = images_of(mine), images_of(theirs), ""
             length = _MARK if name == "fingerprint" else 60
-            told.append(f"{name} {mine[:length] or 'none'}, not {theirs[:length] or 'none'}")
+            told.append(f"{name} {mine[:length] or 'none'}, not {theirs[:length] or 'none'}".strip())
         return told
 
 
