@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from test_compare_command import A, B, add_attack, add_metrics, add_probe, make_run, run
-from tiny import tiny_recipe
+from tiny import data_used, tiny_recipe
 
 from cfamc_cli.commands.preview import draw_crops
 from cfamc_cli.comparison.gather import gather
@@ -25,8 +25,8 @@ from cfamc_cli.engine.pretrain import Trainer
 from cfamc_cli.engine.sink import NullLedger, NullTalk
 from cfamc_cli.errors import CfamcError
 from cfamc_cli.report.closer import close_up
-from cfamc_cli.report.plots import Panel, draw_training, learning_curves, looks_of, trainings
-from cfamc_cli.store.records import Accuracy, ClassRobustness, FeatureMap, save_record
+from cfamc_cli.report.plots import Panel, draw_training, learning_curves, looks_of, results, trainings
+from cfamc_cli.store.records import Accuracy, ClassAccuracy, ClassRobustness, FeatureMap, save_record
 from cfamc_cli.store.runs import RunFolder
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -75,12 +75,16 @@ def test_classes_are_drawn_with_both_accuracies_the_weakest_first(store: Path) -
 
 
 def test_confusion_is_in_shares_of_the_true_class(store: Path) -> None:
+    classes = tuple(
+        ClassAccuracy(name=name, accuracy=Accuracy.of(*of)) for name, of in (("x", (30, 40)), ("y", (5, 10)))
+    )
+    judged: dict[str, Any] = {"test": data_used("test", 50), "test_accuracy": Accuracy.of(35, 50)}
+    add_probe(store / A, confusion=((30, 10), (5, 5)), classes=classes, **judged)
     panels, _, _ = close_up(*compared(store))
     axes = axes_of(panels[f"Confusion on clean images\n{A}, linear-001"])
     (image,) = axes.images
-    expected = 0.7 * np.eye(10) + 0.3 * np.roll(np.eye(10), 1, axis=1)
-    np.testing.assert_allclose(image.get_array(), expected)
-    assert [text.get_text() for text in axes.texts[:2]] == ["70", "30"]
+    np.testing.assert_allclose(image.get_array(), [[0.75, 0.25], [0.5, 0.5]])
+    assert [text.get_text() for text in axes.texts] == ["75", "25", "50", "50"]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("answered (%)", "true class")
 
 
@@ -161,6 +165,18 @@ def test_a_run_with_two_heads_has_one_line(store: Path) -> None:
     assert sum(len(lines) for lines in curves["Training loss"].values()) == 2
     names = [name.strip() for name, _ in looks_of(table).values()]
     assert sorted(names) == ["a, head.protocol=converged", "a, head.protocol=official", "b"]
+
+
+def test_accuracy_against_eps_joins_the_attacks_of_one_head(store: Path) -> None:
+    add_probe(store / A, "linear-002", settings={"head": "linear", "protocol": "converged"})
+    for item, head, eps, right in (("2", "1", "4/255", 400), ("3", "2", "8/255", 200), ("4", "2", "4/255", 350)):
+        attacked = [i < right for i in range(1000)]
+        add_attack(store / A, f"pgd-00{item}", probe=f"linear-00{head}", eps=eps, robust=attacked)
+    found = gather([], store)
+    tables = tabulate(found.entries, fold=True, baseline=None, outcomes_of=lambda _: None, order=None)
+    lines = axes_of(results(tables, tables[0])["Accuracy against eps"]).get_lines()
+    found_lines = sorted([round(y) for y in line.get_ydata()] for line in lines)
+    assert found_lines == [[70, 35, 20], [70, 40, 30]]
 
 
 def test_names_at_the_ends_of_lines_never_meet(store: Path) -> None:
