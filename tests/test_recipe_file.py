@@ -50,14 +50,17 @@ def problems(*overrides: str, reference: object = "cifar10", seed: int | None = 
     """The problems' lines, once the first line and the details are checked."""
     error = refusal(reference, *overrides, seed=seed)
     first, *lines = error.message.split("\n")
-    label = f"{reference} with --set" if overrides else str(reference)
-    assert first == f"{label}: {len(lines)} problem{'s' if len(lines) != 1 else ''}"
+    assert first == f"{reference}: {len(lines)} problem{'s' if len(lines) != 1 else ''}"
     listed = error.details["problems"]
     assert isinstance(listed, list)
     assert len(listed) == len(lines)
-    for line, problem in zip(lines, listed, strict=True):
-        assert problem["path"]
-        assert line in (f"{problem['path']}: {problem['message']}", problem["message"])
+    given = {override.partition("=")[0].strip() for override in overrides}
+    for at, (line, problem) in enumerate(zip(lines, listed, strict=True)):
+        path, message = problem["path"], problem["message"]
+        assert path
+        lines[at] = message if f'"{path}"' in message else f"{path}: {message}"
+        flag = "--seed" if (path, seed is None) == ("seed", False) else f"--set {path}" if path in given else ""
+        assert line == (f"{flag}: {message}" if flag else lines[at])
     json.dumps(error.details)
     return lines
 

@@ -139,7 +139,7 @@ def watch(store: Path, reference: str | None) -> None:
             time.sleep(_SECONDS)
         words = f"run {run.id} is {state}, after {duration(record.wall_seconds)}"
         if state != "finished":
-            hint = "" if state == "failed" else f"go on with: cfamc pretrain --resume {run.id}"
+            hint = "" if state == "failed" else f"go on with: cfamc pretrain --resume {run.path}"
             raise CfamcError(words, hint=hint)
         talk.message(words)
 

@@ -71,7 +71,8 @@ def load(reference: str, *, overrides: Sequence[str] = (), seed: int | None = No
         if any(override.partition("=")[0].strip() == "seed" for override in overrides):
             problems.append(Problem("seed", "given twice, by --seed and by --set"))
         raw["seed"] = seed
-    return validate(raw, label=f"{reference} with --set" if overrides else reference, before=problems)
+    flags = {path: f"--set {path}" for path in (override.partition("=")[0].strip() for override in overrides)}
+    return validate(raw, label=reference, before=problems, flags=flags | ({} if seed is None else {"seed": "--seed"}))
 
 
 def shipped() -> dict[str, Path]:
@@ -158,13 +159,16 @@ def parse(text: str, *, label: str) -> dict[str, Any]:
     raise invalid(f"{plain_text(label)}: {why}")
 
 
-def validate(raw: Mapping[str, Any], *, label: str, before: Sequence[Problem] = ()) -> Recipe:
+def validate(
+    raw: Mapping[str, Any], *, label: str, before: Sequence[Problem] = (), flags: Mapping[str, str] = {}
+) -> Recipe:
     """Turn parsed TOML into a recipe.
 
     Args:
         raw: Parsed TOML.
         label: What messages call the recipe.
         before: Problems that were found earlier, to be told with the others.
+        flags: What on the command line gave a key its value, by dotted key.
 
     Raises:
         CfamcError: Something is wrong; the message names every problem, `details` lists them for `--json`.
@@ -182,9 +186,14 @@ def validate(raw: Mapping[str, Any], *, label: str, before: Sequence[Problem] = 
     if not problems:
         return recipe
     shown, total = problems[:MAX_PROBLEMS], len(problems) + max(0, len(errors) - MAX_PROBLEMS)
-    lines = [f"{plain_text(label)}: {total} problem{'s' if total != 1 else ''}", *(str(problem) for problem in shown)]
+    lines = [
+        f"{plain_text(label)}: {total} problem{'s' if total != 1 else ''}",
+        *(problem.told_of(flags.get(problem.path, "")) for problem in shown),
+    ]
     lines += [f"and {total - len(shown)} more"] if total > len(shown) else []
     hint = "`cfamc recipes show cifar10` prints a recipe that loads"
+    if any(problem.path in flags for problem in shown):
+        hint = "`cfamc recipes explain KEY` tells what a key takes"
     if (stale := next((problem for problem in problems if problem.stale), None)) is not None:
         table = stale.path.rpartition(".")[0]
         hint = f"remove such keys, or replace the whole table: --set '{table}={{ ... }}'"

@@ -22,6 +22,10 @@ class Problem:
     message: str
     stale: bool = False  # whether the key belongs to another choice of its table's name
 
+    def told_of(self, flag: str) -> str:
+        """It as a line, of the flag that gave the value where there is one."""
+        return f"{flag}: {self.message}" if flag else str(self)
+
     def __str__(self) -> str:
         return self.message if not self.path or f'"{self.path}"' in self.message else f"{self.path}: {self.message}"
 
