@@ -50,9 +50,9 @@ RecipeArgument = Annotated[
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from cfamc_cli import __version__
+        from cfamc_cli.store.environment import versions
 
-        typer.echo(f"cfamc {__version__}")
+        typer.echo(versions())
         raise typer.Exit
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from tiny import attack_record
 
+from cfamc_cli.commands.attack_report import explained
 from cfamc_cli.report.audit import audit_paragraph, lacks_audit
-from cfamc_cli.store.records import Accuracy, Flag, ThreatModel
+from cfamc_cli.store.records import Accuracy, Flag, Stage, ThreatModel
 
 
 def flag(name: str, verdict: str = "passed", figure: float = 0.0, limit: float | None = 0.0) -> Flag:
@@ -61,3 +62,15 @@ def test_nothing_found_is_said_so() -> None:
 def test_an_audit_of_an_older_version_is_none() -> None:
     assert lacks_audit(attack_record(flags=(flag("eps-one"), flag("black-box"))))
     assert not lacks_audit(attack_record(flags=(flag("drift"),)))
+
+
+def test_what_a_table_of_attacks_cannot_tell_stands_below_it() -> None:
+    stages = tuple(
+        Stage(name=name, attacked=attacked, broken=broken, forward=1, backward=1, wall_seconds=1.0)
+        for name, attacked, broken in (("apgd-ce", 700, 390), ("apgd-t", 310, 10))
+    )
+    lines = list(explained([attack_record(), attack_record(id="autoattack-001", stages=stages)]))
+    assert [line.split(":")[0] for line in lines] == ["worst case", "no audit", "autoattack-001"]
+    assert lines[2].endswith("broke: apgd-ce 390 of 700, apgd-t 10 of 310.")
+    whole = attack_record(flags=(Flag(name="drift", figure=0.0, limit=0.0, verdict="passed", text=""),))
+    assert list(explained([whole])) == []

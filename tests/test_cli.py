@@ -8,13 +8,14 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
 from process import cfamc, environment
-from tiny import recipe_text
+from tiny import image_folder, recipe_text
 
 from cfamc_cli import __main__, __version__, cli
 from cfamc_cli.recipe import file
@@ -106,7 +107,11 @@ def test_without_a_command_the_help_is_talk(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(capsys, "--version") == (0, f"cfamc {__version__}\n", "")
+    code, out, err = run(capsys, "--version")
+    first, libraries, devices = out.splitlines()
+    assert (code, first, err) == (0, f"cfamc {__version__}", "")
+    assert libraries.startswith(f"torch {metadata.version('torch')}, torchvision ")
+    assert f"{os.cpu_count()} cores of " in devices
 
 
 INVALID: list[tuple[list[str], str]] = [
@@ -157,6 +162,25 @@ def test_every_problem_of_a_recipe_is_in_the_json(capsys: pytest.CaptureFixture[
     assert code == 2
     problems = json.loads(out)["error"]["problems"]
     assert [problem["path"] for problem in problems] == ["model.width", "train.epochs"]
+
+
+def test_a_dry_run_looks_at_the_folder_that_it_names(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    words = (
+        "pretrain",
+        "quickstart",
+        "--dry-run",
+        "--set",
+        "data.dataset=folder",
+        "--set",
+        f"data.root={tmp_path / 'a'}",
+    )
+    code, out, err = run(capsys, *words)
+    assert (code, "counts are per 1,000" in out, "a does not exist; counts are of a stand-in" in err) == (0, True, True)
+    image_folder(tmp_path / "a", train=50)
+    code, out, err = run(capsys, *words, "--set", "data.holdout=20")
+    assert (code, "# images          130 images\n" in out, err) == (0, True, "")
+    (tmp_path / "a/train/loose.png").write_bytes((tmp_path / "a/train/ant/000.png").read_bytes())
+    assert run(capsys, *words)[0] == 4
 
 
 def test_dry_run_prints_a_recipe_that_loads(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -481,6 +481,26 @@ def test_class_folders_that_no_classifier_can_use(tmp_path: Path) -> None:
     assert "dog is a class that" in refused(Settings(root=str(root)), cache, "test").message
 
 
+def test_of_folders_of_classes_alone_a_fifth_of_each_is_for_testing(tmp_path: Path) -> None:
+    root = tmp_path / "whole"
+    for name, count in (("ant", 10), ("bee", 4), ("cat", 1)):
+        (root / name / "deep").mkdir(parents=True)
+        for number in range(count):
+            noise(seed=number).save(root / name / "deep" / f"{number:02d}.png")
+    train, test = (folder.list_images(root, split) for split in ("train", "test"))
+    assert Counter(train.labels) == {0: 8, 1: 3, 2: 1}
+    assert Counter(test.labels) == {0: 2, 1: 1}
+    assert train.classes == test.classes == ("ant", "bee", "cat")
+    assert sorted(train.names + test.names) == sorted(str(path.relative_to(root)) for path in root.rglob("*.png"))
+    assert [name.split("/")[0] for name in train.names] == [train.classes[label] for label in train.labels or ()]
+    assert folder.list_images(root, "test") == test
+    found = read(Settings(root=str(root)), tmp_path / "cache", "test")
+    assert (found.split, len(found), found.classes) == ("test", 3, train.classes)
+    (root / "loose.png").write_bytes((root / "cat/deep/00.png").read_bytes())
+    assert folder.list_images(root, "train").names == ("loose.png",)  # beside it folders may be of anything
+    assert "no test images" in refused(Settings(root=str(root)), tmp_path / "cache", "test").message
+
+
 def test_folders_that_are_not_there_or_empty_or_mixed(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     assert "does not exist" in refused(Settings(root=str(tmp_path / "no")), cache).message

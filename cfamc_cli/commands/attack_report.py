@@ -152,12 +152,25 @@ def _print_table(points: Sequence[Point]) -> None:
     rows = []
     for point in points:
         record = point.record
-        worst = terminal.percent(point.worst.value)
-        shares = (terminal.interval(record.clean), terminal.interval(record.robust), worst)
+        worst = (terminal.percent(point.worst.value),) if len(points) > 1 else ()
+        shares = (terminal.interval(record.clean), terminal.interval(record.robust), *worst)
         rows.append((record.attack, f"{record.threat.norm} {record.threat.eps}", *shares, verdict(record), record.id))
     title = f"{first.run}, head {first.probe}: {first.subset}; % with 95 % intervals"
-    columns = ("attack", "threat", "clean", "robust", "worst case", "checks", "kept as")
-    terminal.print_rows(title, columns, rows, right=(2, 3, 4))
+    columns = ("attack", "threat", "clean", "robust", *(["worst case"] if len(points) > 1 else []), "checks", "kept as")
+    terminal.print_rows(title, columns, rows, right=range(2, len(columns) - 2))
+    terminal.write_out("".join(f"{terminal.clean(line)}\n" for line in explained([point.record for point in points])))
+
+
+def explained(records: Sequence[AttackRecord]) -> Iterator[str]:
+    """What a reader of the table cannot know."""
+    if len(records) > 1:
+        yield "worst case: what stands under this attack and all others here of its eps or a smaller one."
+    if any(map(lacks_audit, records)):
+        yield "no audit: only checks that cost nothing were made; --audit attacks again to see whether to trust this."
+    for record in records:
+        if len(record.stages) > 1:
+            stages = ", ".join(f"{stage.name} {stage.broken:,} of {stage.attacked:,}" for stage in record.stages)
+            yield f"{record.id}: stages, each on what is still right, broke: {stages}."
 
 
 def draw_loss(losses: Sequence[float], right: Sequence[float], *, title: str) -> bytes:

@@ -101,13 +101,29 @@ def _recipes(reference: str, overrides: Sequence[str], seeds: Sequence[int]) -> 
 
 def _show_plan(recipes: Sequence[Recipe], options: Options) -> None:
     """Print the first recipe and its cost; the others differ in their seed alone."""
-    recipe, costs, seeds = recipes[0], plan_of(recipes[0]), [recipe.seed for recipe in recipes]
+    recipe, seeds = recipes[0], [recipe.seed for recipe in recipes]
+    costs = plan_of(recipe, _images_of_folder(recipe))
     if options.as_json:
         terminal.print_json({"recipe": recipe.resolved(), "plan": dataclasses.asdict(costs), "seeds": seeds})
     else:
         of_all = f"# runs            {len(seeds)}, seeds {', '.join(map(str, seeds))}; counts are of each\n"
         words = _costs_in_words(costs) + (of_all if len(seeds) > 1 else "")
         terminal.write_out(f"{file.to_toml(recipe)}\n{words}")
+
+
+def _images_of_folder(recipe: Recipe) -> int | None:
+    """How many images a folder has for training; None for other data, and with a warning where there is no folder."""
+    data = recipe.data
+    if data.dataset != "folder" or data.root is None:
+        return None
+    root = Path(data.root).expanduser().absolute()
+    if not root.exists():
+        terminal.talk().say(f"warning: data.root {root} does not exist; counts are of a stand-in")
+        return None
+    from cfamc_cli.engine.data.folder import list_images
+
+    left = len(list_images(root, "train").names) - data.holdout
+    return max(left if data.limit is None else min(left, data.limit), 1)
 
 
 def _costs_in_words(costs: Plan) -> str:

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 from cfamc_cli import __version__
@@ -33,6 +34,16 @@ def capture_environment(device: str, computation: Computation | None) -> Environ
         git_changed=changed,
         computation=computation,
     )
+
+
+def versions() -> str:
+    """What is at work here, in three lines; torch is not imported for it."""
+    libraries = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "torchvision"))
+    facts = Path("/proc/driver/nvidia/gpus").glob("*/information")  # NVIDIA's kernel driver on Linux
+    cards = [line.partition(":")[2].strip() for path in facts for line in path.read_text().splitlines()[:1]]
+    devices = [f"{count} x {name}" for name, count in Counter(cards).items()]
+    devices.append(f"{os.cpu_count()} cores of {_cpu_model()}")
+    return f"cfamc {__version__}\n{libraries}, Python {platform.python_version()}\n{', '.join(devices)}"
 
 
 def _cpu_model() -> str:

@@ -14,7 +14,8 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,6 +26,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 
 from cfamc_cli.engine.data.packs import Pixels, Raw
+from cfamc_cli.engine.randomness import balanced_order
 from cfamc_cli.errors import CfamcError, ExitCode, bad_data
 
 Failure = tuple[str, str]  # file and cause
@@ -37,6 +39,7 @@ CHUNK = 32  # images per unit of work: few, since a worker that is told to stop 
 PROCESSES_FROM = 1024  # images from which decoding processes are worth their start
 MAX_FAILURES = 100  # unreadable files after which decoding gives up
 
+_TESTED = 5  # one image in so many is for testing, where one folder holds all images of a class
 _EXIF_ORIENTATION = 0x0112
 
 
@@ -55,8 +58,9 @@ def list_images(root: Path, split: Literal["train", "test"]) -> Listing:
     """Find the images of a split.
 
     `root/train/<class>/` and `root/test/<class>/` (or `root/val/<class>/`) hold labelled images, `root/train/` and
-    `root/` themselves unlabelled ones. Class folders are searched to any depth; names that start with a dot and files
-    that are no images by their suffix are passed over.
+    `root/` themselves unlabelled ones. Without any of these folders and without loose images, `root/<class>/` holds
+    labelled images, of which a fifth of each class is for testing. Class folders are searched to any depth; names that
+    start with a dot and files that are no images by their suffix are passed over.
 
     Args:
         root: The recipe's data.root.
@@ -71,12 +75,12 @@ def list_images(root: Path, split: Literal["train", "test"]) -> Listing:
     """
     if not root.is_dir():
         cause = "is not a folder" if root.exists() else "does not exist"
-        raise bad_data(f"data.root {root} {cause}", "it must hold train/<class>/ and test/<class>/")
+        raise bad_data(f"data.root {root} {cause}", "it must hold <class>/, or train/<class>/ and test/<class>/")
     try:
         folder = _required_folder(root, split)
         train = folder if split == "train" else _split_folder(root, "train") or folder
-        classes = _class_names(train)
-        unknown = sorted(set(_class_names(folder)) - set(classes))
+        classes = _class_names(train, root)
+        unknown = sorted(set(_class_names(folder, root)) - set(classes))
         if unknown:
             raise bad_data(
                 f"{folder / unknown[0]} is a class that {train} does not have",
@@ -87,6 +91,9 @@ def list_images(root: Path, split: Literal["train", "test"]) -> Listing:
         raise bad_data(f"cannot read {error.filename or root}: {error.strerror}") from error
     if not names:
         raise bad_data(f"no images in {folder}", f"images end in {' '.join(SUFFIXES)}")
+    if folder == root and classes:
+        kept = _drawn(labels, split)
+        names, labels = [names[at] for at in kept], [labels[at] for at in kept]
     return Listing(folder, tuple(names), tuple(labels) if classes else None, classes, key)
 
 
@@ -285,10 +292,12 @@ def _split_folder(root: Path, split: Literal["train", "test"]) -> Path | None:
     for name in ("train",) if split == "train" else ("test", "val"):
         if (root / name).is_dir():
             return root / name
-    if split == "train" and not any((root / name).is_dir() for name in ("test", "val")):
-        with os.scandir(root) as entries:
-            if any(_is_image(entry) for entry in entries):
-                return root
+    if not any((root / name).is_dir() for name in ("train", "test", "val")):
+        with os.scandir(root) as found:
+            entries = [entry for entry in found if entry.name[0] != "."]
+        loose = any(map(_is_image, entries))
+        if split == "train" if loose else any(entry.is_dir() for entry in entries):
+            return root
     return None
 
 
@@ -297,7 +306,8 @@ def _required_folder(root: Path, split: Literal["train", "test"]) -> Path:
     if folder is None:
         name = "training" if split == "train" else "test"
         loose = ", or without classes into it" if split == "train" else ""
-        raise bad_data(f"no {name} images in {root}", f"put them into {root / split}/<class>/{loose}")
+        where = f"{root / split}/<class>/{loose}; or all images into {root}/<class>/"
+        raise bad_data(f"no {name} images in {root}", f"put them into {where}")
     return folder
 
 
@@ -305,7 +315,19 @@ def _is_image(entry: os.DirEntry[str]) -> bool:
     return entry.name[0] != "." and entry.name.lower().endswith(SUFFIXES) and entry.is_file()
 
 
-def _class_names(folder: Path) -> tuple[str, ...]:
+def _drawn(labels: Sequence[int], split: Literal["train", "test"]) -> list[int]:
+    """Of images in class folders alone those of a split: the same for every seed, so that results can be paired."""
+    counts, drawn = Counter(labels), Counter[int]()
+    test = set()
+    for index in balanced_order(torch.tensor(labels), "image folder").tolist():
+        label = labels[index]
+        if drawn[label] < max(counts[label] // _TESTED, min(1, counts[label] - 1)):
+            drawn[label] += 1
+            test.add(index)
+    return [index for index in range(len(labels)) if (index in test) == (split == "test")]
+
+
+def _class_names(folder: Path, root: Path) -> tuple[str, ...]:
     names, loose = [], ""
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -313,7 +335,7 @@ def _class_names(folder: Path) -> tuple[str, ...]:
                 names.append(entry.name)
             elif _is_image(entry):
                 loose = entry.path
-    if folder.name not in ("train", "test", "val"):
+    if folder == root and loose:
         return ()  # loose images beside folders of something else
     if names and loose:
         raise bad_data(f"{loose} lies beside class folders", "move it into one of them, or away")
