@@ -83,7 +83,10 @@ def pretrain(
     overrides: Annotated[
         Texts,
         Option(
-            "--set", metavar="KEY=VALUE", help="Such as crops.0.count=8; repeatable.", autocompletion=complete.settings
+            "--set",
+            metavar="KEY=VALUE",
+            help="Such as crops.0.count=8, or 4,8,16; repeatable.",
+            autocompletion=complete.settings,
         ),
     ] = None,
     seed: Annotated[Number, Option(help="In place of the recipe's seed.")] = None,
@@ -96,6 +99,9 @@ def pretrain(
     dry_run: Annotated[bool, Option("--dry-run", help="Print the resolved recipe and its cost.")] = False,
     force: Annotated[bool, Option("--force", help="Start although the plan is beyond the memory there is.")] = False,
     plot: Annotated[bool, Option("--plot", help="Draw the curves of the training into the run's folder.")] = False,
+    sweep: Annotated[File, Option(metavar="FILE", help="Lists of values for keys: a run for each combination.")] = None,
+    jobs: Annotated[Number, Option(min=1, metavar="N", help="N runs at a time; what is finished is left out.")] = None,
+    print_jobs: Annotated[bool, Option("--print-jobs", help="Print a line for each run that is left.")] = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -104,6 +110,20 @@ def pretrain(
     from cfamc_cli.commands.pretrain import pretrain as train
 
     seeds_to_train, options = _seeds(seed, seeds), Options(device=device, runs=runs, quiet=quiet, as_json=json)
+    several = sweep is not None or jobs is not None or print_jobs
+    if recipe is not None and (several or any("," in text for text in overrides or [])):
+        from cfamc_cli.commands.sweep import grid
+        from cfamc_cli.commands.sweep import sweep as train_all
+
+        points = grid(recipe, overrides or [], sweep, seeds_to_train)
+        if several or len(points) > max(len(seeds_to_train), 1):
+            if resume is not None or dry_run:
+                raise invalid("several runs take neither --resume nor --dry-run", "--print-jobs lists those left")
+            flags = ["--force"] * force + ["--plot"] * plot
+            train_all(recipe, points, jobs=jobs or 1, print_jobs=print_jobs, flags=flags, options=options)
+            return
+    if recipe is None and several:
+        raise invalid("which recipe?", "name one, such as: cfamc pretrain quickstart --sweep FILE")
     train(
         recipe,
         overrides=overrides or [],

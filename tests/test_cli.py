@@ -23,7 +23,10 @@ from cfamc_cli.recipe import file
 SURFACE = {
     "cfamc": "--install-completion --show-completion --version",
     "cfamc bench": "RECIPE --alone --attack --device --json --quiet/-q --runs --seconds --set",
-    "cfamc pretrain": "RECIPE --device --dry-run --force --json --plot --quiet/-q --resume --runs --seed --seeds --set",
+    "cfamc pretrain": (
+        "RECIPE --device --dry-run --force --jobs --json --plot --print-jobs --quiet/-q --resume --runs --seed --seeds "
+        "--set --sweep"
+    ),
     "cfamc probe": (
         "RUN --architecture --batch-norm --crops --data --device --epochs --features --head --import --json --limit "
         "--mean --network --protocol --quiet/-q --resume --runs --set --size --split --std"

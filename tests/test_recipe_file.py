@@ -714,7 +714,7 @@ def _as_toml(value: Any) -> str:
         case list():
             return f"[{', '.join(map(_as_toml, value))}]"
         case _:
-            return repr(value) if isinstance(value, float) else file._toml(value)  # JSON has no inf
+            return repr(value) if isinstance(value, float) else file.toml(value)  # JSON has no inf
 
 
 def _loaded(base: str, overrides: Sequence[str]) -> Recipe | CfamcError:

@@ -144,7 +144,7 @@ def _costs_in_words(costs: Plan) -> str:
 
 def _start(recipes: Sequence[Recipe], options: Options, *, force: bool) -> list[RunRecord]:
     """Train one run per recipe; what ends one of them ends the rest, and names those that were finished."""
-    recipes = [_pinned(recipe, options.store) for recipe in recipes]
+    recipes = [pinned(recipe, options.store) for recipe in recipes]
     results: list[RunRecord] = []
     if recipes[0].model.timm is not None:  # recipes differ in their seed alone
         plan_of(recipes[0])  # before any image is read
@@ -187,7 +187,7 @@ def _require_memory(costs: Plan, working: Session) -> None:
     )
 
 
-def _pinned(recipe: Recipe, store: Path) -> Recipe:
+def pinned(recipe: Recipe, store: Path) -> Recipe:
     """The recipe whose paths mean the same from any folder, and whose train.init is one certain run."""
     data, train = recipe.data, recipe.train
     if data.root is not None:

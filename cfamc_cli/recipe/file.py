@@ -342,23 +342,24 @@ def _beyond_the_known(data: Data) -> Problem | None:
 
 def differing_keys(a: Recipe, b: Recipe) -> list[str]:
     """The dotted keys in which two recipes describe different runs, sorted: those not marked `Outside.RUN`."""
-    left, right = ({(key, _toml(value)) for key, value in _leaves(as_before(one.resolved()), "")} for one in (a, b))
+    left, right = ({(key, toml(value)) for key, value in leaves(as_before(one.resolved()), "")} for one in (a, b))
     return sorted({key for key, _ in left ^ right}.difference(outside(Outside.RUN)))
 
 
 def settings(recipe: Recipe) -> dict[str, str]:
     """Every setting of a recipe that has an effect but seed and name, as TOML writes it, by dotted key."""
-    return {key: _toml(value) for key, value in _leaves(recipe.resolved(), "") if key not in ("seed", "name")}
+    return {key: toml(value) for key, value in leaves(recipe.resolved(), "") if key not in ("seed", "name")}
 
 
-def _leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
+def leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """The values of nested tables by dotted key below `path`; the entries of a list of tables are numbered."""
     if isinstance(node, list) and node and isinstance(node[0], dict):
         node = dict(enumerate(node))
     if not isinstance(node, dict):
         yield path, node
         return
     for key, value in node.items():
-        yield from _leaves(value, f"{path}.{key}" if path else str(key))
+        yield from leaves(value, f"{path}.{key}" if path else str(key))
 
 
 def to_toml(recipe: Recipe) -> str:
@@ -374,12 +375,12 @@ def _toml_lines(table: Mapping[str, Any], above: str = "") -> Iterator[str]:
         if entries and isinstance(entries[0], dict):
             below[f"[[{above}{key}]]" if entries is value else f"[{above}{key}]"] = key, entries
         elif value is not None:
-            yield f"{key} = {_toml(value)}"
+            yield f"{key} = {toml(value)}"
     for header, (key, entries) in below.items():
         for entry in entries:
             yield from ("", header, *_toml_lines(entry, f"{above}{key}."))
 
 
-def _toml(value: Any) -> str:
+def toml(value: Any) -> str:
     """A plain value of a recipe, which TOML writes as JSON does, but for one character."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
