@@ -102,6 +102,10 @@ def pretrain(
     sweep: Annotated[File, Option(metavar="FILE", help="Lists of values for keys: a run for each combination.")] = None,
     jobs: Annotated[Number, Option(min=1, metavar="N", help="N runs at a time; what is finished is left out.")] = None,
     print_jobs: Annotated[bool, Option("--print-jobs", help="Print a line for each run that is left.")] = False,
+    track: Annotated[
+        Literal["tensorboard", "wandb", "trackio", "mlflow"] | None,
+        Option(help="Who else hears of the run's metrics while it trains."),
+    ] = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -109,7 +113,8 @@ def pretrain(
     from cfamc_cli.commands.common import Options
     from cfamc_cli.commands.pretrain import pretrain as train
 
-    seeds_to_train, options = _seeds(seed, seeds), Options(device=device, runs=runs, quiet=quiet, as_json=json)
+    seeds_to_train = _seeds(seed, seeds)
+    options = Options(device=device, runs=runs, quiet=quiet, as_json=json, track=track)
     several = sweep is not None or jobs is not None or print_jobs
     if recipe is not None and (several or any("," in text for text in overrides or [])):
         from cfamc_cli.commands.sweep import grid
@@ -119,7 +124,7 @@ def pretrain(
         if several or len(points) > max(len(seeds_to_train), 1):
             if resume is not None or dry_run:
                 raise invalid("several runs take neither --resume nor --dry-run", "--print-jobs lists those left")
-            flags = ["--force"] * force + ["--plot"] * plot
+            flags = ["--force"] * force + ["--plot"] * plot + (["--track", track] if track else [])
             train_all(recipe, points, jobs=jobs or 1, print_jobs=print_jobs, flags=flags, options=options)
             return
     if recipe is None and several:

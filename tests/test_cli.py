@@ -25,7 +25,7 @@ SURFACE = {
     "cfamc bench": "RECIPE --alone --attack --device --json --quiet/-q --runs --seconds --set",
     "cfamc pretrain": (
         "RECIPE --device --dry-run --force --jobs --json --plot --print-jobs --quiet/-q --resume --runs --seed --seeds "
-        "--set --sweep"
+        "--set --sweep --track"
     ),
     "cfamc probe": (
         "RUN --architecture --batch-norm --crops --data --device --epochs --features --head --import --json --limit "

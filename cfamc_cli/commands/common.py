@@ -16,6 +16,7 @@ from cfamc_cli.engine.sink import NullTalk, Talk
 from cfamc_cli.errors import CfamcError, ExitCode, Interrupted, bad_data
 from cfamc_cli.recipe.schema import Recipe, Split
 from cfamc_cli.report import terminal as render
+from cfamc_cli.store.records import Tracker
 from cfamc_cli.store.runs import RunFolder, cache_folder, default_store
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Options:
     runs: Path | None = None  # the run store; None for CFAMC_RUNS, else ./runs
     quiet: bool = False  # say only warnings and errors
     as_json: bool = False  # whether stdout gets one JSON object
+    track: Tracker | None = None  # who else hears of a training's metrics
 
     @property
     def store(self) -> Path:

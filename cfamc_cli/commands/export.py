@@ -13,18 +13,18 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, assert_never
 
 from cfamc_cli import __version__
 from cfamc_cli.commands.claim import CLAIM, claim_of, require_architecture
 from cfamc_cli.commands.common import Options, Session, interruption, load_images, session
-from cfamc_cli.errors import CfamcError, bad_data, invalid
+from cfamc_cli.errors import CfamcError, bad_data, invalid, missing_library
 from cfamc_cli.recipe.schema import Recipe
 from cfamc_cli.report import hub, terminal
 from cfamc_cli.report.card import card
-from cfamc_cli.report.metrics import by_kind, comma_separated, events
+from cfamc_cli.report.metrics import EventFile, by_kind, comma_separated
 from cfamc_cli.store.files import explained, staged_folder, sweep, write_bytes, write_text
 from cfamc_cli.store.records import (
     AttackRecord,
@@ -271,8 +271,13 @@ def _metrics(run: RunFolder, wanted: Dashboard, staged: Path) -> MetricsRecord:
             for kind, rows in by_kind(lines).items():
                 write_bytes(staged / f"{kind}.csv", comma_separated(rows))
         case "tensorboard":
-            began = record.created.timestamp()
-            write_bytes(staged / f"events.out.tfevents.{int(began)}.cfamc", events(lines, began=began))
+            try:
+                events = EventFile(staged, began=record.created.timestamp())
+            except ImportError as error:
+                raise missing_library("--metrics tensorboard needs tensorboard", extra="tensorboard") from error
+            with closing(events):
+                for line in lines:
+                    events.write(line)
         case _:
             assert_never(wanted)
     written, count = _files(staged), len(lines)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cfamc_cli.commands.common import Options, Session, interruption, session
+from cfamc_cli.commands.track import require_tracker, tracking
 from cfamc_cli.engine.costs import plan_of, require_size
 from cfamc_cli.engine.sink import NullLedger
 from cfamc_cli.errors import CfamcError, Interrupted, bad_data, invalid
@@ -60,6 +61,7 @@ def pretrain(
     """
     if plot:
         require_plots()  # before any work
+    require_tracker(options.track, dry_run=dry_run)
     if resume is not None:
         recipes = [None] if reference is None else _recipes(reference, overrides, seeds)
         if len(recipes) > 1 or (reference is None and (overrides or seeds)):
@@ -322,7 +324,8 @@ def _keeping(run: RunFolder, recipe: Recipe, session: Session) -> Iterator[RunLe
             device = describe(session.device)
             begun = run.run_json.exists()
             kept = RunLedger(run, found_again(run, device=device) if begun else found(run, recipe, device=device))
-            with closing(kept), kept.failures():
+            told = tracking(session.options.track, run, recipe, session.talk)
+            with told as kept.listener, closing(kept), kept.failures():
                 yield kept
     except (CfamcError, Interrupted) as end:
         end.details.setdefault("run", run.id)

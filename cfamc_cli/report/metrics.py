@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import io
+import time
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TypeAlias
 
-from cfamc_cli.errors import missing_library
 from cfamc_cli.report.sheets import csv_text
 from cfamc_cli.store.records import MetricLine
 
@@ -32,34 +32,49 @@ def _cell(value: object) -> object:
     return str(value).lower() if isinstance(value, bool) else value
 
 
-def events(lines: Iterable[MetricLine], *, began: float) -> bytes:
-    """Records as a TensorBoard event file: a scalar kind/key for each number, at the step of its record.
+def scalars(line: MetricLine) -> dict[str, float]:
+    """The numbers of a record but its step, as dashboards call them: kind/key."""
+    told = line.model_dump(exclude_none=True, exclude={"kind", "step"})
+    return {f"{line.kind}/{key}": value for key, value in told.items() if isinstance(value, int | float)}
+
+
+class EventFile:
+    """A TensorBoard event file that grows by one event for each record, at its step.
 
     Args:
-        lines: Those of metrics.jsonl.
-        began: Seconds since 1970 that every event bears, for the records hold no times.
+        folder: Where it is made, beside others: what those hold from the first step of this one on counts no more.
+        began: Seconds since 1970 that every event bears; None for the time of each.
 
     Raises:
-        CfamcError: Exit 2; tensorboard is missing.
+        ImportError: tensorboard is missing.
     """
-    try:
-        from tensorboard.compat.proto.event_pb2 import Event
+
+    def __init__(self, folder: Path, *, began: float | None = None) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.summary.writer.record_writer import RecordWriter
-    except ImportError as error:
-        raise missing_library("--metrics tensorboard needs tensorboard", extra="tensorboard") from error
-    buffer = io.BytesIO()
-    writer = RecordWriter(buffer)
-    writer.write(Event(wall_time=began, file_version="brain.Event:2").SerializeToString())
-    for kind, rows in by_kind(lines).items():
-        for row in rows:
-            summary = Summary(
-                value=[
-                    Summary.Value(tag=f"{kind}/{key}", simple_value=value)
-                    for key, value in row.items()
-                    if key != "step" and isinstance(value, int | float)
-                ]
-            )
-            writer.write(Event(wall_time=began, step=row["step"], summary=summary).SerializeToString())
-    writer.flush()
-    return buffer.getvalue()
+
+        self._event, self._summary, self._began, self._first = Event, Summary, began, True
+        self._start = SessionLog(status=SessionLog.START)
+        folder.mkdir(parents=True, exist_ok=True)
+        start = time.time() if began is None else began
+        self._file = (folder / f"events.out.tfevents.{start:.6f}.cfamc").open("xb")
+        self._writer = RecordWriter(self._file)
+        self._add(file_version="brain.Event:2")
+
+    def write(self, line: MetricLine) -> None:
+        """Append a record."""
+        if self._first:
+            self._add(step=line.step, session_log=self._start)
+        self._first = False
+        values = [self._summary.Value(tag=tag, simple_value=value) for tag, value in scalars(line).items()]
+        self._add(step=line.step, summary=self._summary(value=values))
+        self._writer.flush()
+
+    def _add(self, **event: object) -> None:
+        at = time.time() if self._began is None else self._began
+        self._writer.write(self._event(wall_time=at, **event).SerializeToString())
+
+    def close(self) -> None:
+        """No more records come."""
+        self._file.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -64,10 +64,12 @@ class RunLedger:
 
     Attributes:
         record: run.json as it stands.
+        listener: Told of each line of metrics.jsonl once it is written.
     """
 
     def __init__(self, run: RunFolder, record: RunRecord) -> None:
         self.run, self.record = run, record
+        self.listener: Callable[[MetricLine], None] = lambda _line: None
         self._before, self._started = record.wall_seconds, time.monotonic()  # seconds of earlier sittings, and of this
         self._change()
         self._metrics, self._timing = JsonLines(run.metrics), JsonLines(run.timing)
@@ -76,6 +78,7 @@ class RunLedger:
         """Append to metrics.jsonl, and tell run.json what others look for there."""
         self._metrics.append(line.written())
         self._note(line)
+        self.listener(line)
         if isinstance(line, TrainLine) and time.monotonic() - self._written >= _SECONDS_BETWEEN_UPDATES:
             total = self.record.totals.steps
             self._change(progress=Progress(batch=line.batch, step=line.step, epoch=line.epoch, total=total))

@@ -49,6 +49,7 @@ Status = Literal["created", "running", "finished", "diverged", "interrupted", "f
 Weights = Literal["backbone", "encoder", "classifier"]
 Format = Literal["safetensors", "pt2", "onnx", "robustbench"]  # the last: safetensors, by the names of its model zoo
 Dashboard = Literal["csv", "tensorboard"]
+Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 Space = Literal["image", "crops"]  # where an attacker acts
 HeadKind = Literal["linear", "robust-linear", "crops", "knn", "finetune", "imported"]
 IMPORTED: HeadKind = "imported"  # the last layer of a classifier that others trained
