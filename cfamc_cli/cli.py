@@ -383,12 +383,17 @@ def compare(
     ] = "rich",
     plot: Annotated[File, Option(metavar="FILE", help="Draw a .png, .svg or .pdf.")] = None,
     html: Annotated[File, Option(metavar="FILE", help="Write one self-contained page.")] = None,
+    checklist: Annotated[
+        bool, Option("--checklist", help="Print what the NeurIPS checklist asks of experiments.")
+    ] = False,
     runs: RunsOption = None,
     json: JsonOption = False,
 ) -> None:
     """Say which encoder is better, by how much, and whether the numbers may be compared."""
     from cfamc_cli.commands.compare import compare as hold_beside
 
+    if checklist and (json or output != "rich"):
+        raise invalid("--checklist is written as Markdown alone", "leave out --json and --format")
     hold_beside(
         references or [],
         runs=runs,
@@ -401,6 +406,7 @@ def compare(
         output="json" if json else output,
         plot=plot,
         html=html,
+        checklist=checklist,
     )
 
 

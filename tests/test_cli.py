@@ -37,7 +37,8 @@ SURFACE = {
         "--step-size --steps --strict --targets --unlabelled"
     ),
     "cfamc compare": (
-        "REFERENCES --baseline --fold/--no-fold --format --html --json --limit --plot --published --runs --sort --where"
+        "REFERENCES --baseline --checklist --fold/--no-fold --format --html --json --limit --plot --published --runs "
+        "--sort --where"
     ),
     "cfamc export": "RUN --device --force --format --head --json --metrics --out --part --quiet/-q --runs",
     "cfamc recipes": "",

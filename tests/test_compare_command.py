@@ -36,6 +36,7 @@ from tiny import (
 from cfamc_cli.commands.compare import compare
 from cfamc_cli.comparison.gather import gather
 from cfamc_cli.comparison.tables import tabulate
+from cfamc_cli.datasets import KNOWN_SETS
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.report import sheets
 from cfamc_cli.report.plots import learning_curves, panels
@@ -965,6 +966,26 @@ def test_pictures_that_cannot_be(
     assert capsys.readouterr().out == ""  # the error is the one object on stdout
     run([], store, html=tmp_path / "page.html")
     assert "No pictures: pictures need matplotlib" in (tmp_path / "page.html").read_text()
+
+
+def test_the_checklist_adds_up_every_record(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Hours are of training and evaluation, of what is not finished too; bars of seeds are no bars of samples."""
+    second = make_run(store, "20261122-120007-a-000007", name="a", seed=1)
+    add_attack(second)
+    for made in (second, store / A):
+        add_probe(made)
+    make_run(store, "20261122-120008-cut-000008", digest="cc", status="interrupted", wall_seconds=1800.0)
+    run([], store, output="rich", checklist=True)
+    out = capsys.readouterr().out
+    records = [found.record() for found in list_runs(store)]
+    attacks, probes = len(list(store.glob("*/attacks/*"))), len(list(store.glob("*/probes/*")))
+    hours = (sum(record.wall_seconds for record in records) + attacks * 1.0 + probes * 30.0) / 3600
+    assert f"\n{hours:,.2f} hours in all, those of 1 unfinished runs among them" in out
+    assert "Partly. \u00b1 is the sample standard deviation (n - 1) over seeds" in out
+    assert re.search(r"\(2 seeds\)[^|]*\| 2 \| 1,000 \| 7.\.0 \u00b1 .\.. \| ", out)
+    assert "| cifar10 | test 1,000, train 50,000 | open: not recorded |" in out
+    assert "- cfamc 0.1.0, revision 000000000000, torch 2.9.0" in out
+    assert KNOWN_SETS["svhn"].licence == "for non-commercial use only"
 
 
 def test_a_narrow_terminal_loses_no_accuracy(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import assert_never
 
-from cfamc_cli.comparison.gather import Gathered, KeptOutcomes, LeftOut, gather
+from cfamc_cli.comparison.gather import Gathered, KeptOutcomes, LeftOut, gather, runs_of
 from cfamc_cli.comparison.selection import Filter, filtered, row_filter, sort_key
 from cfamc_cli.comparison.tables import ComparedTable, Entry, find_superseded, tabulate
 from cfamc_cli.errors import CfamcError, invalid
@@ -33,6 +33,7 @@ def compare(
     output: Format,
     plot: Path | None,
     html: Path | None,
+    checklist: bool = False,
 ) -> None:
     """Compare runs, on stdout; what was left out is said on stderr.
 
@@ -48,6 +49,7 @@ def compare(
         output: What is written to stdout.
         plot: Picture to write: .png, .svg or .pdf.
         html: Page to write.
+        checklist: Print what the NeurIPS checklist asks of experiments, as Markdown, in place of the tables.
 
     Raises:
         CfamcError: A reference, filter or sort key means nothing, the baseline has no row, or a file cannot be
@@ -98,6 +100,12 @@ def compare(
         from cfamc_cli.report.page import page
 
         write_text(html, page(tables, found, curves, left_out, with_published=published))
+    if checklist:
+        from cfamc_cli.report.checklist import checklist as answers
+
+        folders = [run for reference in references or [str(store)] for run in runs_of(reference, store)]
+        terminal.write_out(answers(tables, folders))
+        return
     _write(tables, left_out, found, output=output, published=published, limit=limit)
 
 

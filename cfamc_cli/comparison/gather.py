@@ -77,7 +77,7 @@ def gather(references: Sequence[str], store: Path, *, keys: Collection[str] = ()
     gc.disable()  # records hold no cycles; looking for some takes a third of the time, then and later
     try:
         for reference in references or [str(store)]:
-            for run in _runs(reference, store):
+            for run in runs_of(reference, store):
                 reader.read(run)
             reader.read_benches(Path(reference) / BENCHES)
     finally:
@@ -116,7 +116,12 @@ class KeptOutcomes:
         return outcomes
 
 
-def _runs(reference: str, store: Path) -> list[RunFolder]:
+def runs_of(reference: str, store: Path) -> list[RunFolder]:
+    """The runs that a reference means: all of a store, or one.
+
+    Raises:
+        CfamcError: It means nothing; exit code 2.
+    """
     folder = Path(reference)
     with explained(folder):
         if folder.is_dir() and not RunFolder(folder).run_json.exists():

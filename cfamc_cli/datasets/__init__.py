@@ -22,14 +22,16 @@ class KnownSet(NamedTuple):
     test: int  # number of test images
     size: int  # height and width in pixels
     classes: int  # number of classes
+    licence: str = ""  # what is known of the terms of use; empty where nothing is
     hub: str = ""  # its name on the Hugging Face Hub; empty where its makers or that Hub keep none there
 
 
+_ZALANDO = "MIT, Copyright (c) 2017 Zalando SE"
 KNOWN_SETS: dict[str, KnownSet] = {
-    "fashion-mini": KnownSet(6_000, 1_000, 28, 10, "zalando-datasets/fashion_mnist"),
-    "cifar10": KnownSet(50_000, 10_000, 32, 10, "uoft-cs/cifar10"),
-    "cifar100": KnownSet(50_000, 10_000, 32, 100, "uoft-cs/cifar100"),
-    "fashion-mnist": KnownSet(60_000, 10_000, 28, 10, "zalando-datasets/fashion_mnist"),
-    "svhn": KnownSet(73_257, 26_032, 32, 10, "ufldl-stanford/svhn"),
+    "fashion-mini": KnownSet(6_000, 1_000, 28, 10, _ZALANDO, "zalando-datasets/fashion_mnist"),
+    "cifar10": KnownSet(50_000, 10_000, 32, 10, "", "uoft-cs/cifar10"),
+    "cifar100": KnownSet(50_000, 10_000, 32, 100, "", "uoft-cs/cifar100"),
+    "fashion-mnist": KnownSet(60_000, 10_000, 28, 10, _ZALANDO, "zalando-datasets/fashion_mnist"),
+    "svhn": KnownSet(73_257, 26_032, 32, 10, "for non-commercial use only", "ufldl-stanford/svhn"),
     "stl10": KnownSet(105_000, 8_000, 96, 10),
 }

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cfamc_cli.datasets import FASHION_MINI_FINGERPRINTS, FASHION_MINI_FOLDER
+from cfamc_cli.datasets import FASHION_MINI_FINGERPRINTS, FASHION_MINI_FOLDER, KNOWN_SETS
 from cfamc_cli.engine.data import archives, folder
 from cfamc_cli.engine.data.packs import Pack, Pixels, Raw, fingerprint, packed
 from cfamc_cli.engine.device import move
@@ -29,12 +29,6 @@ from cfamc_cli.recipe.schema import Data, Split
 from cfamc_cli.store.records import DataUsed
 
 RESIDENT_SHARE = 0.25  # of the free device memory; the rest is for the encoder and its activations
-
-_LICENCES = {
-    "fashion-mini": "MIT, Copyright (c) 2017 Zalando SE",
-    "fashion-mnist": "MIT, Copyright (c) 2017 Zalando SE",
-    "svhn": "for non-commercial use only",
-}
 
 
 @dataclass(frozen=True)
@@ -128,7 +122,7 @@ def load(data: Data, split: Split, *, seed: int, cache: Path, talk: Talk) -> Ima
             pack = _fashion_mini(files, size=data.size)
         case known:
             pack = _known(known, files, size=data.size, root=root, cache=cache, talk=talk)
-    licence = _LICENCES.get(data.dataset, "")
+    licence = KNOWN_SETS[data.dataset].licence if data.dataset in KNOWN_SETS else ""
     images = ImageSet(pack.images, pack.labels, pack.classes, pack.fingerprint, data.dataset, split, licence)
     if split == "test" or (data.limit is None and not data.holdout):
         return images
