@@ -545,6 +545,7 @@ def jpeg(image: Image.Image) -> bytes:
     ("name", "content", "cause"),
     [
         ("cut.jpg", jpeg(noise(64, 64))[:-500], "cannot be read: image file is truncated"),
+        ("program.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is not an image of a known format"),
         ("text.jpg", b"not an image", "is not an image of a known format"),
         ("empty.png", b"", "is not an image of a known format"),
         ("dot.jpg", jpeg(noise(1, 1)), "is 1x1: smaller than 4 pixels"),
@@ -735,6 +736,15 @@ class Answer(io.BytesIO):
     def __init__(self, content: bytes, length: int) -> None:
         super().__init__(content)
         self.headers = {"Content-Length": str(length)}
+
+
+@pytest.mark.parametrize("proxy", ["http://me:s3cr3t@h:s3cr3t", "http://h:s3cr3t", "http://me:s3cr3t@127.0.0.1:1"])
+def test_the_password_of_a_proxy_is_not_shown(proxy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("https_proxy", proxy)
+    monkeypatch.setattr("urllib.request._opener", None)  # made once in a process, of the variables as they were
+    error = refused(Settings("cifar10"), tmp_path)
+    assert error.message.startswith("cannot download cifar-10-binary.tar.gz: ")
+    assert "s3cr3t" not in f"{error.message}{error.hint}{error.__cause__}"
 
 
 def test_downloads_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

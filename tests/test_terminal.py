@@ -70,7 +70,7 @@ def test_a_megabyte_is_cut() -> None:
 
 def test_an_error_is_not_wrapped_and_keeps_its_lines() -> None:
     talk, out = plain_talk(width=20)
-    path = "/a/rather/long/path/that/one/copies " * 3
+    path = " ".join(["/a/rather/long/path/that/one/copies"] * 3)
     render.error(CfamcError(f"2 problems:\n{path}\nb", hint="fix"), console=talk)
     assert out.getvalue() == f"error: 2 problems:\n  {path}\n  b\nhint: fix\n"
 

@@ -108,6 +108,8 @@ def fetch(remote: Remote, folder: Path, *, talk: Talk) -> Path:
                     file.write(piece)
                     done += len(piece)
                     talk.progress(f"downloading {remote.name}", done, max(total, done), {})
+        except (http.client.InvalidURL, UnicodeError):  # its text repeats what may be a password
+            raise bad_data(f"cannot download {remote.name}: the proxy of the environment is no address", hint) from None
         except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
             cause = getattr(error, "reason", None) or error
             raise bad_data(f"cannot download {remote.name}: {cause}", hint) from error
