@@ -325,6 +325,15 @@ def test_other_eps_spaces_and_attacks_stand_apart(store: Path, capsys: pytest.Ca
     assert "Apart: not comparable" in out
 
 
+def test_other_data_stand_apart(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also those of the same name: what differs is their content."""
+    changed = data_used("test", 1000).model_copy(update={"fingerprint": "cd" * 32})
+    add_attack(store / A, data=changed)
+    found = result(capsys, [], store)
+    assert [len(rows) for rows in names(found)] == [1, 1]
+    assert "fingerprint" in found["tables"][1]["not_comparable_with_the_first"]
+
+
 def add_measure(run: Path, measure: Any, settings: dict[str, Any], points: Sequence[tuple[str, float, int]]) -> None:
     record = MeasureRecord(
         id=f"{measure}-001",
