@@ -310,6 +310,21 @@ def test_completion_prints_a_script_and_completes(tmp_path: Path) -> None:
     assert (code, words.split()) == (0, ["pretrain"])
 
 
+def test_no_file_takes_the_number_of_a_closed_stream(tmp_path: Path) -> None:
+    """Else what a library says on stderr would land in it."""
+    code = """
+import os, sys
+from cfamc_cli import cli
+for number in (0, 1, 2):
+    os.close(number)
+cli.run(["--version"])
+with open("opened", "w") as file:
+    file.write(str(file.fileno()))
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(), check=False, timeout=120)
+    assert (tmp_path / "opened").read_text() == "3"
+
+
 def test_an_interrupt_in_the_first_moment_is_no_traceback(tmp_path: Path) -> None:
     code = """
 from cfamc_cli import __main__, cli

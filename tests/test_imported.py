@@ -326,7 +326,7 @@ class Hostile:
 
 class Large:
     def __reduce__(self) -> tuple[Any, ...]:
-        return (bytearray, (2**38,))
+        return (bytearray, (3 * 2**30,))
 
 
 def containing_itself() -> dict[str, Any]:

@@ -236,6 +236,13 @@ def test_streams_may_be_closed(redirect: str) -> None:
         assert b"\x1b" not in done.stderr
 
 
+def test_what_an_encoding_lacks_is_spelled_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(held, "ascii"))
+    render.write_out("m\u00fcll \U0001f600\n")
+    assert held.getvalue() == b"m\\xfcll \\U0001f600\n"
+
+
 def test_a_reader_of_stderr_may_leave() -> None:
     done = speak("2> >(head -c 1 > /dev/null); exit $?")
     assert done.returncode == 0
