@@ -16,7 +16,7 @@ from cfamc_cli.cli import run
 RUN = "20261122-120000-tiny-000000"
 OFFERED = [
     ("pretrain qui", ["quickstart"]),
-    ("bench cifar10-l", ["cifar10-laptop", "cifar10-laptop-fast"]),
+    ("bench cifar10-l", ["cifar10-laptop", "cifar10-laptop-fast", "cifar10-laptop-strong"]),
     ("pretrain mine/", ["mine/own.toml", "mine/further/"]),
     ("recipes copy fol", ["folder"]),
     ("recipes explain train.ep", ["train.epochs"]),

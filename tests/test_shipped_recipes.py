@@ -35,7 +35,7 @@ SYSTEMS = {
 }
 
 
-YARDSTICKS = ("cifar10-fast", "cifar10-laptop", "cifar10-laptop-fast")
+YARDSTICKS = ("cifar10-fast", "cifar10-laptop", "cifar10-laptop-fast", "cifar10-laptop-strong")
 
 
 def test_all_are_there() -> None:
@@ -68,6 +68,7 @@ DIGESTS = {
     "cifar10-fast": "facf94965efd48bfb77400128508dee66ecc3ef15390ea09993a936410cb965e",
     "cifar10-laptop": "b5e221a04b77438e2d6f37886f8b1835e66e9b9cb22e15713d1a14c13e7f0e6d",
     "cifar10-laptop-fast": "620ac9bc4d006b135e0f632486ba8e19a216544e71cab5d4b10d7beea0051624",
+    "cifar10-laptop-strong": "de827b7a09a912951965b284db2accb43fbee9f013d0484d28067aa982bbe161",
     "cifar10-simclr-clean": "6e23640a8749cb52868a7bc9e48cf25f96756564064bb9d25d5ef3cf0132fc9e",
     "cifar10-simclr-crop-free": "b3f3b4f650e8b312fcdf08b56771d8729f98395593047b46b54bef1ebc0c8e35",
     "cifar10-simclr-crop-pgd": "b6dac6571f36d3299850e369d2bda6dd43d5055592a56bf5e1fbfb1ea84af04c",
@@ -134,6 +135,10 @@ def test_the_fast_recipe_at_full_size_is_the_laptops() -> None:
     assert large == small
 
 
+def test_no_shipped_recipe_reads_a_label() -> None:
+    assert not any(part.reads_labels for name in NAMES for part in file.load(name).parts())
+
+
 def test_quickstart_needs_no_download() -> None:
     recipe = file.load("quickstart")
     assert recipe.data.dataset == "fashion-mini"
@@ -183,13 +188,14 @@ def test_list_and_show() -> None:
 def test_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert recipes.copy("cifar10") == Path("cifar10.toml")
-    assert Path("cifar10.toml").read_text() == (FOLDER / "cifar10.toml").read_text()
+    told = "#:schema ./cfamc-recipe.schema.json\n"  # to editors
+    assert Path("cifar10.toml").read_text() == told + (FOLDER / "cifar10.toml").read_text()
     with pytest.raises(CfamcError) as refused:
         recipes.copy("cifar10")
     assert refused.value.message == "cifar10.toml exists"
     assert refused.value.hint == "--force replaces it; or name another file"
     assert refused.value.exit_code is ExitCode.INVALID
-    assert recipes.copy("folder", Path("cifar10.toml"), force=True).read_text() == recipes.show("folder")
+    assert recipes.copy("folder", Path("cifar10.toml"), force=True).read_text() == told + recipes.show("folder")
     (tmp_path / "mine").mkdir()
     assert recipes.copy("cifar10", tmp_path / "mine") == tmp_path / "mine" / "cifar10.toml"
     Path("dangling.toml").symlink_to("nowhere")
@@ -197,4 +203,5 @@ def test_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         recipes.copy("cifar10", Path("dangling.toml"))
     with pytest.raises(CfamcError, match="no such file or directory"):
         recipes.copy("cifar10", tmp_path / "missing" / "a.toml")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cifar10.toml", "dangling.toml", "mine"]
+    made = ["cfamc-recipe.schema.json", "cifar10.toml", "dangling.toml", "mine"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == made
