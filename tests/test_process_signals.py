@@ -132,6 +132,7 @@ def test_a_signal_during_an_online_evaluation(tmp_path: Path) -> None:
     for folder in (whole, cut):
         folder.mkdir()
     words = ("--set", "train.evaluate_every=1")
+    (whole / "flag").touch()  # nobody interrupts this one
     assert start(whole, *words, hook="wait_in_evaluation", values=(str(whole / "flag"), 20)).wait().code == 0
     done, seconds = interrupt(
         start(cut, *words, hook="wait_in_evaluation", values=(str(cut / "flag"), 20)), cut / "flag", signal.SIGTERM
