@@ -67,10 +67,11 @@ def test_an_audit_of_an_older_version_is_none() -> None:
 def test_what_a_table_of_attacks_cannot_tell_stands_below_it() -> None:
     stages = tuple(
         Stage(name=name, attacked=attacked, broken=broken, forward=1, backward=1, wall_seconds=1.0)
-        for name, attacked, broken in (("apgd-ce", 700, 390), ("apgd-t", 310, 10))
+        for name, attacked, broken in (("clean", 1000, 300), ("apgd-ce", 700, 390), ("apgd-t", 310, 10))
     )
     lines = list(explained([attack_record(), attack_record(id="autoattack-001", stages=stages)]))
     assert [line.split(":")[0] for line in lines] == ["worst case", "no audit", "autoattack-001"]
     assert lines[2].endswith("broke: apgd-ce 390 of 700, apgd-t 10 of 310.")
     whole = attack_record(flags=(Flag(name="drift", figure=0.0, limit=0.0, verdict="passed", text=""),))
     assert list(explained([whole])) == []
+    assert list(explained([whole.model_copy(update={"stages": stages[:2]})])) == []

@@ -687,31 +687,31 @@ def test_progress_is_the_share_of_the_passes_that_the_plan_takes(monkeypatch: py
     predict = pace.meter.watch(lambda x: x)  # costs of a sample: 4 to look at it; 7 + 4; 4 * 2 + 4
     pace.begin(0, 0, (True,) * 20)
     predict(torch.zeros(40, 1))  # of 80
-    assert heard.steps == [("attack", 0, 50, {"standing in block": 1.0})]  # it is not yet time for another
+    assert heard.steps == [("attack", 0, 50, {"standing in block": "100 %"})]  # it is not yet time for another
     clock.now += 0.99
     predict(torch.zeros(1, 1))
     assert len(heard.steps) == 1
     clock.now += 0.01
     predict(torch.zeros(4, 1))
-    assert heard.steps[-1] == ("attack", int(20 * 4 * 45 / 80 / 27), 50, {"standing in block": 1.0})
+    assert heard.steps[-1] == ("attack", int(20 * 4 * 45 / 80 / 27), 50, {"standing in block": "100 %"})
     clock.now += 0.5
     predict(torch.zeros(1, 1))
     assert len(heard.steps) == 2  # a report starts the clock again
     pace.meter.read()
     pace.begin(20, 1, (True, False) * 10)
-    assert heard.steps[-1] == ("attack", 20 + int(20 * 4 / 27), 50, {"standing in block": 0.5})
+    assert heard.steps[-1] == ("attack", 20 + int(20 * 4 / 27), 50, {"standing in block": "50 %"})
     clock.now += 1
     predict(torch.zeros(55, 1))  # of 10 * 11
-    assert heard.steps[-1] == ("attack", 20 + int(20 * 9.5 / 27), 50, {"standing in block": 0.5})
+    assert heard.steps[-1] == ("attack", 20 + int(20 * 9.5 / 27), 50, {"standing in block": "50 %"})
     clock.now += 1
     predict(torch.zeros(500, 1))  # more than was expected never passes the end of the stage
-    assert heard.steps[-1] == ("attack", 20 + int(20 * (4 + 0.99 * 11) / 27), 50, {"standing in block": 0.5})
+    assert heard.steps[-1] == ("attack", 20 + int(20 * (4 + 0.99 * 11) / 27), 50, {"standing in block": "50 %"})
     pace.meter.read()
     pace.begin(40, 2, (False,) * 10)  # the last block is smaller
-    assert heard.steps[-1] == ("attack", 40 + int(10 * 15 / 27), 50, {"standing in block": 0.0})
+    assert heard.steps[-1] == ("attack", 40 + int(10 * 15 / 27), 50, {"standing in block": "0 %"})
     clock.now += 1
     predict(torch.zeros(1, 1))
-    assert heard.steps[-1] == ("attack", 40 + int(10 * (15 + 0.99 * 12) / 27), 50, {"standing in block": 0.0})
+    assert heard.steps[-1] == ("attack", 40 + int(10 * (15 + 0.99 * 12) / 27), 50, {"standing in block": "0 %"})
     pace.end()
     clock.now += 5
     predict(torch.zeros(1, 1))
@@ -720,7 +720,7 @@ def test_progress_is_the_share_of_the_passes_that_the_plan_takes(monkeypatch: py
     single.begin(0, 1, (True,))
     single.meter.forward = 1000
     single._report()
-    assert heard.steps[-1] == ("one", 0, 1, {"standing in block": 1.0})
+    assert heard.steps[-1] == ("one", 0, 1, {"standing in block": "100 %"})
 
 
 class Spoken(NullTalk):

@@ -168,8 +168,9 @@ def explained(records: Sequence[AttackRecord]) -> Iterator[str]:
     if any(map(lacks_audit, records)):
         yield "no audit: only checks that cost nothing were made; --audit attacks again to see whether to trust this."
     for record in records:
-        if len(record.stages) > 1:
-            stages = ", ".join(f"{stage.name} {stage.broken:,} of {stage.attacked:,}" for stage in record.stages)
+        attacks = [stage for stage in record.stages if stage.name != "clean"]
+        if len(attacks) > 1:
+            stages = ", ".join(f"{stage.name} {stage.broken:,} of {stage.attacked:,}" for stage in attacks)
             yield f"{record.id}: stages, each on what is still right, broke: {stages}."
 
 

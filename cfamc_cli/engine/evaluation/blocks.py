@@ -128,7 +128,7 @@ class _Pace:
         within = min(self.meter.forward / max(1.0, expected), 0.99)
         share = (sum(self._costs[: self._stage]) + within * self._costs[self._stage]) / sum(self._costs)
         at = min(self._first + int(share * size), self._n - 1)
-        self._talk.progress(self._label, at, self._n, {"standing in block": self._standing})
+        self._talk.progress(self._label, at, self._n, {"standing in block": f"{100 * self._standing:.0f} %"})
 
 
 @dataclass(frozen=True)
