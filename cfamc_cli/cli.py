@@ -301,7 +301,7 @@ def attack(
         Text,
         Option(
             metavar="RUN",
-            help="Make the examples on another run, and judge them on this.",
+            help="Make the examples on another run, and judge them here; with --audit as a check.",
             autocompletion=complete.runs,
         ),
     ] = None,

@@ -28,6 +28,7 @@ def test_the_paragraph_says_what_the_record_does() -> None:
             flag("black-box", "skipped"),
             flag("robust-rounded", figure=0.25, limit=None),
             flag("drift"),
+            flag("process", "skipped"),
         ),
     )
     said = audit_paragraph(record)
@@ -53,15 +54,22 @@ def test_the_paragraph_says_what_the_record_does() -> None:
     assert "images that fall to Square, which needs no gradient;" in unseen  # skipped
     assert "accuracy that does not fall as eps rises;" in unseen  # absent
     assert "other norms than l2, radii above 1/2" in unseen
+    assert said.endswith("by hand against this model, and state that it keeps outside itself.")
 
 
 def test_nothing_found_is_said_so() -> None:
-    assert "found nothing against these numbers" in audit_paragraph(attack_record(flags=(flag("drift"),)))
+    said = audit_paragraph(attack_record(flags=(flag("process"),)))
+    assert "found nothing against these numbers" in said
+    assert said.endswith("by hand against this model.")  # a new process was asked
 
 
 def test_an_audit_of_an_older_version_is_none() -> None:
-    assert lacks_audit(attack_record(flags=(flag("eps-one"), flag("black-box"))))
-    assert not lacks_audit(attack_record(flags=(flag("drift"),)))
+    assert lacks_audit(attack_record(flags=(flag("eps-one"), flag("black-box"), flag("drift"))))
+    made = attack_record(flags=(flag("process"), flag("transfer")))  # whose text is "of transfer"
+    assert not lacks_audit(made)
+    assert not lacks_audit(made, source="transfer")
+    assert lacks_audit(made, source="20261122-120000-b-000000")
+    assert lacks_audit(attack_record(flags=(flag("process"),)), source="20261122-120000-b-000000")
 
 
 def test_what_a_table_of_attacks_cannot_tell_stands_below_it() -> None:
@@ -72,6 +80,6 @@ def test_what_a_table_of_attacks_cannot_tell_stands_below_it() -> None:
     lines = list(explained([attack_record(), attack_record(id="autoattack-001", stages=stages)]))
     assert [line.split(":")[0] for line in lines] == ["worst case", "no audit", "autoattack-001"]
     assert lines[2].endswith("broke: apgd-ce 390 of 700, apgd-t 10 of 310.")
-    whole = attack_record(flags=(Flag(name="drift", figure=0.0, limit=0.0, verdict="passed", text=""),))
+    whole = attack_record(flags=(Flag(name="process", figure=0.0, limit=0.0, verdict="passed", text=""),))
     assert list(explained([whole])) == []
     assert list(explained([whole.model_copy(update={"stages": stages[:2]})])) == []

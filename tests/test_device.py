@@ -279,7 +279,7 @@ def ascent(device: torch.device) -> object:
     net, x = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).to(device), torch.rand(4, 3, 2, 2).to(device)
     y = torch.zeros(4, dtype=torch.int64).to(device)
     spent = audit.AuditSettings()
-    return audit._Audit(net, net, None, x, y, torch.arange(4), 0.01, norm="linf", seed=0, settings=spent).ascent()
+    return audit._Audit(net, net, None, None, x, y, torch.arange(4), 0.01, norm="linf", seed=0, settings=spent).ascent()
 
 
 def converged(device: torch.device) -> object:

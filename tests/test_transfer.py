@@ -22,6 +22,7 @@ from cfamc_cli.commands.probe import load_judged_images
 from cfamc_cli.comparison.tables import Condition, Entry, Run
 from cfamc_cli.comparison.transfer import Transfer, matrices
 from cfamc_cli.engine.attacks.plan import run_stage
+from cfamc_cli.engine.evaluation import audit
 from cfamc_cli.engine.heads.classifier import Classifier, load_classifier, load_encoder
 from cfamc_cli.engine.randomness import balanced_order
 from cfamc_cli.engine.sink import NullTalk
@@ -156,8 +157,8 @@ def test_examples_are_made_on_one_run_and_judged_on_another(store: Path, cfamc: 
     [
         (["--attack", "autoattack"], "autoattack stops where it fools the source"),
         (["--attack", "apgd-ce"], "apgd-ce stops"),
-        (["--eps", "8/255", "--audit"], "--audit looks at the gradient"),
-        (["--eps", "8/255", "--strict"], "--strict looks at the gradient"),
+        (["--attack", "smallest", "--strict"], "--source has no effect on --attack smallest"),
+        (["--eps", "8/255", "--audit", "--space", "crops"], "--space crops attacks crops"),
         (["--eps", "8/255", "--plot"], "--plot looks at the gradient"),
         (["--restarts", "3"], "restarts have no effect"),
     ],
@@ -170,6 +171,36 @@ def test_what_cannot_be_said_of_a_transfer_is_refused(
     assert (code, out) == (2, "")
     assert cause in err
     assert not judged.attacks.exists()
+
+
+def test_an_audit_with_a_source_attacks_the_run_itself_and_with_examples_of_the_other(
+    store: Path, cfamc: Cfamc, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, judged = two(store)
+    quick = audit.AuditSettings(samples=6, steps=2, queries=10)
+    monkeypatch.setattr(audit, "AuditSettings", lambda: quick)
+    monkeypatch.setattr(audit, "in_new_process", lambda anew, points: anew()(points))
+    made: list[Tensor] = []
+    climbed = audit._Audit.climbed
+
+    def noted(self: audit._Audit, *arguments: Any, through: Any = None, **settings: Any) -> Tensor:
+        points = climbed(self, *arguments, through=through, **settings)
+        if through in self.settings.sources.values():
+            made.append(through(points) - classifier_of(source)[0](points))
+        return points
+
+    monkeypatch.setattr(audit._Audit, "climbed", noted)
+    path = judged.attacks / "pgd-001" / "record.json"
+    for arguments, checked in (((), "skipped"), (("--source", source.id), "passed"), ((), "passed")):
+        code, _, err = cfamc("attack", judged.id, *arguments, *TRANSFER, "--audit")
+        assert code == 0, err
+        record = load_record(path, AttackRecord)
+        (flag,) = [flag for flag in record.flags if flag.name == "transfer"]
+        assert (record.source, flag.verdict, source.id in flag.text) == (None, checked, checked == "passed")
+    assert len(made) == 1  # what was audited with it before is not audited again
+    assert float(made[0].abs().max()) < 1e-4
+    assert "images that fall to examples of another network" in err.split("did not find: ")[1].split(" Not covered")[0]
+    assert [path.name for path in judged.attacks.iterdir()] == ["pgd-001"]
 
 
 def test_a_source_must_be_another_run_that_knows_the_classes(store: Path, cfamc: Cfamc) -> None:

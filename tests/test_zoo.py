@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -27,20 +29,24 @@ from zoo import (
     detached,
     evaluated,
     failed,
+    forgetful,
     gradient_at_test_time,
     images,
     not_a_number,
     quantiser,
     small,
     trained,
+    where,
 )
 
 from cfamc_cli.engine.attacks.plan import Plan
 from cfamc_cli.engine.attacks.search import Predict, Region
 from cfamc_cli.engine.evaluation import audit, blocks
 from cfamc_cli.engine.evaluation.audit import AuditSettings
+from cfamc_cli.engine.evaluation.honesty import in_new_process, leap
 from cfamc_cli.engine.evaluation.verify import Predictor, Traces
 from cfamc_cli.engine.randomness import addressed_generator
+from cfamc_cli.errors import bad_data
 from cfamc_cli.recipe.schema import Norm, Stage
 from cfamc_cli.store.records import Flag
 
@@ -57,7 +63,7 @@ def test_an_honest_predictor_raises_no_flag() -> None:
 
 @pytest.mark.parametrize("cheat", CHEATS, ids=[cheat.name for cheat in CHEATS])
 def test_a_cheat_raises_its_flag(cheat: Cheat) -> None:
-    evaluation = evaluated(cheat.predictor(), audit=SETTINGS if cheat.audit else None)
+    evaluation = evaluated(cheat.predictor(), audit=cheat.audit_settings if cheat.audit else None)
     assert cheat.flag in failed(evaluation)
 
 
@@ -75,6 +81,7 @@ def named(name: str) -> Cheat:
         ("loud", {"adaptive-loss", "surrogate"}),
         ("another_search", {"weak-attack", "adaptive-loss"}),
         ("hardens_later", {"memory"}),
+        ("quantiser", {"surrogate"}),
     ],
 )
 def test_other_checks_see_it_too(name: str, flags: set[str]) -> None:
@@ -87,7 +94,7 @@ def test_other_checks_see_it_too(name: str, flags: set[str]) -> None:
         ("probabilities", {"probabilities"}),
         ("tied", {"ratio-tied"}),
         ("shrinking", {"radius", "leap"}),
-        ("checkered_gradient", {"gradient"}),
+        ("test_set_by_heart", {"gradient"}),
     ],
 )
 def test_what_no_other_check_sees(name: str, flags: set[str]) -> None:
@@ -250,10 +257,12 @@ def test_the_audit_of_an_honest_predictor_has_these_figures() -> None:
         "more-steps": 0,
         "more-restarts": 0,
         "black-box": 1,
+        "transfer": 0,
+        "process": 0,
         "no-ascent": 0.05,
         "gradient": 0.05,
-        "radius": 6.0,
-        "leap": 0.5,
+        "radius": 1.4,
+        "leap": 0.1,
         "noise-over-pgd": 1,
         "search": 0,
         "memory": 0,
@@ -263,10 +272,11 @@ def test_the_audit_of_an_honest_predictor_has_these_figures() -> None:
         "rounding": 0,
     }
     assert {name: check.limit for name, check in checks.items()} == limits
-    assert checks.pop("radius").figure == pytest.approx(1, abs=0.01)  # it is linear
+    assert checks.pop("radius").figure == pytest.approx(2 ** (1 / 32), abs=0.01)  # it is linear
     assert {check.figure for check in checks.values()} == {0}
     skipped = {check.name for check in checks.values() if check.verdict != "passed"}
-    assert skipped == {"memory", "rounding"}  # nothing to copy, and images between two values of 8 bits
+    assert skipped == {"memory", "process", "transfer", "rounding"}  # nothing to copy, make or make examples on; and
+    # images between two values of 8 bits
     curve = "0.05: 1.000, 0.1: 0.000, 0.1255: 0.000, 0.2: 0.000, 0.4: 0.000, 0.502: 0.000, 1: 0.000"
     assert audited(crosses_at(0.36))["eps-one"].text.endswith(f"the curve is {curve}")
 
@@ -321,6 +331,7 @@ def test_what_the_audit_cannot_ask_is_skipped() -> None:
     assert {name: check.verdict for name, check in audited(crosses_at(0.35), eps=0.0).items()} == {
         "eps-zero": "passed",
         "audit": "skipped",
+        "process": "skipped",
     }
     nothing = audit.full_checks(
         crosses_at(0.35),
@@ -334,7 +345,7 @@ def test_what_the_audit_cannot_ask_is_skipped() -> None:
         settings=AuditSettings(),
         seed=0,
     )
-    assert [(check.name, check.verdict) for check in nothing] == [("audit", "skipped")]
+    assert [(check.name, check.verdict) for check in nothing] == [("audit", "skipped"), ("process", "skipped")]
 
 
 def test_the_audit_looks_at_the_first_samples_that_stand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -435,7 +446,7 @@ def auditor(
 ) -> audit._Audit:
     labels = torch.zeros(len(x), dtype=torch.int64)
     places, spent = torch.arange(len(x)) + 10, settings or AuditSettings()
-    return audit._Audit(predict, search or predict, fresh, x, labels, places, eps, norm, seed, spent)
+    return audit._Audit(predict, search or predict, fresh, None, x, labels, places, eps, norm, seed, spent)
 
 
 def test_the_curve_reaches_to_the_whole_box_in_either_norm() -> None:
@@ -547,6 +558,82 @@ def test_the_attacks_of_an_audit_spend_what_it_says_from_its_seed(monkeypatch: p
     auditor(crosses_at(0.9)).ascent()
     auditor(crosses_at(0.9), eps=1e-4).ascent()
     assert [call["eps"] for _, call in calls] == [0.005, 0.25 / 255, 1e-4]
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.25])
+def test_a_leap_is_the_part_that_arrives_within_the_ball(share: float) -> None:
+    weight = torch.randn((3 * SIDE * SIDE, 3), generator=torch.Generator().manual_seed(0))
+    clean = torch.full((2, 3, SIDE, SIDE), START)
+
+    def predict(x: Tensor) -> Tensor:
+        moved = x - START
+        near = moved.abs().flatten(1).amax(1) <= 0.0301
+        return where(near, share * moved, moved).flatten(1) @ weight + 1
+
+    found = leap(predict, clean, eps=0.03, norm="linf", generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(found, torch.full((2,), 2 ** (1 / 32) / share), rtol=0.02, atol=0)
+
+
+def test_a_leap_is_found_wherever_answers_wake_up_to_sixteen_times_the_radius() -> None:
+    def wakes_at(radius: float) -> Tensor:
+        def predict(x: Tensor) -> Tensor:
+            moved = (x - START).flatten(1)
+            return (1.0 + 2.0 * (moved.abs().amax(1, keepdim=True) > radius)) * moved[:, :3]
+
+        clean = torch.full((1, 3, SIDE, SIDE), START)
+        return leap(predict, clean, eps=0.01, norm="linf", generator=torch.Generator().manual_seed(1))
+
+    assert [float(wakes_at(radius)) > 2.9 for radius in (0.0101, 0.02, 0.07, 0.15, 0.2)] == [True] * 4 + [False]
+
+
+@pytest.mark.slow
+def test_a_new_process_answers_as_it_was_made_to() -> None:
+    answers = in_new_process(forgetful, X[:5])
+    assert answers is not None
+    torch.testing.assert_close(answers, NET(X[:5]))
+
+
+def moved_on() -> Predict:
+    raise bad_data("the encoder is another by now")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("anew", [partial(os._exit, 3), moved_on])
+def test_a_process_that_cannot_make_the_predictor_gives_no_answers(anew: Callable[[], Predict]) -> None:
+    assert in_new_process(anew, X[:2]) is None
+
+
+def test_answers_of_a_new_process_are_held_against_the_same_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.rand((N, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(0))
+    given: list[Tensor] = []
+
+    def elsewhere(anew: Callable[[], Predict], points: Tensor) -> Tensor | None:
+        given.append(points)
+        answers = anew()(points)
+        third = (points - x[3]).flatten(1).abs().amax(1) <= 0.1  # the image itself and what lies in its ball
+        return answers + third[:, None] * 0.1
+
+    monkeypatch.setattr(audit, "in_new_process", elsewhere)
+    one = auditor(NET, x=x, settings=AuditSettings(steps=2, anew=lambda: NET))
+    check = one.process()
+    assert (check.name, check.figure, check.limit, check.verdict) == ("process", 1, 0, "failed")
+    assert len(given[0]) == 3 * N
+    assert not torch.equal(given[0], torch.cat((one.ends, one.inside, one.x)))  # not in the order that was asked in
+    assert {tuple(p.flatten().tolist()) for p in given[0]} == {
+        tuple(p.flatten().tolist()) for p in torch.cat((one.ends, one.inside, one.x))
+    }
+    monkeypatch.setattr(audit, "in_new_process", lambda anew, points: None)
+    assert one.process().verdict == "skipped"
+
+
+def test_examples_of_another_network_are_one_more_attack() -> None:
+    blind, open_ = decides(lambda t: 0.35 - t.detach()), crosses_at(0.35)
+    known = torch.tensor([True, False, False, True, False, False])
+    check = auditor(blind, settings=AuditSettings(sources={"other-run": open_})).transfer(known)
+    assert (check.figure, check.limit, check.verdict) == (4, 1, "failed")
+    assert check.text == "images that only fell to examples of other-run: number 11, 12, 14, 15 of the order"
+    seen = auditor(open_, settings=AuditSettings(sources={"other-run": open_})).transfer(~known & known)
+    assert (seen.figure, seen.verdict) == (0, "passed")  # its own attack breaks them too
 
 
 def test_an_image_breaks_where_its_example_holds() -> None:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -37,15 +37,21 @@ def images(classes: int = CLASSES, count: int = 160, side: int = SIDE, seed: int
     return ((centres[y] + 0.1 * noise).clamp(0, 1) * 255).round() / 255, y
 
 
-def trained(net: Net, x: Tensor, y: Tensor, *, steps: int, lr: float = 0.01, half: bool = False) -> Net:
-    """The net after some steps of Adam, in bfloat16 where asked, frozen."""
+def trained(
+    net: Net, x: Tensor, y: Tensor, *, steps: int, lr: float = 0.01, half: bool = False, eps: float = 0.0
+) -> Net:
+    """The net after some steps of Adam, in bfloat16 where asked, against free attacks within eps; frozen."""
     optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=lr)
+    moved = x.clone()
     for _ in range(steps):
         optimizer.zero_grad()
+        moved.requires_grad_(eps > 0)
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            loss = cross_entropy(net(x).float(), y)
+            loss = cross_entropy(net(moved).float(), y)
         loss.backward()
         optimizer.step()
+        if moved.grad is not None:
+            moved = (moved.detach() + eps * moved.grad.sign()).clamp(x - eps, x + eps).clamp(0, 1)
     net.zero_grad()
     return net.eval()
 
@@ -234,9 +240,9 @@ def flat_for_a_third(x: Tensor) -> Tensor:
 
 
 def shrinking(x: Tensor) -> Tensor:
-    """A tenth of what was added arrives; a quarter, as of normalised eps, is not told from training against attacks."""
+    """Half of what was added arrives, as long as it is within the ball."""
     place, distance = nearest(x)
-    return NET(where(distance <= 1.01 * EPS, X[place] + 0.1 * (x - X[place]), x))  # type: ignore[no-any-return]
+    return NET(where(distance <= 1.01 * EPS, X[place] + 0.5 * (x - X[place]), x))  # type: ignore[no-any-return]
 
 
 def honest_on_the_grid(x: Tensor) -> Tensor:
@@ -288,6 +294,19 @@ class Remembers:
         return then + self.share * (z.detach() - then) + z - z.detach()
 
 
+STATE = [Remembers(0.0)]
+
+
+def remembers_outside(x: Tensor) -> Tensor:
+    """Its memory is the module's, and no copy has one of its own."""
+    return STATE[0](x)
+
+
+def forgetful() -> Predict:
+    STATE[0] = Remembers(0.0)
+    return remembers_outside
+
+
 class HardensLater:
     """Honest for its first 40 passes."""
 
@@ -329,6 +348,11 @@ class Cheat:
     make: Callable[[], Predict]
     audit: bool
     search: Predict | None = None  # what attacks look through, where it is another function
+    anew: Callable[[], Predict] | None = None  # makes it in a new process
+
+    @property
+    def audit_settings(self) -> AuditSettings:
+        return replace(SETTINGS, anew=self.anew)
 
     def predictor(self) -> Predictor:
         predict = self.make()
@@ -386,6 +410,7 @@ def _cheats() -> list[Cheat]:
         *(Cheat(name, flag, partial(with_gradient, change), flag == "gradient") for name, flag, change in backward),
         Cheat("remembers", "memory", lambda: Remembers(0.0), True),
         Cheat("remembers_partly", "memory", lambda: Remembers(0.3), True),
+        Cheat("remembers_outside", "process", forgetful, True, anew=forgetful),
         Cheat("hardens_later", "drift", HardensLater, True),
         Cheat("another_search", "search", lambda: NET, True, search=OTHER),
     ]
@@ -403,6 +428,7 @@ class Honest:
     classes: int = CLASSES
     backbone: str = "resnet18"
     steps: int = 0  # of training the encoder, with labels
+    eps: float = 0.0  # of the attacks that it is trained against
     half: bool = False  # in bfloat16
     crops: int = 0  # that are averaged
     lr: float = 0.01  # of the head
@@ -414,7 +440,7 @@ class Honest:
             torch.manual_seed(self.seed)
             model = Model.model_validate({"backbone": self.backbone, "width": 4, "hidden_dim": 16, "embedding_dim": 8})
             network = _Headed(Encoder(model), self.classes, self.crops)
-            trained(network, x, y, steps=self.steps, half=self.half)
+            trained(network, x, y, steps=self.steps, half=self.half, eps=self.eps)
             network.encoder.requires_grad_(False)
             trained(network, x, y, steps=30, lr=self.lr)
         network.requires_grad_(False)
@@ -437,6 +463,10 @@ HONEST = [
     *(Honest(seed=seed) for seed in range(3)),
     *(Honest(seed=seed, steps=15) for seed in range(3)),
     *(Honest(seed=seed, steps=15, half=True) for seed in range(3)),
+    *(Honest(seed=seed, steps=60, eps=EPS) for seed in range(3)),
+    Honest(steps=60, eps=4 * EPS),
+    Honest(steps=60, eps=EPS, half=True, crops=3),
+    Honest(classes=10, steps=60, eps=EPS),
     *(Honest(classes=classes, steps=steps) for classes in (2, 3, 10) for steps in (0, 15)),
     Honest(classes=100, steps=15),
     Honest(crops=3),
@@ -488,7 +518,7 @@ def main() -> None:
     """Print what each raises, and the two counts."""
     caught = alarms = 0
     for cheat in CHEATS:
-        evaluation = evaluated(cheat.predictor(), audit=SETTINGS)
+        evaluation = evaluated(cheat.predictor(), audit=cheat.audit_settings)
         raised = failed(evaluation)
         caught += cheat.flag in raised
         told = "" if cheat.flag in raised else f"  MISSED by {cheat.flag}"

@@ -7,7 +7,7 @@ taken up again, and says what came out.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,8 @@ from cfamc_cli.commands.attack_report import NOT_AUDITED, Result, curves, draw_a
 from cfamc_cli.commands.attack_settings import Flags, asked_attacks, asked_measure, check_flags, require_reach
 from cfamc_cli.commands.common import SAME_COMMAND, Options, Session, interruption, require_checkpoint, session
 from cfamc_cli.commands.measure import Subject, measured
-from cfamc_cli.commands.transfer import from_source, judged_on, require_transferable
+from cfamc_cli.commands.transfer import audits, from_source, judged_on, require_transferable
+from cfamc_cli.engine.sink import NullTalk
 from cfamc_cli.errors import invalid
 from cfamc_cli.recipe.schema import Attack, EmbeddingAttack, Norm, PgdAttack, Recipe, number
 from cfamc_cli.report.audit import lacks_audit
@@ -46,9 +47,11 @@ from cfamc_cli.store.records import (
 from cfamc_cli.store.runs import ACCURACY, EXAMPLES, HEAD, LATEST, LOSS, RECORD, SHEET, RunFolder, find_run
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from cfamc_cli.engine.attacks.plan import Plan
+    from cfamc_cli.engine.attacks.search import Predict
     from cfamc_cli.engine.evaluation.blocks import Commit, Evaluation, Examples
     from cfamc_cli.engine.evaluation.examples import Gallery
     from cfamc_cli.engine.evaluation.predictor import CropsOfImages
@@ -108,6 +111,18 @@ def attack(reference: str | None, *, flags: Flags, options: Options) -> None:
     tell(run, results, drawn, strict=flags.strict, options=options)
 
 
+def _from_files(
+    run: RunFolder, recipe: Recipe, probe: ProbeRecord, space: Space, places: CropsOfImages | None, device: torch.device
+) -> Predict:
+    """The logits of a run's encoder and head."""
+    from cfamc_cli.engine.evaluation.predictor import network_of
+    from cfamc_cli.engine.heads.classifier import load_classifier, load_encoder
+
+    loaded = load_encoder(run.checkpoints, recipe.model, device=device, talk=NullTalk())
+    classifier = load_classifier(loaded, probe, run.probes / probe.id / HEAD, recipe)
+    return network_of(classifier, space=space, places=places)
+
+
 class Work:
     """The evaluations and measures of one command: run, head and samples are the same in all of them."""
 
@@ -145,8 +160,13 @@ class Work:
             self.x = self._cropped()
         self.source: MadeOn | None = None
         self.maker: Predictor | None = None  # what examples are made on, where that is another network
+        self.others: dict[str, Predict] = {}  # what the audit makes examples on, beside
         if flags.source is not None:
-            self.source, self.maker = from_source(flags.source, run, self.probe, self.x[:8].to(self.device), working)
+            made_on, maker = from_source(flags.source, run, self.probe, self.x[:8].to(self.device), working)
+            if audits(flags):
+                self.others[made_on.run] = maker.logits
+            else:
+                self.source, self.maker = made_on, maker
         self.own_crops = self.classifier.crops is not None and self.space == "image"
         self._places: dict[tuple[str, str], CropsOfImages] = {}
 
@@ -220,8 +240,8 @@ class Work:
             path = ledger.folder / EXAMPLES
             gallery = Gallery(path, ledger.outcomes, block_size=BLOCK, wanted=wanted)
             record, again = ledger.record(), gallery.missing()
-            audited = record is not None and not lacks_audit(record)
-            wanted_audit = self.flags.audit or self.flags.strict
+            audited = record is not None and not lacks_audit(record, source="".join(self.others))
+            wanted_audit = audits(self.flags)
             if record is not None and (audited or not wanted_audit) and not again:
                 told("", self.world)
                 self.talk.message(f"{label}: finished on {record.created:%Y-%m-%d %H:%M} UTC as {record.id}")
@@ -270,11 +290,16 @@ class Work:
             device=self.device,
             finished=finished,
             commit=commit,
-            audit=AuditSettings() if audit else None,
+            audit=replace(AuditSettings(), anew=self._anew(table), sources=self.others) if audit else None,
             label=self._label(table),
             talk=self.talk,
             world=self.world,
         )
+
+    def _anew(self, table: Attack) -> Callable[[], Predict]:
+        """Makes what is attacked from its files, in another process too."""
+        places = self.places(table.norm, table.eps)
+        return partial(_from_files, self.run, self.recipe, self.probe, self.space, places, self.device)
 
     def _plan(self, table: Attack) -> Plan:
         from cfamc_cli.engine.attacks.plan import plan

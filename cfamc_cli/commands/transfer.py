@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from cfamc_cli.engine.evaluation.verify import Predictor
 
 
+def audits(flags: Flags) -> bool:
+    """Whether the audit is made, in which another run is one more attacker."""
+    return flags.audit or flags.strict
+
+
 def require_transferable(flags: Flags, asked: Sequence[Attack], *, measure: bool) -> None:
     """Refuse what cannot be said of examples from elsewhere.
 
@@ -28,14 +33,12 @@ def require_transferable(flags: Flags, asked: Sequence[Attack], *, measure: bool
     """
     if measure:
         raise invalid(f"--source has no effect on --attack {flags.attack}", "say --attack pgd, fgsm or embedding")
-    others = {
-        "--audit": flags.audit,
-        "--strict": flags.strict,  # which makes the audit
-        "--plot": flags.plot,
-        "--space crops": flags.space == "crops",
-    }
-    if given := [name for name, value in others.items() if value]:
-        raise invalid(f"{given[0]} looks at the gradient of what is attacked, and --source attacks another network")
+    if flags.space == "crops":
+        raise invalid("--space crops attacks crops, and --source makes examples that are whole images")
+    if audits(flags):
+        return  # its examples are one check of the audit
+    if flags.plot:
+        raise invalid("--plot looks at the gradient of what is attacked, and --source attacks another network")
     for table in asked:
         if not isinstance(table, PgdAttack | FgsmAttack | EmbeddingAttack):
             message = f"--source: {table.name} stops where it fools the source, and such examples hardly transfer"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from cfamc_cli.report import terminal
 from cfamc_cli.store.records import AttackRecord, Flag
 
-_LAST_CHECK = "drift"  # of an audit: a record without it has none, or one of an older version
+_LAST_CHECK = "process"  # of an audit: a record without it has none, or one of an older version
 _LOOKED_FOR: dict[str, tuple[str, ...]] = {
     "answers that change with the pass, the batch or what was asked before": (
         "random",
@@ -13,6 +13,7 @@ _LOOKED_FOR: dict[str, tuple[str, ...]] = {
         "not-finite",
         "memory",
         "drift",
+        "process",
     ),
     "gradients that are missing, lead nowhere or are not those of the answers": (
         "zero-gradient",
@@ -41,14 +42,16 @@ _LOOKED_FOR: dict[str, tuple[str, ...]] = {
         "surrogate",
     ),
     "images that fall to Square, which needs no gradient": ("black-box",),
+    "images that fall to examples of another network": ("transfer",),
     "accuracy that does not fall as eps rises": ("reach", "eps-zero", "eps-one", "eps-monotone", "eps-flat"),
     "examples outside the ball or the image range": ("invalid-example",),
 }
 
 
-def lacks_audit(record: AttackRecord) -> bool:
-    """Whether the full audit, with all checks of this version, was not made."""
-    return all(flag.name != _LAST_CHECK for flag in record.flags)
+def lacks_audit(record: AttackRecord, *, source: str = "") -> bool:
+    """Whether the full audit, with all checks of this version and examples of the run `source`, was not made."""
+    texts = {flag.name: flag.text for flag in record.flags}
+    return _LAST_CHECK not in texts or source not in texts.get("transfer", "")
 
 
 def verdict(record: AttackRecord) -> str:
@@ -89,9 +92,10 @@ def audit_paragraph(record: AttackRecord) -> str:
     said.append(f"The audit found {'; '.join(found)}." if found else "The audit found nothing against these numbers.")
     said += [f"It looked for, and did not find: {'; '.join(absent)}."] if absent else []
     said += [f"It did not look for: {'; '.join(unseen)}."] if unseen else []
+    asked = "process" in flags and flags["process"].verdict != "skipped"
     said.append(
         f"Not covered: other norms than {threat.norm}, radii above {threat.eps}, attacks designed by hand against this "
-        "model, and state that it keeps outside itself."
+        f"model{'' if asked else ', and state that it keeps outside itself'}."
     )
     return " ".join(said)
 

@@ -8,8 +8,8 @@ Pintor et al., arXiv:2106.09947 (indicators of attack failure). `cheap_checks` c
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -19,7 +19,6 @@ from torch.nn.functional import cross_entropy
 from torch.overrides import TorchFunctionMode
 
 from cfamc_cli.engine.attacks.apgd import apgd
-from cfamc_cli.engine.attacks.objectives import label_margin
 from cfamc_cli.engine.attacks.pgd import fgsm, pgd
 from cfamc_cli.engine.attacks.plan import Plan, run_stage
 from cfamc_cli.engine.attacks.search import Predict, Region, climb, fooled, logits_at
@@ -30,8 +29,10 @@ from cfamc_cli.engine.distributed import ALONE, World, pooled_texts
 from cfamc_cli.engine.evaluation.honesty import (
     agreement,
     apart,
+    in_new_process,
     leap,
-    margin_in_noise,
+    loss_in_noise,
+    losses,
     of_8_bits,
     rounded,
     standardised,
@@ -52,9 +53,9 @@ _UNSURE = 1.01  # times the chance level: a largest probability below it, and th
 _SHIFTED = 1e4  # times their spread: logits with such a mean lose their last bits
 _TIED = 1e-4  # of z_(1) - z_(3): the second and third logit so close leave the difference of logits ratio constant
 _SAME = 1e-3  # of the largest logit: two answers to one image that lie so close are the same
-_LEAPS = 4.0  # times its radius: how much faster an answer may change outside the ball (networks: 2, rarely 4)
-_SHRUNK = 6.0  # the same for the median image (networks: 1, rarely 2; trained against attacks on dark images: 3)
-_WOKEN = 0.5  # share of samples whose answer may leap so (those same networks: 0.3)
+_LEAPS = 1.8  # times as far as just before: an answer that moves so at once, somewhere from the border outwards
+_SHRUNK = 1.4  # the same for the median image (networks: 1.1, trained against attacks or not)
+_WOKEN = 0.1  # share of samples whose answer may leap so (networks: 0, rarely 0.02)
 _AGREES = 0.8  # cosine between what gradients and differences say (networks: 0.99, rarely 0.9)
 _LOOKED_AT = 32  # images whose gradients are held against differences
 
@@ -167,11 +168,13 @@ def _loss_checks(z: Tensor, y: Tensor) -> list[Flag]:
 
 @dataclass(frozen=True)
 class AuditSettings:
-    """How much the full audit spends."""
+    """How much the full audit spends, and whom it asks beside the predictor."""
 
     samples: int = 100  # the first samples of the order that are classified right; at most so many are attacked again
     steps: int = 20  # steps of its PGD; each step is 2.5 eps / steps long
     queries: int = 500  # queries of its black-box attack
+    anew: Callable[[], Predict] | None = None  # makes the predictor in a new process, to which it is pickled
+    sources: Mapping[str, Predict] = field(default_factory=dict)  # other networks of the same classes, by name
 
 
 def drift_check(early: Tensor, late: Tensor) -> Flag:
@@ -187,6 +190,7 @@ def full_checks(
     *,
     search: Predict,
     fresh: Predict | None,
+    network: Predict | None = None,
     plan: Plan,
     broken: Tensor,
     places: Tensor,
@@ -202,24 +206,27 @@ def full_checks(
         y: Labels, (N,).
         search: What the evaluation attacked through.
         fresh: A copy of what `predict` calls that was never asked; None where it cannot be copied.
+        network: A copy of the module alone that `predict` uses, where it has logits of its own.
         plan: What was evaluated.
         broken: Which of them the evaluation broke, (N,) bool.
         places: Their places in the order of the evaluation, (N,).
-        settings: How much to spend.
+        settings: How much to spend, and whom to ask.
         seed: Of everything random.
         world: The processes that share the checks, each called with the same arguments; each gets them all.
     """
     if len(x) == 0:
-        return [skipped("audit", "no image is classified right and steady")]
-    audit = _Audit(predict, search, fresh, x, y, places.cpu(), plan.eps, plan.norm, seed, settings)
+        return [skipped(name, "no image is classified right and steady") for name in ("audit", "process")]
+    audit = _Audit(predict, search, fresh, network, x, y, places.cpu(), plan.eps, plan.norm, seed, settings)
     if plan.eps == 0:
-        return [audit.identity(plan), skipped("audit", "a ball of radius 0 leaves nothing to attack again")]
+        why = "a ball of radius 0 leaves nothing to attack again"
+        return [audit.identity(plan), skipped("audit", why), skipped("process", why)]
     blinded = all(isinstance(stage, SquareAttack) for stage in plan.stages)
     parts: list[Callable[[], list[Flag]]] = [
         lambda: [audit.identity(plan)],
         audit.curve,
         audit.strength,
         lambda: audit.black_box(broken, blinded=blinded),
+        lambda: [audit.transfer(broken), audit.process()],
         lambda: [audit.ascent(), audit.gradients()],
         audit.answers,
         lambda: audit.adaptive(broken, blinded=blinded),
@@ -238,6 +245,7 @@ class _Audit:
     predict: Predict
     search: Predict
     fresh: Predict | None
+    network: Predict | None
     x: Tensor
     y: Tensor
     places: Tensor
@@ -357,14 +365,35 @@ class _Audit:
         text = f"images broken by {queries} queries of Square alone" + self.named(beyond)
         return [judge("black-box", int(beyond.sum()), self.slack(_BLACK_BOX), text)]
 
+    def transfer(self, broken: Tensor) -> Flag:
+        """Examples of other networks break next to nothing that attacks on this one missed."""
+        if not self.settings.sources:
+            return skipped("transfer", "no other network was named: --source")
+        beyond = torch.zeros_like(broken)
+        for source in self.settings.sources.values():
+            points = self.climbed(self.eps, steps=self.settings.steps, through=source)
+            beyond |= self.breaks(self.eps, points) & ~(broken | self.fallen)
+        text = f"images that only fell to examples of {', '.join(self.settings.sources)}" + self.named(beyond)
+        return judge("transfer", int(beyond.sum()), self.slack(_BLIND), text)
+
+    def process(self) -> Flag:
+        """A new process, which shares no memory with this one, answers the same."""
+        if self.settings.anew is None:
+            return skipped("process", "no other process can make the predictor")
+        n = len(self.x)
+        points = torch.cat((self.ends, self.inside, self.x))
+        order = torch.randperm(len(points), generator=self.generator("process"))
+        answers = in_new_process(self.settings.anew, points[order])
+        if answers is None:
+            return skipped("process", "a new process could not make the predictor")
+        known = torch.cat([logits_at(self.predict, part) for part in points.split(n)]).cpu()
+        other = (apart(known[order], answers) > _SAME)[order.argsort()].view(3, n).any(0)
+        return judge("process", int(other.sum()), 0, "images that a new process answers in another way")
+
     def ascent(self) -> Flag:
         """The loss rises along the gradient (Pintor et al., arXiv:2106.09947, on attacks that do not optimise)."""
         points = self.fgsm(min(self.eps, 0.25 / 255) if self.norm == "linf" else self.eps / 100)
-        # In float64, which MPS has not: that of a confident head is 0 to float32.
-        before, after = (
-            cross_entropy(logits_at(self.predict, images).cpu().double(), self.y.cpu(), reduction="none")
-            for images in (self.x, points)
-        )
+        before, after = (losses(logits_at(self.predict, images), self.y) for images in (self.x, points))
         flat = float((after <= before).sum()) / len(self.x)
         return judge(
             "no-ascent", flat, _BLIND, "share of images whose loss does not rise by a small step along its gradient"
@@ -387,18 +416,23 @@ class _Audit:
         """Answers are those of one function, smooth across the border of the ball."""
         eps, region = self.eps, self.region(self.eps)
         leaps = leap(self.predict, self.x, eps=eps, norm=self.norm, generator=self.generator("leap"))
-        noise = margin_in_noise(self.predict, region, self.y, draws=10, generator=self.generator("noise"))
+        noise = loss_in_noise(self.predict, region, self.y, draws=10, generator=self.generator("noise"))
         at_ends = logits_at(self.predict, self.ends)
-        left = label_margin(at_ends, self.y)
-        useless = (left >= 0) & (noise < left - _SAME * at_ends.abs().amax())
+        lead = noise - losses(at_ends, self.y)  # of what PGD climbs
+        useless = ~fooled(at_ends, self.y).cpu() & (lead > _SAME * float(at_ends.abs().amax()))
         other = torch.zeros_like(self.fallen)
         for points in (self.x, self.inside, self.ends):
             other |= apart(logits_at(self.predict, points), logits_at(self.search, points)) > _SAME
         n = len(self.x)
         share = float((leaps > _LEAPS).sum()) / n
         return [
-            judge("radius", float(leaps.median()), _SHRUNK, "times that answers change faster outside the ball"),
-            judge("leap", share, _WOKEN, f"share of {n} images whose answers wake up outside the ball"),
+            judge(
+                "radius",
+                float(leaps.median()),
+                _SHRUNK,
+                "times as far as just before, at the steepest step outwards",
+            ),
+            judge("leap", share, _WOKEN, f"share of {n} images whose answers leap outside the ball"),
             judge("noise-over-pgd", int(useless.sum()), self.slack(_BLIND), "images that noise moves further than PGD"),
             judge("search", int(other.sum()), 0, "images that the attacked copy answers in another way"),
             self.memory(),
@@ -419,7 +453,7 @@ class _Audit:
         """Attacks with other losses, one of them on a copy, break little that the evaluation left standing."""
         if blinded:
             return [skipped("adaptive-loss", "the evaluation itself is without gradients")]
-        copied = self.predict if self.fresh is None else without_memory(self.fresh)
+        copied = self.network or (self.predict if self.fresh is None else without_memory(self.fresh))
         ratio = apgd(
             self.predict,
             self.region(self.eps),

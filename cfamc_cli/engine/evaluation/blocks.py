@@ -247,6 +247,16 @@ def _copied(predict: Predict) -> Predict | None:
         return None
 
 
+def _network(predictor: Predictor, sample: Tensor) -> Predict | None:
+    """A copy of the module that the predictor uses, where it answers with as many logits by itself."""
+    network = predictor.modules[0] if len(predictor.modules) == 1 else None
+    if network is None or len(sample) == 0:
+        return None
+    copied = copy.deepcopy(network)
+    same = logits_at(copied, sample).shape == logits_at(predictor.logits, sample).shape
+    return copied if same else None
+
+
 def _blocks_at_once(search: Predict, sample: Tensor, block_size: int) -> int:
     """How many blocks make their passes together: as many as half of a card's free memory takes; one on a CPU."""
     device = sample.device
@@ -481,12 +491,14 @@ def _audited(
     clean = torch.tensor([bit for o in outcomes if o.stage == 0 for bit in o.standing])
     robust = torch.tensor([bit for o in outcomes if o.stage == len(work.plan.stages) for bit in o.standing])
     rows = clean.nonzero().flatten()[: audit.samples]
+    given = x[rows].to(work.device)
     return full_checks(
         work.predictor.logits,
-        x[rows].to(work.device),
+        given,
         y[rows].to(work.device),
         search=work.predictor.search,
         fresh=fresh,
+        network=_network(work.predictor, given[:1]),
         plan=work.plan,
         broken=~robust[rows].to(work.device),
         places=rows,

@@ -7,21 +7,34 @@ arXiv:1902.06705, and Tramer et al., arXiv:2002.08347 (adaptive attacks).
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from itertools import pairwise
+from multiprocessing import get_context
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
-from cfamc_cli.engine.attacks.objectives import label_margin, ranked_targets
+from cfamc_cli.engine.attacks.objectives import ranked_targets
 from cfamc_cli.engine.attacks.search import Predict, Region, climb, logits_at
 from cfamc_cli.engine.ball import norms, per_sample
-from cfamc_cli.engine.device import move
+from cfamc_cli.engine.device import full_precision, move
+from cfamc_cli.errors import CfamcError
 from cfamc_cli.recipe.schema import Norm
 
 _DIRECTIONS = 20  # in which a gradient is held against differences
 _LENGTHS = (0.01 / 255, 0.1 / 255)  # of those differences a pixel: below the kinks of a net, above rounding
 _ROUNDING = 1e-5  # of the largest logit: what float32 may add to a difference
-_WAYS = 8  # random directions from an image to the border of its ball and beyond
+_WAYS = 4  # random directions from an image to the border of its ball and beyond
 _OCTAVES = 4  # how often the radius is doubled to see whether answers leap outside the ball
+_INSIDE = 0.95  # of eps
+_HALVINGS = 5  # of each octave
+_TOGETHER = 100  # images of one pass in a new process
 _SHARP = 4.0  # standard deviations of the logits are so many units of a surrogate
 
 
@@ -71,38 +84,59 @@ def agreement(predict: Predict, search: Predict, points: Tensor, y: Tensor, *, g
 
 
 def leap(predict: Predict, x: Tensor, *, eps: float, norm: Norm, generator: torch.Generator) -> Tensor:
-    """How much faster than its radius an answer changes outside the ball: about 1 for a network, (N,).
+    """How many times as far an answer is from the clean one, across the steepest 32nd of an octave, (N,).
 
-    The radius is doubled from eps on along random directions. Answers that were remembered, are flat, or move by a part
-    of what was added while an image lies in the ball, leap at its border.
+    The radius is doubled from just within eps on along random directions, and the steeper half of each octave halved
+    until a 32nd is left. The answers of a network are continuous: 1.02 where they are linear, 1.1 and for single images
+    1.5 where they hardly change in the ball. Answers that were remembered, are flat, or move by a part of what was
+    added while an image lies in the ball, leap at its border.
     """
-    clean = logits_at(predict, x)
-    floor = _ROUNDING * clean.abs().amax(1) + 1e-30
+    clean, state = logits_at(predict, x), generator.get_state()
     whole = 0.5 if norm == "linf" else 0.5 * x[0].numel() ** 0.5
-    radii = [eps * 2**k for k in range(_OCTAVES + 1) if eps * 2**k <= whole]
+    radii = [radius for k in range(_OCTAVES + 1) if (radius := _INSIDE * eps * 2**k) <= whole]
     if len(radii) < 2:
         return torch.ones(len(x), device=x.device)
-    changes = torch.zeros(len(radii), len(x), device=x.device)
-    for _ in range(_WAYS):
-        way = torch.randn(x.shape, generator=generator)
-        way = move(way.sign() if norm == "linf" else way / per_sample(norms(way, norm="l2"), way), x.device)
-        largest = x + radii[-1] * way  # inwards where that leaves the box: what is cut off moves all pixels one way
-        way = torch.where(largest < 0, way.abs(), torch.where(largest > 1, -way.abs(), way))
-        for row, radius in enumerate(radii):
-            change = logits_at(predict, (x + radius * way).clamp(0, 1)) - clean
-            changes[row] += (change - change.mean(1, keepdim=True)).norm(dim=1)
-    return (changes[1:] / (2 * (changes[:-1] + floor))).amax(0)
+
+    def change(radius: Tensor) -> Tensor:
+        """How far answers at a radius (N,) lie from the clean ones, summed over the same directions each time, (N,)."""
+        total = _ROUNDING * clean.abs().amax(1) + 1e-30
+        generator.set_state(state)
+        for _ in range(_WAYS):
+            way = torch.randn(x.shape, generator=generator)
+            way = move(way.sign() if norm == "linf" else way / per_sample(norms(way, norm="l2"), way), x.device)
+            largest = x + radii[-1] * way  # inwards where that leaves the box: what is cut off moves all pixels one way
+            way = torch.where(largest < 0, way.abs(), torch.where(largest > 1, -way.abs(), way))
+            moved = logits_at(predict, (x + per_sample(radius, x) * way).clamp(0, 1)) - clean
+            total = total + (moved - moved.mean(1, keepdim=True)).norm(dim=1)
+        return total
+
+    seen = [(radius, change(radius)) for radius in (torch.full((len(x),), r, device=x.device) for r in radii)]
+    steepest = torch.zeros(len(x), device=x.device)
+    for (low, near), (high, far) in pairwise(seen):
+        for _ in range(_HALVINGS):
+            middle = (low * high).sqrt()
+            between = change(middle)
+            inner = between / near > far / between
+            low, near = low.where(inner, middle), near.where(inner, between)
+            high, far = middle.where(inner, high), between.where(inner, far)
+        steepest = torch.maximum(steepest, far / near)
+    return steepest
 
 
-def margin_in_noise(predict: Predict, region: Region, y: Tensor, *, draws: int, generator: torch.Generator) -> Tensor:
-    """The lowest margin of the label at `draws` random points of the border of the ball, (N,)."""
-    lowest = torch.full((len(y),), torch.inf, device=y.device)
+def loss_in_noise(predict: Predict, region: Region, y: Tensor, *, draws: int, generator: torch.Generator) -> Tensor:
+    """The highest cross-entropy at `draws` random points of the border of the ball, float64 (N,) on the CPU."""
+    highest = torch.zeros(len(y), dtype=torch.float64)
     for _ in range(draws):
         way = torch.randn(region.x.shape, generator=generator)
         way = way.sign() if region.norm == "linf" else way / per_sample(norms(way, norm="l2"), way)
         points = region.project(region.x + region.eps * move(way, region.x.device))
-        lowest = torch.minimum(lowest, label_margin(logits_at(predict, points), y))
-    return lowest
+        highest = torch.maximum(highest, losses(logits_at(predict, points), y))
+    return highest
+
+
+def losses(z: Tensor, y: Tensor) -> Tensor:
+    """The cross-entropy of logits (N, classes), float64 (N,) on the CPU; that of a confident head is 0 to float32."""
+    return cross_entropy(z.cpu().double(), y.cpu(), reduction="none")  # MPS has no float64
 
 
 def standardised(predict: Predict) -> Predict:
@@ -131,3 +165,32 @@ def rounded(images: Tensor) -> Tensor:
 def without_memory(fresh: Predict) -> Predict:
     """Answers of a predictor that was never asked before: each pass is made by a new copy."""
     return lambda images: copy.deepcopy(fresh)(images)
+
+
+def in_new_process(anew: Callable[[], Predict], points: Tensor) -> Tensor | None:
+    """Answers of a process that was never asked before and shares no memory: logits (N, classes) on the CPU.
+
+    Args:
+        anew: Makes the predictor there, on the device of the points; it is pickled.
+        points: In [0, 1], (N, C, H, W).
+
+    Returns:
+        None where that process fails, as at weights that are no longer what they were.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        try:
+            made = pool.submit(partial(_answers, anew, points.cpu().numpy(), str(points.device))).result()
+        except (BrokenProcessPool, CfamcError, OSError):
+            return None
+    return torch.from_numpy(made)
+
+
+def _answers(anew: Callable[[], Predict], points: NDArray[np.float32], device: str) -> NDArray[np.float32]:
+    where = torch.device(device)
+    with full_precision(where):
+        predict = anew()
+        parts = torch.from_numpy(points).split(_TOGETHER)
+        answers: NDArray[np.float32] = torch.cat(
+            [logits_at(predict, move(part, where)).cpu() for part in parts]
+        ).numpy()
+    return answers

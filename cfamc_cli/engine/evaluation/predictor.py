@@ -129,14 +129,18 @@ def as_predictor(classifier: Classifier, sample: Tensor, *, space: Space, places
         space: Where the attacker acts.
         places: Whose crops an image is read through, for an aggregated head that reads images; other heads need none.
     """
+    network = network_of(classifier, space=space, places=places)
+    embed = partial(_features, places, classifier) if space == "image" else None
+    return Predictor(network, frozen_copy(network, sample), (classifier,), embed)
+
+
+def network_of(classifier: Classifier, *, space: Space, places: Places | None = None) -> nn.Module:
+    """The logits of what is attacked, with arguments as for `as_predictor`."""
     match space:
         case "image":
             assert classifier.crops is None or places is not None, "an aggregated head reads the crops of some image"
-            network = _Network(classifier, partial(_of_images, places))
-            embed = partial(_features, places, classifier)
-            return Predictor(network, frozen_copy(network, sample), (classifier,), embed)
+            return _Network(classifier, partial(_of_images, places))
         case "crops":
-            network = _Network(classifier, _of_crops)
-            return Predictor(network, frozen_copy(network, sample), (classifier,))
+            return _Network(classifier, _of_crops)
         case _:
             assert_never(space)
