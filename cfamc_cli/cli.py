@@ -310,7 +310,10 @@ def attack(
     save_examples: Annotated[
         Number, Option(min=1, max=300, metavar="N", help="Draw N adversarial examples as a PNG.")
     ] = None,
-    plot: Annotated[bool, Option("--plot", help="Draw loss against steps and accuracy against eps.")] = False,
+    plot: Annotated[
+        bool,
+        Option("--plot", help="Draw loss against steps and accuracy against eps; audited, the loss around images."),
+    ] = False,
     unlabelled: Annotated[
         bool, Option("--unlabelled", help="Measure the encoder by itself: no head, no labels.")
     ] = False,

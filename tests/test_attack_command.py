@@ -30,11 +30,11 @@ from cfamc_cli.commands.probe import Request, ensure_head, load_judged_images, p
 from cfamc_cli.engine.attacks import plan as autoattack
 from cfamc_cli.engine.attacks.plan import plan, run_stage, stage_name
 from cfamc_cli.engine.checkpoint import read_tensors
-from cfamc_cli.engine.corruptions import corrupted
+from cfamc_cli.engine.corruptions import KINDS, corrupted
 from cfamc_cli.engine.data.sets import ImageSet
 from cfamc_cli.engine.device import computation
 from cfamc_cli.engine.evaluation import audit, blocks, honesty
-from cfamc_cli.engine.evaluation.pictures import loss_by_step
+from cfamc_cli.engine.evaluation.pictures import loss_by_step, loss_surface
 from cfamc_cli.engine.heads import classifier as heads
 from cfamc_cli.engine.heads.classifier import Classifier
 from cfamc_cli.engine.randomness import balanced_order
@@ -670,6 +670,72 @@ def test_what_the_curve_over_eps_shows(attack: Attack, store: Path, figures: lis
     for x, part in zip((0, 1, 4), parts, strict=True):
         assert (x, round(100 * part["low"], 6)) in corners
         assert (x, round(100 * part["high"], 6)) in corners
+
+
+def test_the_loss_around_images_is_drawn_where_it_is_looked_into(
+    attack: Attack, store: Path, figures: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audit, "AuditSettings", lambda: QUICK)
+    attack("--eps", "4/255", "--steps", "3", "--limit", "8", "--plot")
+    folder = the_run(store).attacks / "pgd-001"
+    assert not (folder / "surface.png").exists()
+    attack("--eps", "4/255", "--steps", "3", "--limit", "8", "--plot", "--audit")
+    assert (folder / "surface.png").is_file()
+    (axes, bar) = figures[-2].axes if len(figures[-2].axes) == 2 else figures[-1].axes
+    assert axes.get_title().startswith("Loss around ")
+    assert (axes.get_xlabel(), bar.get_ylabel()) == ("along the gradient (eps)", "mean cross-entropy")
+    assert axes.get_xlim() == pytest.approx((-2, 2))
+
+
+def test_the_loss_surface_is_of_the_gradient_and_of_a_random_direction() -> None:
+    weight = torch.randn((12, 3), generator=torch.Generator().manual_seed(0))
+    x, y = torch.full((2, 3, 2, 2), 0.5), torch.tensor([0, 1])
+
+    def predict(images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1) @ weight
+
+    for norm in ("linf", "l2"):
+        surface = loss_surface(predict, x, y, eps=0.1, norm=norm, generator=torch.Generator().manual_seed(1))
+        moved = x.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(torch.nn.functional.cross_entropy(predict(moved), y, reduction="sum"), moved)
+        drawn = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+        ways = [
+            way.sign() if norm == "linf" else way / way.flatten(1).norm(dim=1)[:, None, None, None]
+            for way in (grad, drawn)
+        ]
+
+        def loss(points: torch.Tensor) -> float:
+            return float(torch.nn.functional.cross_entropy(predict(points), y))
+
+        assert len(surface) == len(surface[0]) == 17
+        assert surface[8][8] == pytest.approx(loss(x))
+        assert surface[8][12] == pytest.approx(loss(x + 0.1 * ways[0]))  # a row goes along the gradient
+        assert surface[0][8] == pytest.approx(loss(x - 0.2 * ways[1]))
+        assert surface[8] == sorted(surface[8])
+
+
+def test_what_a_measure_shows(attack: Attack, store: Path, figures: list[Any]) -> None:
+    asked = ("--attack", "smallest", "--steps", "3", "--limit", "20")
+    record = json.loads(attack(*asked, "--json")[1])
+    folder = the_run(store).measures / "smallest-001"
+    assert not (folder / "accuracy.png").exists()
+    _, _, err = attack(*asked, "--plot")
+    assert f"drawn: {folder / 'accuracy.png'}" in " ".join(err.split())
+    (axes,) = figures[-1].axes
+    assert axes.get_xlabel() == "eps (255ths of the image range)"
+    clean, curve = axes.lines
+    assert list(clean.get_ydata()) == pytest.approx([100 * record["clean"]["value"]] * 2)
+    assert list(curve.get_xdata()) == pytest.approx([255 * point["at"] for point in record["points"]])
+    assert list(curve.get_ydata()) == pytest.approx([100 * point["accuracy"]["value"] for point in record["points"]])
+    assert len(axes.collections) == 1
+
+    attack("--attack", "corruptions", "--limit", "8", "--plot")
+    (axes,) = figures[-1].axes
+    kinds = {line.get_label() for line in axes.lines}
+    assert {"clean"} < kinds
+    assert len(kinds) == 1 + len(KINDS)
+    assert [list(line.get_xdata()) for line in axes.lines[1:]] == [[1, 2, 3, 4, 5]] * len(KINDS)
+    assert axes.get_xlabel() == "severity"
 
 
 def test_without_matplotlib_plots_are_refused_first(attack: Attack, monkeypatch: pytest.MonkeyPatch) -> None:

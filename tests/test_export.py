@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from tiny import attack_record, data_used, probe_record, run_record, tiny_recipe, write_record
+from tiny import ENVIRONMENT, NOON, attack_record, data_used, probe_record, run_record, tiny_recipe, write_record
 from torch import Tensor, nn
 
 from cfamc_cli.cli import run as command_line
@@ -41,9 +41,13 @@ from cfamc_cli.store.records import (
     Flag,
     GripLine,
     Line,
+    MeasuredPoint,
+    MeasureRecord,
     OutputSpec,
+    Spectrum,
     ThreatModel,
     TrainLine,
+    UnlabelledRecord,
     load_record,
 )
 
@@ -838,3 +842,69 @@ def test_no_metrics_yet(made: Made, tmp_path: Path) -> None:
     (made.path / "metrics.jsonl").touch()
     assert made.export(tmp_path / "out", "--metrics", "csv") == ExitCode.BAD_DATA
     assert not (tmp_path / "out").exists()
+
+
+def test_the_card_has_measures_and_what_needs_no_labels(made: Made, tmp_path: Path) -> None:
+    made.add_probe()
+    share = Accuracy.of(300, 1000)
+
+    def add(item: str, measure: str, settings: dict[str, Any], figures: dict[str, float], **changes: Any) -> None:
+        place = {"smallest": ("accuracy", 128 / 255), "corruptions": ("blur", 1.0), "smoothing": ("certified", 0.25)}
+        name, at = place[measure]
+        same = attack_record(data=USED).model_dump(
+            include={"created", "recipe_digest", "seed", "order_digest", "data", "clean", "wall_seconds", "environment"}
+        )
+        whole = same | {
+            "id": item,
+            "run": RUN,
+            "probe": "linear-001",
+            "head": "linear",
+            "features": "pre_feature",
+            "measure": measure,
+            "settings": {"name": measure, **settings},
+            "encoder_digest": made.digest,
+            "head_digest": made.probe.head_digest,
+            "points": (MeasuredPoint(name=name, at=at, accuracy=share),),
+            "figures": figures,
+            "flags": (),
+            "forward": 1,
+            "backward": 1,
+        }
+        write_record(made.path / "measures" / item / "record.json", MeasureRecord.model_validate(whole | changes))
+
+    add("smallest-001", "smallest", {"norm": "l2", "steps": 30}, {"median eps": 0.4, "auc": 0.25, "auc up to eps": 2})
+    add("corruptions-001", "corruptions", {"source": "ours"}, {"relative to clean": 0.8})
+    add("smoothing-001", "smoothing", {"sigma": "0.25"}, {"mean certified radius": 0.1}, encoder_digest="ab")
+    spectrum = Spectrum(layer="backbone", dim=64, rank_me=20.5, alpha=1.25)
+    kept = UnlabelledRecord(
+        id="embedding-linf-001",
+        run=RUN,
+        created=NOON,
+        seed=0,
+        encoder_digest=made.digest,
+        data=USED,
+        spectra=(spectrum,),
+        features="pre_feature",
+        norm="linf",
+        settings={},
+        movements=(),
+        key="ab",
+        wall_seconds=1.0,
+        environment=ENVIRONMENT,
+    )
+    write_record(made.path / "unlabelled" / kept.id / "record.json", kept)
+    assert made.export(tmp_path / "out") == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in card.splitlines() if line.startswith("| linear")
+    ]
+    told = {row[1]: row[5] for row in rows if len(row) == 7}
+    interval = "30.0 [27.2, 32.9]"
+    assert {key.replace("\\", ""): value.replace("\\", "") for key, value in told.items()} == {
+        "smallest: steps 30": f"{interval} at l2 128/255; median eps 0.4, AUC 0.25 up to 2",
+        "corruptions: source ours": f"{interval} at the mean of all; relative to clean 0.8",
+    }
+    assert "20.5 of 64" in card
+    assert "smoothing" not in card  # of other weights
+    assert "noise, blur" not in card.split("## Not measured")[1].split("##")[0]
+    assert "Perturbations in l2" not in card

@@ -20,7 +20,7 @@ from cfamc_cli.engine.sink import NullTalk
 from cfamc_cli.store.records import ProbeRecord, load_record
 from cfamc_cli.store.runs import HEAD, RECORD, list_runs
 
-HEADS = (["linear"], ["robust-linear"], ["finetune"], ["crops", "--crops", "4"])
+HEADS = (["linear"], ["robust-linear", "--epochs", "2"], ["crops", "--crops", "4"])
 EPS = 8 / 255
 
 

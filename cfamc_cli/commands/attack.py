@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
-from cfamc_cli.commands.attack_report import NOT_AUDITED, Result, curves, draw_accuracy, draw_loss, tell
+from cfamc_cli.commands.attack_report import NOT_AUDITED, Result, curves, draw_accuracy, draw_loss, draw_surface, tell
 from cfamc_cli.commands.attack_settings import Flags, asked_attacks, asked_measure, check_flags, require_reach
 from cfamc_cli.commands.common import SAME_COMMAND, Options, Session, interruption, require_checkpoint, session
 from cfamc_cli.commands.measure import Subject, measured
@@ -44,7 +44,7 @@ from cfamc_cli.store.records import (
     now,
     save_record,
 )
-from cfamc_cli.store.runs import ACCURACY, EXAMPLES, HEAD, LATEST, LOSS, RECORD, SHEET, RunFolder, find_run
+from cfamc_cli.store.runs import ACCURACY, EXAMPLES, HEAD, LATEST, LOSS, RECORD, SHEET, SURFACE, RunFolder, find_run
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from cfamc_cli.engine.evaluation.verify import Predictor
 
 _PLOTTED = 64  # samples of the loss curve
+_SURFACED = 8  # samples of the loss surface: of more, what is jagged evens out
 _AUDITED, _PLAIN = "audited", "plain"  # what the leading process tells the others to make; nothing where all is there
 _MAX_CROPPED = 4 * 2**30  # bytes of crops that are held at once
 
@@ -222,6 +223,7 @@ class Work:
             y=self.y,
             corruptions=self.flags.corruptions,
             strict=self.flags.strict,
+            plot=self.flags.plot,
             device=self.device,
             environment=self.environment(),
             talk=self.talk,
@@ -440,9 +442,10 @@ class Work:
         self.talk.message(f"{len(samples)} examples{note}: {path}")
 
     def plots(self, asked: Sequence[Attack], results: Sequence[Result]) -> list[Path]:
-        """Draw loss against steps for each evaluation, and accuracy against eps once."""
-        from cfamc_cli.engine.evaluation.pictures import loss_by_step
+        """Draw loss against steps for each evaluation, around images where that is looked into, and accuracy by eps."""
+        from cfamc_cli.engine.evaluation.pictures import REACH, loss_by_step, loss_surface
         from cfamc_cli.engine.evaluation.verify import undisturbed
+        from cfamc_cli.engine.randomness import addressed_generator
 
         drawn: dict[Path, bytes] = {}
         for table, result in zip(asked, results, strict=True):
@@ -461,6 +464,13 @@ class Work:
                 )
             title = f"PGD {table.norm} {table.eps}, step {step_size:.3g}, {len(rows)} samples right at first"
             drawn[result.folder / LOSS] = draw_loss(losses, right, title=title)
+            if eps and (result.failed or audits(self.flags)):
+                few = slice(_SURFACED)
+                generator = addressed_generator("surface", self.recipe.seed)
+                with undisturbed(target.modules, self.device):
+                    seen = loss_surface(target.search, x[few], y[few], eps=eps, norm=table.norm, generator=generator)
+                title = f"Loss around {len(x[few])} images, {table.norm} {table.eps}"
+                drawn[result.folder / SURFACE] = draw_surface(seen, REACH, title=title)
         for group in curves(results):
             drawn[group[-1].folder / ACCURACY] = draw_accuracy(group)
         for path, picture in drawn.items():

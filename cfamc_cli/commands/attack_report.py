@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cfamc_cli.commands.common import Options
+from cfamc_cli.comparison.measured import norm_of
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.recipe.schema import fraction
 from cfamc_cli.report import terminal
 from cfamc_cli.report.audit import audit_paragraph, lacks_audit, verdict
 from cfamc_cli.report.plots import draw
-from cfamc_cli.store.records import Accuracy, AttackRecord, Flag, Mask
+from cfamc_cli.store.records import Accuracy, AttackRecord, Flag, Mask, MeasuredPoint, MeasureRecord
 from cfamc_cli.store.runs import RunFolder
 
 if TYPE_CHECKING:
@@ -210,5 +211,51 @@ def draw_accuracy(group: Sequence[Point]) -> bytes:
             axes.plot([255 * float(point.eps) for point in own], values, "o", label=terminal.clean(name))
         axes.set_ylabel("accuracy (%)")
         axes.set_ylim(bottom=0)
+
+    return draw([panel], ".png")
+
+
+def draw_points(record: MeasureRecord) -> bytes:
+    """Draw the points of a measure with their intervals, a line for each kind, as a PNG."""
+    scale, along = {
+        "smallest": (255, "eps (255ths of the image range)") if norm_of(record) == "linf" else (1, "eps in L2"),
+        "smoothing": (1, "radius in L2"),
+        "corruptions": (1, "severity"),
+    }[record.measure]
+    curves: dict[str, list[MeasuredPoint]] = {}
+    for point in record.points:
+        curves.setdefault(point.name, []).append(point)
+
+    def panel(axes: Axes) -> None:
+        title = f"{record.run}, {record.probe}, {record.measure}, n = {record.clean.n}"
+        axes.set(title=terminal.clean(title), xlabel=along, ylabel="right (%)", ylim=(0, 100))
+        axes.axhline(100 * record.clean.value, color="0.5", linestyle="--", label="clean")
+        for name, points in curves.items():
+            at, shares = [scale * point.at for point in points], [point.accuracy for point in points]
+            (line,) = axes.plot(at, [100 * share.value for share in shares], marker=".", label=terminal.clean(name))
+            if len(curves) == 1:
+                low, high = [100 * share.low for share in shares], [100 * share.high for share in shares]
+                axes.fill_between(at, low, high, alpha=0.2, color=line.get_color())
+
+    return draw([panel], ".png")
+
+
+def draw_surface(surface: Sequence[Sequence[float]], reach: float, *, title: str) -> bytes:
+    """Draw the mean loss around images, and the ball in it, as a PNG; lengths in radii of the ball.
+
+    Args:
+        surface: Losses, a row for each step along a random direction, from -reach to reach; a column for each along the
+            gradient.
+        reach: How far both go, in radii.
+        title: Above the picture.
+    """
+
+    def panel(axes: Axes) -> None:
+        axes.set(title=terminal.clean(title), xlabel="along the gradient (eps)", ylabel="in a random direction (eps)")
+        steps = [reach * (2 * at / (len(surface) - 1) - 1) for at in range(len(surface))]
+        filled = axes.contourf(steps, steps, surface, levels=20, cmap="viridis")
+        axes.plot((-1, 1, 1, -1, -1), (-1, -1, 1, 1, -1), color="white", linewidth=1)
+        bar = axes.inset_axes((1.03, 0, 0.04, 1))
+        axes.figure.colorbar(filled, cax=bar, label="mean cross-entropy")
 
     return draw([panel], ".png")

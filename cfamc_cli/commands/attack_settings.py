@@ -40,7 +40,7 @@ class Flags:
     strict: bool = False  # a failed check is exit code 5; makes the full audit
     audit: bool = False  # make the full audit too
     save_examples: int | None = None  # draw so many adversarial examples
-    plot: bool = False  # draw loss against steps and accuracy against eps
+    plot: bool = False  # draw loss against steps and accuracy against eps, and after an audit the loss around images
     source: str | None = None  # a run to make the examples on, in place of the one that is judged
     unlabelled: bool = False  # measure the encoder by itself, without labels or a head
     data: str | None = None  # other images for that: a known set's name, or the path of a folder
@@ -84,7 +84,7 @@ def asked_measure(flags: Flags) -> Measure | None:
     if name is None or name not in _MEASURES:
         return None
     given = _given(flags, name)
-    for flag in ("eps", "audit", "save_examples", "plot"):
+    for flag in ("eps", "audit", "save_examples"):
         if getattr(flags, flag):
             raise invalid(f"{_flag(flag)} has no effect on {name}")
     if flags.space != "image":

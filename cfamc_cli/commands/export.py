@@ -12,10 +12,10 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, assert_never
+from typing import TYPE_CHECKING, TypeVar, assert_never
 
 from cfamc_cli import __version__
 from cfamc_cli.commands.claim import CLAIM, claim_of, require_architecture
@@ -33,12 +33,14 @@ from cfamc_cli.store.records import (
     ExportRecord,
     Format,
     InputSpec,
+    MeasureRecord,
     MetricsRecord,
     ProbeRecord,
     R,
     Record,
     RunRecord,
     Source,
+    UnlabelledRecord,
     Weights,
     Written,
     load_record,
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     from cfamc_cli.engine.export import Subject
 
 
+OfHead = TypeVar("OfHead", AttackRecord, MeasureRecord)
 EXPORT, CARD = "export.json", "README.md"
 
 
@@ -177,7 +180,17 @@ def _weights(
         known = getattr(subject.module, "default_cfg", {})  # of timm's own nets
         write_text(staged / hub.CONFIG, json.dumps(hub.config(made, recipe.model, known), indent=2) + "\n")
         made = made.model_copy(update={"files": _files(staged)})
-    write_text(staged / CARD, card(made, portable(recipe), record, probes=probes, attacks=attacks))
+    unlabelled = _read_all(run.unlabelled, UnlabelledRecord, talk.warning)
+    told = card(
+        made,
+        portable(recipe),
+        record,
+        probes=probes,
+        attacks=attacks,
+        measures=_of_heads(_read_all(run.measures, MeasureRecord, talk.warning), source, probes),
+        unlabelled=[item for item in unlabelled if item.encoder_digest == source.encoder_digest],
+    )
+    write_text(staged / CARD, told)
     talk.message(
         f"{path.name}: read back by {check.reader}, differs by at most {check.largest_difference:.2g} "
         f"from the live model at batch {', '.join(map(str, check.batches))}"
@@ -245,8 +258,13 @@ def measured(
         if own and probe.encoder_digest == source.encoder_digest:
             data = {key: value for key, value in probe.data.items() if key != "root"}
             kept.append(probe.model_copy(update={"data": data}))
-    heads = {(source.encoder_digest, probe.id, probe.head_digest) for probe in kept}
-    return tuple(kept), tuple(item for item in attacks if (item.encoder_digest, item.probe, item.head_digest) in heads)
+    return tuple(kept), tuple(_of_heads(attacks, source, kept))
+
+
+def _of_heads(results: Iterable[OfHead], source: Source, probes: Iterable[ProbeRecord]) -> list[OfHead]:
+    """Those of exactly these heads on exactly this encoder."""
+    heads = {(source.encoder_digest, probe.id, probe.head_digest) for probe in probes}
+    return [item for item in results if (item.encoder_digest, item.probe, item.head_digest) in heads]
 
 
 def _read_all(folder: Path, model: type[R], warn: Callable[[str], None]) -> list[R]:

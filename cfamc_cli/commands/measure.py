@@ -8,18 +8,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, assert_never
 
 from pydantic import JsonValue
 
-from cfamc_cli.commands.attack_report import failure, untrusted
+from cfamc_cli.commands.attack_report import draw_points, failure, untrusted
 from cfamc_cli.commands.common import Options
+from cfamc_cli.comparison.measured import length, norm_of
 from cfamc_cli.engine.sink import Talk
 from cfamc_cli.errors import CfamcError, invalid
 from cfamc_cli.recipe.schema import Corruptions, Measure, Norm, Recipe, Smallest, Smoothing, number
 from cfamc_cli.report import terminal
+from cfamc_cli.store.files import write_bytes
 from cfamc_cli.store.measured import open_measure
 from cfamc_cli.store.outcomes import key_of
 from cfamc_cli.store.records import (
@@ -38,7 +41,7 @@ from cfamc_cli.store.records import (
     save_record,
     unpack_bits,
 )
-from cfamc_cli.store.runs import OUTCOMES, RECORD, RunFolder
+from cfamc_cli.store.runs import ACCURACY, OUTCOMES, RECORD, RunFolder
 
 if TYPE_CHECKING:
     import torch
@@ -75,6 +78,7 @@ class Subject:
     y: Tensor  # (N,)
     corruptions: Path | None  # folder of published ones; None for those of our own
     strict: bool  # a failed check is exit code 5
+    plot: bool  # draw its points
     device: torch.device
     environment: Environment
     talk: Talk
@@ -275,6 +279,9 @@ def measured(work: Subject, table: Measure, options: Options) -> None:
             backward=sum(block.backward for block in blocks),
         )
         save_record(ledger.folder / RECORD, record)
+        if work.plot:
+            write_bytes(ledger.folder / ACCURACY, draw_points(record))
+            work.talk.message(f"drawn: {ledger.folder / ACCURACY}")
         _tell(work.run, RunFolder(ledger.folder), record, strict=work.strict, options=options)
 
 
@@ -362,11 +369,7 @@ def _tell(run: RunFolder, kept: RunFolder, record: MeasureRecord, *, strict: boo
             say(f"note: {note}")
     answer = {**record.model_dump(mode="json"), "path": str(kept.path), "trusted": not failed}
     if not options.as_json:
-        in_255ths = record.settings.get("norm") == "linf"  # as images are stored
-
-        def size(value: float) -> str:
-            return f"{255 * value:.3g}/255" if in_255ths and value else f"{value:.4g}"
-
+        size = partial(length, norm=norm_of(record))
         figures = "; ".join(
             f"{name} {'unknown' if value is None else size(value) if name in _SIZES else terminal.number(value)}"
             for name, value in record.figures.items()

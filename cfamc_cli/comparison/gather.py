@@ -16,14 +16,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TypeAlias, TypeVar
 
-from cfamc_cli.comparison.tables import USUAL_EPS, Condition, Entry, Run, Scalar, Settings
+from cfamc_cli.comparison.measured import headline
+from cfamc_cli.comparison.tables import Condition, Entry, Run, Scalar, Settings
 from cfamc_cli.comparison.transfer import Transfer
 from cfamc_cli.errors import CfamcError, bad_data, invalid
 from cfamc_cli.recipe.plan import plan
-from cfamc_cli.recipe.schema import Outside, as_before, number, outside
+from cfamc_cli.recipe.schema import Outside, as_before, outside
 from cfamc_cli.store.files import explained, read_bytes
 from cfamc_cli.store.records import (
-    Accuracy,
     AttackResult,
     BenchRecord,
     DataUsed,
@@ -282,30 +282,20 @@ class _Reader:
         """Add measures: one of no one eps has its accuracy at the usual one, and corruptions their mean."""
         for name, record in self._records(folder, "measures", MeasureResult, trained):
             settings = self._settings(record.settings, "", without=_NOT_THE_ATTACK)
-            figures, norm = record.figures, str(record.settings.get("norm", ""))
-            match record.measure:
-                case "smallest":
-                    eps, told = USUAL_EPS if norm == "linf" else "128/255", "median eps"
-                case "smoothing":
-                    norm, eps, told = "l2", "0.25", "mean certified radius"
-                case "corruptions":
-                    eps, told = "", "relative to clean"
-            found = _shown(record, eps)
-            if found is None:
+            found = headline(record)
+            if found.accuracy is None:
                 self._leave_out(f"{run.id} measures/{name}", "it has no accuracy that could be compared")
                 continue
             attack = (record.measure, ", ".join(f"{key} {value}" for key, value in settings))
-            threat = ThreatModel(space="image", norm="l2" if norm == "l2" else "linf", eps=eps) if eps else None
-            where = self._condition(record.data, record.head, record.features, threat, attack)
-            value = figures.get(told)
+            where = self._condition(record.data, record.head, record.features, found.threat, attack)
             self.found.entries.append(
                 Entry(
                     *(run, f"measures/{name}", where, heads.get(record.probe, ()), record.created, record.clean),
-                    robust=found,
+                    robust=found.accuracy,
                     failed=tuple(flag.name for flag in record.flags if flag.verdict == "failed"),
                     attack=settings,
                     computed=self._computed(trained, record.environment),
-                    remark=f"{told} {'unknown' if value is None else f'{value:.4g}'}",
+                    remark=found.words,
                 )
             )
 
@@ -408,18 +398,6 @@ def _is_absent(path: Path | str) -> bool:
     except OSError as error:
         return isinstance(error, FileNotFoundError | NotADirectoryError)
     return False
-
-
-def _shown(record: MeasureResult, eps: str) -> Accuracy | None:
-    """The accuracy at a radius, or the mean over corruptions with an interval for as many images as there are."""
-    if eps:
-        return next((point.accuracy for point in record.points if math.isclose(point.at, number(eps))), None)
-    values = [point.accuracy.value for point in record.points]
-    if not values:
-        return None
-    n, mean = record.clean.n, sum(values) / len(values)
-    nearest = Accuracy.of(round(mean * n), n)
-    return nearest.model_copy(update={"value": mean})
 
 
 def _is_of_final_encoder(

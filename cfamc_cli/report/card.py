@@ -5,16 +5,28 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from cfamc_cli.comparison.measured import headline, norm_of
 from cfamc_cli.recipe import file as recipe_file
 from cfamc_cli.recipe.plan import duration
 from cfamc_cli.recipe.schema import DEPTHS, Recipe, number
 from cfamc_cli.report import terminal
 from cfamc_cli.report.audit import audit_paragraph, lacks_audit
+from cfamc_cli.report.beside import unlabelled as without_labels
 from cfamc_cli.report.hub import REGISTERED_BY, failed_checks, front_matter, leading, results_of, timm_name
 from cfamc_cli.report.sheets import markdown_table, markdown_text
-from cfamc_cli.store.records import AttackRecord, ExportRecord, ProbeRecord, RunRecord, images_of, weights_file
+from cfamc_cli.store.records import (
+    AttackRecord,
+    ExportRecord,
+    MeasureRecord,
+    ProbeRecord,
+    RunRecord,
+    UnlabelledRecord,
+    images_of,
+    weights_file,
+)
 
 _ATTACK_COLUMNS = ("head", "threat model", "attack", "data", "n", "clean", "robust", "checks")
+_MEASURE_COLUMNS = ("head", "measure", "data", "n", "clean", "result", "checks")
 _PROBE_COLUMNS = ("probe", "head", "features", "data", "n", "accuracy")
 _LIBRARY_WIDTH = 64  # the one width of torchvision's and timm's ResNets
 
@@ -26,6 +38,8 @@ def card(
     *,
     probes: Sequence[ProbeRecord],
     attacks: Sequence[AttackRecord],
+    measures: Sequence[MeasureRecord] = (),
+    unlabelled: Sequence[UnlabelledRecord] = (),
 ) -> str:
     """The model card, in Markdown: what this is, how to load it, what was measured and what was not.
 
@@ -37,12 +51,15 @@ def card(
         run: Its record.
         probes: What was measured on these weights.
         attacks: Likewise.
+        measures: Likewise.
+        unlabelled: Likewise, of the encoder.
     """
     environment = terminal.templates()
     environment.filters |= {"plain": markdown_text, "duration": duration}
     read = [probe.features for probe in probes if probe.id == made.source.head]
     lead, timm = leading(attacks), timm_name(made, recipe.model)
     written = [(file.name, f"{file.size:,}", file.sha256) for file in made.files]
+    sheet = without_labels(unlabelled)
     toml = "\n".join(terminal.clean(line) for line in recipe_file.to_toml(recipe).splitlines())
     return environment.get_template("card.md").render(
         made=made,
@@ -63,11 +80,13 @@ def card(
         finetuned="finetune" in [probe.head for probe in probes],
         probes=markdown_table(_PROBE_COLUMNS, map(_probe_row, probes)) if probes else "",
         attacks=markdown_table(_ATTACK_COLUMNS, map(_attack_row, attacks)) if attacks else "",
+        measures=markdown_table(_MEASURE_COLUMNS, map(_measure_row, measures)) if measures else "",
+        unlabelled=markdown_table(sheet.columns, sheet.rows) if unlabelled else "",
         notes=[
             *dict.fromkeys(note for attack in attacks for note in attack.notes),
             *(audit_paragraph(attack) for attack in attacks if not lacks_audit(attack)),
         ],
-        gaps=not_measured(probes, attacks),
+        gaps=not_measured(probes, attacks, measures),
         files=markdown_table(("file", "bytes", "SHA-256"), written),
         toml=_fenced(toml),
     )
@@ -109,7 +128,25 @@ def _attack_row(attack: AttackRecord) -> tuple[str, ...]:
     )
 
 
-def not_measured(probes: Sequence[ProbeRecord], attacks: Sequence[AttackRecord]) -> list[str]:
+def _measure_row(measure: MeasureRecord) -> tuple[str, ...]:
+    told, failed = headline(measure), failed_checks(measure)
+    where = f"{told.threat.norm} {told.threat.eps}" if told.threat else "the mean of all"
+    share = f"{terminal.interval(told.accuracy)} at {where}; " if told.accuracy else ""
+    settings = ", ".join(f"{key} {value}" for key, value in measure.settings.items() if key not in ("name", "norm"))
+    return (
+        measure.probe,
+        f"{measure.measure}: {settings}",
+        f"{measure.data.dataset} {images_of(measure.data.split)}",
+        f"{measure.clean.n:,}",
+        terminal.interval(measure.clean),
+        f"{share}{told.words}",
+        f"failed: {', '.join(failed)}" if failed else "passed",
+    )
+
+
+def not_measured(
+    probes: Sequence[ProbeRecord], attacks: Sequence[AttackRecord], measures: Sequence[MeasureRecord] = ()
+) -> list[str]:
     """What a reader might take for granted and nobody looked at."""
     gaps = [] if probes else ["Accuracy on clean images."]
     if not attacks:
@@ -123,7 +160,8 @@ def not_measured(probes: Sequence[ProbeRecord], attacks: Sequence[AttackRecord])
             gaps.append("The standard AutoAttack: a stronger attack may find lower accuracies than those above.")
         by_size = sorted((attack.threat for attack in attacks), key=lambda threat: number(threat.eps))
         sizes = {threat.norm: f"{threat.norm} {threat.eps}" for threat in by_size}  # the largest of each norm
-        others = [norm for norm in ("linf", "l2") if norm not in sizes]
+        found = {norm_of(measure) for measure in measures if measure.measure == "smallest"}
+        others = [norm for norm in ("linf", "l2") if norm not in sizes and norm not in found]
         if others:
             gaps.append(f"Perturbations in {' and '.join(others)}.")
         largest = " and ".join(map(markdown_text, sizes.values()))
@@ -131,8 +169,9 @@ def not_measured(probes: Sequence[ProbeRecord], attacks: Sequence[AttackRecord])
         behind = [attack.id for attack in attacks if any(flag.verdict == "skipped" for flag in attack.flags)]
         if behind:
             gaps.append(f"Some of the checks of {', '.join(map(markdown_text, behind))}.")
+    corrupted = any(measure.measure == "corruptions" for measure in measures)
     gaps += [
-        "Natural shifts: noise, blur, weather, compression, other cameras, other data sets.",
+        f"Natural shifts: {'' if corrupted else 'noise, blur, weather, compression, '}other cameras, other data sets.",
         "Calibration, fairness between groups of people or things, and images of no known class.",
         "Other precisions than float32, and quantised or pruned copies.",
     ]

@@ -20,6 +20,7 @@ from cfamc_cli.store.records import (
     ExportedAttack,
     ExportedProbe,
     ExportRecord,
+    MeasureRecord,
     ProbeRecord,
     images_of,
 )
@@ -30,8 +31,8 @@ _WIDTH = 64  # of timm's own ResNets
 _LISTED = 12  # heads, and attacks, that export.json has at most: it is read over a network, the card by people
 
 
-def failed_checks(attack: AttackRecord) -> tuple[str, ...]:
-    """The checks that say the numbers of an attack cannot be trusted."""
+def failed_checks(attack: AttackRecord | MeasureRecord) -> tuple[str, ...]:
+    """The checks that say the numbers of an attack or a measure cannot be trusted."""
     return tuple(flag.name for flag in attack.flags if flag.verdict == "failed")
 
 

@@ -1,4 +1,4 @@
-"""Pictures of adversarial examples, and how the loss climbs during an attack.
+"""Pictures of adversarial examples, how the loss climbs during an attack, and what it is like around images.
 
 A sheet shows per sample the clean image, the adversarial one and their difference amplified around grey.
 """
@@ -12,14 +12,19 @@ from dataclasses import dataclass
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from cfamc_cli.engine.attacks.pgd import cross_entropy_of, projected_ascent
-from cfamc_cli.engine.attacks.search import Predict, Region
+from cfamc_cli.engine.attacks.search import Predict, Region, climb, logits_at
+from cfamc_cli.engine.ball import norms, per_sample
+from cfamc_cli.engine.device import move
+from cfamc_cli.engine.evaluation.honesty import losses
 from cfamc_cli.recipe.schema import Norm
 
 _TILE = 112  # pixels of the smaller side that small images are enlarged to
 _GAP, _LINE = 8, 14
 _COLUMNS = 3
+REACH, STEPS = 2.0, 17  # radii that a loss surface goes to in both directions, and its steps
 _INK, _PAPER, _WRONG = (20, 20, 20), (255, 255, 255), (170, 20, 20)
 
 
@@ -161,3 +166,33 @@ def loss_by_step(
     region = Region.around(x, eps=eps, norm=norm)
     projected_ascent(predict, region, x, objective=cross_entropy_of(y), look=look, step_size=step_size, steps=steps)
     return losses, right
+
+
+def loss_surface(
+    predict: Predict, x: Tensor, y: Tensor, *, eps: float, norm: Norm, generator: torch.Generator
+) -> list[list[float]]:
+    """The mean cross-entropy around images, in a random direction (rows) and along the gradient (columns).
+
+    Both directions have the length of the radius; `STEPS` of them go from -`REACH` to `REACH` radii. What leaves the
+    box is cut off.
+
+    Args:
+        predict: Logits from images.
+        x: Clean images in [0, 1], (N, C, H, W).
+        y: Labels, (N,).
+        eps: Radius of the ball.
+        norm: Its norm.
+        generator: CPU generator of the random direction.
+    """
+    _, _, grad = climb(predict, x, lambda z: cross_entropy(z, y, reduction="none"))
+    drawn = move(torch.randn(x.shape, generator=generator), x.device)
+    along, other = (
+        way.sign() if norm == "linf" else way / per_sample(norms(way, norm="l2").clamp_min(1e-30), way)
+        for way in (grad.nan_to_num(), drawn)
+    )
+    steps = [REACH * eps * (2 * at / (STEPS - 1) - 1) for at in range(STEPS)]
+
+    def loss(across: float, ahead: float) -> float:
+        return float(losses(logits_at(predict, (x + across * other + ahead * along).clamp(0, 1)), y).mean())
+
+    return [[loss(across, ahead) for ahead in steps] for across in steps]
