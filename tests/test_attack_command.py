@@ -681,7 +681,8 @@ def test_the_loss_around_images_is_drawn_where_it_is_looked_into(
     assert not (folder / "surface.png").exists()
     attack("--eps", "4/255", "--steps", "3", "--limit", "8", "--plot", "--audit")
     assert (folder / "surface.png").is_file()
-    (axes, bar) = figures[-2].axes if len(figures[-2].axes) == 2 else figures[-1].axes
+    (axes,) = figures[-2].axes
+    (bar,) = axes.child_axes
     assert axes.get_title().startswith("Loss around ")
     assert (axes.get_xlabel(), bar.get_ylabel()) == ("along the gradient (eps)", "mean cross-entropy")
     assert axes.get_xlim() == pytest.approx((-2, 2))
