@@ -551,9 +551,9 @@ TABLE: tuple[Protection, ...] = (
             "test_zoo.py::test_an_attack_that_moves_images_without_a_radius_is_seen",
         ),
         (
-            "commands/attack.py",
-            "            wanted_audit = self.flags.audit or self.flags.strict\n",
-            "            wanted_audit = self.flags.audit\n",
+            "commands/transfer.py",
+            "    return flags.audit or flags.strict\n",
+            "    return flags.audit\n",
             "test_attack_command.py::test_strict_makes_the_audit",
         ),
     ),

@@ -426,12 +426,7 @@ class _Audit:
         n = len(self.x)
         share = float((leaps > _LEAPS).sum()) / n
         return [
-            judge(
-                "radius",
-                float(leaps.median()),
-                _SHRUNK,
-                "times as far as just before, at the steepest step outwards",
-            ),
+            judge("radius", float(leaps.median()), _SHRUNK, "times as far as just before, where most outwards"),
             judge("leap", share, _WOKEN, f"share of {n} images whose answers leap outside the ball"),
             judge("noise-over-pgd", int(useless.sum()), self.slack(_BLIND), "images that noise moves further than PGD"),
             judge("search", int(other.sum()), 0, "images that the attacked copy answers in another way"),
