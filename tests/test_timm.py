@@ -325,7 +325,7 @@ def test_blocks_can_be_made_again_only_where_a_net_has_any(folder: Path, capsys:
     settings = ['model={backbone="timm:vgg11"}', "crops=[{count=2, size=32}]", "train.memory=recompute"]
     arguments = [part for setting in settings for part in ("--set", setting)]
     assert cli.run(["pretrain", "vit.toml", "--dry-run", *arguments]) == ExitCode.INVALID
-    assert capsys.readouterr().err == (
+    assert capsys.readouterr().err.endswith(  # below a warning that the folder of images is not there
         'error: train.memory: "recompute" has no effect: timm:vgg11 has no list of blocks to compute again\n'
         'hint: set train.memory = "full"\n'
     )
@@ -337,7 +337,7 @@ def test_the_library_is_asked_for_before_torch_is_loaded(
     monkeypatch.setattr(costs, "find_spec", lambda _: None)
     for arguments in (["pretrain", "vit.toml"], ["pretrain", "vit.toml", "--dry-run"], ["bench", "vit.toml"]):
         assert cli.run(arguments) == ExitCode.INVALID
-        assert capsys.readouterr().err == (
+        assert capsys.readouterr().err.endswith(
             "error: model.backbone = \"timm:vit_tiny_patch16_224\" needs timm\nhint: pip install 'cfamc[timm]'\n"
         )
     code = (
