@@ -203,6 +203,15 @@ def test_an_audit_with_a_source_attacks_the_run_itself_and_with_examples_of_the_
     assert [path.name for path in judged.attacks.iterdir()] == ["pgd-001"]
 
 
+@pytest.mark.parametrize("audit", [(), ("--audit",)], ids=["alone", "in the audit"])
+def test_no_examples_are_made_on_a_head_that_reads_crops(store: Path, cfamc: Cfamc, audit: tuple[str, ...]) -> None:
+    source, judged = two(store)
+    for run in (source, judged):
+        assert cfamc("probe", run.id, "--head", "crops", "--crops", "2", "--epochs", "1")[0] == 0
+    code, _, err = cfamc("attack", judged.id, "--head", "crops", "--source", source.id, *TRANSFER, *audit)
+    assert (code, "reads random crops" in err, "Traceback" in err) == (2, True, False)
+
+
 def test_a_source_must_be_another_run_that_knows_the_classes(store: Path, cfamc: Cfamc) -> None:
     source, judged = two(store)
     code, _, err = cfamc("attack", judged.id, "--source", judged.id, *TRANSFER)

@@ -65,7 +65,8 @@ def from_source(
         What the examples are made on, in words and as attacks see it.
 
     Raises:
-        CfamcError: Exit 2; there is no such run, it is the one that is judged, or its head knows other classes.
+        CfamcError: Exit 2; there is no such run, it is the one that is judged, or its head knows other classes or
+            reads crops.
     """
     from cfamc_cli.commands.probe import ensure_head
     from cfamc_cli.engine.evaluation.predictor import as_predictor
@@ -89,7 +90,11 @@ def from_source(
     if [entry.name for entry in probe.classes] != names:
         hint = f"fit one to the same data: cfamc probe {working.options.reference(source)} --data ..."
         raise invalid(f"--source: {folder.name} of {source.id} knows other classes than {judged.id}", hint)
-    maker = as_predictor(load_classifier(loaded, probe, Path(folder / HEAD), recipe), sample, space="image")
+    classifier = load_classifier(loaded, probe, Path(folder / HEAD), recipe)
+    if classifier.crops is not None:
+        message = f"--source: {folder.name} of {source.id} reads random crops, and examples are made on whole images"
+        raise invalid(message, "judge a head that reads the image: --head linear")
+    maker = as_predictor(classifier, sample, space="image")
     made_on = MadeOn(run=source.id, probe=probe.id, encoder_digest=probe.encoder_digest, head_digest=probe.head_digest)
     return made_on, maker
 
