@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_compare_command import A, B, add_attack, add_metrics, add_probe, make_run, run
+from test_compare_command import A, B, add_attack, add_metrics, add_probe, make_run, put_lines, run
 from tiny import data_used, tiny_recipe
 
 from cfamc_cli.commands.preview import draw_crops
@@ -26,7 +27,7 @@ from cfamc_cli.engine.sink import NullLedger, NullTalk
 from cfamc_cli.errors import CfamcError
 from cfamc_cli.report.closer import close_up
 from cfamc_cli.report.plots import Panel, draw_training, learning_curves, looks_of, results, trainings
-from cfamc_cli.store.records import Accuracy, ClassAccuracy, ClassRobustness, FeatureMap, save_record
+from cfamc_cli.store.records import Accuracy, ClassAccuracy, ClassRobustness, FeatureMap, TrainLine, save_record
 from cfamc_cli.store.runs import RunFolder
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -150,7 +151,28 @@ def test_every_curve_of_a_training_has_axes_of_its_own(store: Path) -> None:
     assert set(drawn["Learning rate"]) == {0.3}
     assert set(drawn["Effective rank"]) == {2.0}
     assert set(drawn["Online accuracy under attack"]) == {10.0}
+    (store / A / "resolved.json").write_text(json.dumps(tiny_recipe().resolved()))
     assert draw_training(folders[A]).startswith(PNG)
+
+
+def test_losses_of_two_objectives_have_axes_of_their_own(store: Path) -> None:
+    recipe: dict[str, Any] = {
+        "objective": {"name": "emp-ssl"},
+        "phase": [{"epochs": 1, "objective": {"name": "clusters"}}],
+    }
+    make_run(store, A, name="a", recipe=recipe)
+    rest: dict[str, Any] = {"lr": 0.3, "gradient_norm": 1.0, "effective_rank": 2.0, "feature_std": 1.0}
+    put_lines(
+        store / A / "metrics.jsonl",
+        [TrainLine(step=k, batch=k, epoch=k, phase=k // 3, loss=-200.0 if k < 3 else 2.0, **rest) for k in range(6)],
+    )
+    table, folders = compared(store)
+    curves, _ = learning_curves([table], folders)
+    assert list(curves) == ["Training loss, clusters", "Training loss, emp-ssl", "Learning rate", "Effective rank"]
+    found = {title: list(lines.values()) for title, lines in curves.items()}
+    assert found["Training loss, emp-ssl"] == [[[(0.0, -200.0), (1.0, -200.0), (2.0, -200.0)]]]
+    assert found["Training loss, clusters"] == [[[(3.0, 2.0), (4.0, 2.0), (5.0, 2.0)]]]
+    assert axes_of(trainings(curves, looks_of(table))["Training loss, clusters"]).get_ylabel() == "loss"
 
 
 def test_a_run_with_two_heads_has_one_line(store: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from cfamc_cli.comparison.gather import LeftOut
 from cfamc_cli.comparison.statistics import Figure
-from cfamc_cli.comparison.tables import ComparedTable, Row, exact_number
+from cfamc_cli.comparison.tables import ComparedTable, Row, Run, exact_number
 from cfamc_cli.errors import CfamcError, invalid, missing_library
 from cfamc_cli.report.sheets import differing
 from cfamc_cli.report.terminal import clean
@@ -59,6 +60,7 @@ _STYLE: dict[Any, Any] = {
     "svg.hashsalt": "cfamc",
     "text.parse_math": False,
 }
+_TERMS = (_LOSS, "Invariance term", "Coding rate")  # of an objective
 Panel: TypeAlias = "Callable[[Axes], None]"
 Look: TypeAlias = tuple[str, str]  # name in the legend, colour
 Line: TypeAlias = Sequence[tuple[float, float]]
@@ -68,7 +70,7 @@ Curves: TypeAlias = Mapping[str, Lines]  # by title
 
 def learning_curves(tables: Sequence[ComparedTable], folders: Mapping[str, RunFolder]) -> tuple[Curves, list[LeftOut]]:
     """Read the learning curves of the rows that pictures name, and tell which cannot be drawn."""
-    curves: dict[str, dict[str, list[Line]]] = {title: {} for title in _CURVES}
+    found: dict[str, dict[str, list[Line]]] = {}
     left_out: list[LeftOut] = []
     table = leading(tables)
     read: set[str] = set()  # a run stands in a row for each of its heads
@@ -81,21 +83,38 @@ def learning_curves(tables: Sequence[ComparedTable], folders: Mapping[str, RunFo
             except CfamcError as error:
                 left_out.append((run.id, f"no learning curves: {error.message}"))
                 continue
-            for title, curve in _points(lines).items():
+            for title, curve in _points(lines, _objectives(run)).items():
                 if len(curve) > 1:
-                    curves[title].setdefault(row.label, []).append(curve)
-    return curves, list(dict.fromkeys(left_out))
+                    found.setdefault(title, {}).setdefault(row.label, []).append(curve)
+    return _in_order(found), list(dict.fromkeys(left_out))
 
 
-def _points(lines: Sequence[MetricLine]) -> dict[str, Line]:
-    """What was measured while training, by the title of its curve; a step that was lost has no point."""
+def _objectives(run: Run) -> list[str]:
+    """The objective of each phase, as far as the record tells."""
+    first = str(run.recipe.get("objective.name", ""))
+    phases = (str(run.recipe.get(f"phase.{k}.objective.name", first)) for k in itertools.count())
+    count = sum(key.startswith("phase.") and key.endswith(".epochs") for key in run.recipe)
+    return [first, *itertools.islice(phases, count)]
+
+
+def _in_order(found: Curves) -> Curves:
+    """The curves in the order of `_CURVES`, those of each objective together."""
+    return {title: found[title] for start in _CURVES for title in sorted(found) if title.partition(",")[0] == start}
+
+
+def _points(lines: Sequence[MetricLine], objectives: Sequence[str]) -> dict[str, Line]:
+    """What was measured while training, by the title of its curve; a step that was lost has no point.
+
+    The loss and its terms have a curve for each objective, for those of two say nothing of each other.
+    """
     found: dict[str, list[tuple[float, float | None]]] = defaultdict(list)
     for line in lines:
         match line:
             case TrainLine():
                 values = (line.loss, line.invariance, line.coding_rate, line.lr, line.effective_rank)
+                of = objectives[line.phase or 0] if (line.phase or 0) < len(objectives) else ""
                 for title, value in zip(_CURVES, values, strict=False):
-                    found[title].append((line.epoch, value))
+                    found[f"{title}, {of}" if of and title in _TERMS else title].append((line.epoch, value))
             case GripLine():
                 found[_GRIP].append((line.epoch, line.strength))
             case EvaluationLine():
@@ -112,7 +131,7 @@ def panels(tables: Sequence[ComparedTable], curves: Curves) -> dict[str, Panel]:
     table = leading(tables)
     if table is None:
         return {}
-    usual = {title: curves[title] for title in (_LOSS, _ACCURACY)}
+    usual = {title: lines for title, lines in curves.items() if title.partition(",")[0] in (_LOSS, _ACCURACY)}
     return results(tables, table) | trainings(usual, looks_of(table))
 
 
@@ -136,15 +155,17 @@ def draw_training(run: RunFolder) -> bytes:
     Raises:
         CfamcError: Its metrics cannot be read, or are too few to draw.
     """
-    curves = {title: {run.id: [line]} for title, line in _points(read_metrics(run.metrics)).items() if len(line) > 1}
-    ordered = {title: curves[title] for title in _CURVES if title in curves}
-    return draw(list(trainings(ordered, {run.id: ("", _COLOURS[0])}).values()), ".png")
+    found = _points(read_metrics(run.metrics), [part.objective.name for part in run.recipe().parts()])
+    curves = _in_order({title: {run.id: [line]} for title, line in found.items() if len(line) > 1})
+    return draw(list(trainings(curves, {run.id: ("", _COLOURS[0])}).values()), ".png")
 
 
 def trainings(curves: Curves, looks: Mapping[str, Look]) -> dict[str, Panel]:
     """A panel for each curve of trainings that has points, by title; several objectives never share axes."""
     return {
-        title: partial(_lines, lines=lines, looks=looks, title=title, labels=("epoch", _CURVES[title]), marker="")
+        title: partial(
+            _lines, lines=lines, looks=looks, title=title, labels=("epoch", _CURVES[title.partition(",")[0]]), marker=""
+        )
         for title, lines in curves.items()
         if lines
     }
