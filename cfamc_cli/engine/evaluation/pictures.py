@@ -53,14 +53,8 @@ def sheet(samples: Sequence[Shown], *, heading: Sequence[str], gain: float) -> b
     cell_w, cell_h = 3 * tile_w + 2 * 2, tile_h + 3 * _LINE + _GAP
     columns = min(_COLUMNS, len(samples))
     rows = -(-len(samples) // columns)
-    font = ImageFont.load_default()
-    longest = max(round(font.getlength(_plain(line))) for line in heading)
-    top = _GAP + _LINE * (len(heading) + 1)
-    canvas_w = max(columns * (cell_w + 2 * _GAP), longest + 2 * _GAP)
-    canvas = Image.new("RGB", (canvas_w, top + rows * cell_h), _PAPER)
-    draw = ImageDraw.Draw(canvas)
-    for line, text in enumerate(heading):
-        draw.text((_GAP, _GAP + line * _LINE), _plain(text), fill=_INK, font=font)
+    canvas, top = _headed(heading, width=columns * (cell_w + 2 * _GAP), height=rows * cell_h)
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default()
     for place, sample in enumerate(samples):
         left = _GAP + place % columns * (cell_w + 2 * _GAP)
         upper = top + place // columns * cell_h
@@ -74,9 +68,7 @@ def sheet(samples: Sequence[Shown], *, heading: Sequence[str], gain: float) -> b
         )
         for line, (text, ink) in enumerate(captions):
             draw.text((left, below + line * _LINE), _fitting(text, cell_w, font), fill=ink, font=font)
-    out = io.BytesIO()
-    canvas.save(out, format="PNG")
-    return out.getvalue()
+    return _png(canvas)
 
 
 def crops_sheet(
@@ -94,16 +86,11 @@ def crops_sheet(
     Returns:
         A PNG.
     """
-    font, step = ImageFont.load_default(), _TILE + 2
+    step = _TILE + 2
     difference = [0.5 + gain * (after - before) for before, after in zip(clean, moved, strict=True)]
     lines = [[crop for group in groups for crop in group] for groups in (clean, moved, difference)]
-    most = max(round(font.getlength(_plain(line))) for line in heading)
-    top, columns = _GAP + _LINE * (len(heading) + 1), 1 + len(lines[0])
     each = len(lines) * step + _GAP  # pixels of an image and what belongs to it
-    canvas = Image.new("RGB", (max(columns * step, most) + 3 * _GAP, top + len(images) * each), _PAPER)
-    draw = ImageDraw.Draw(canvas)
-    for line, text in enumerate(heading):
-        draw.text((_GAP, _GAP + line * _LINE), _plain(text), fill=_INK, font=font)
+    canvas, top = _headed(heading, width=(1 + len(lines[0])) * step + 3 * _GAP, height=len(images) * each)
     for place, image in enumerate(images):
         upper = top + place * each
         canvas.paste(_enlarged(image, (_TILE, _TILE)), (_GAP, upper))
@@ -111,6 +98,21 @@ def crops_sheet(
             for column, crop in enumerate(crops, start=1):
                 at = 2 * _GAP + column * step, upper + below * step
                 canvas.paste(_enlarged(crop[place], (_TILE, _TILE)), at)
+    return _png(canvas)
+
+
+def _headed(heading: Sequence[str], *, width: int, height: int) -> tuple[Image.Image, int]:
+    """A canvas with lines of text, which make it wider where they must, and where the room below them begins."""
+    font, top = ImageFont.load_default(), _GAP + _LINE * (len(heading) + 1)
+    longest = max(round(font.getlength(_plain(line))) for line in heading)
+    canvas = Image.new("RGB", (max(width, longest + 2 * _GAP), top + height), _PAPER)
+    draw = ImageDraw.Draw(canvas)
+    for line, text in enumerate(heading):
+        draw.text((_GAP, _GAP + line * _LINE), _plain(text), fill=_INK, font=font)
+    return canvas, top
+
+
+def _png(canvas: Image.Image) -> bytes:
     out = io.BytesIO()
     canvas.save(out, format="PNG")
     return out.getvalue()
