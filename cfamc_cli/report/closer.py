@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -16,8 +16,6 @@ from cfamc_cli.store.records import AttackRecord, ClassAccuracy, ClassRobustness
 from cfamc_cli.store.runs import MAP, RECORD, SHEET, RunFolder
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from matplotlib.axes import Axes
 
 MOST_ROWS = 3  # that are looked at

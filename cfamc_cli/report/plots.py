@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -92,9 +91,8 @@ def learning_curves(tables: Sequence[ComparedTable], folders: Mapping[str, RunFo
 def _objectives(run: Run) -> list[str]:
     """The objective of each phase, as far as the record tells."""
     first = str(run.recipe.get("objective.name", ""))
-    phases = (str(run.recipe.get(f"phase.{k}.objective.name", first)) for k in itertools.count())
-    count = sum(key.startswith("phase.") and key.endswith(".epochs") for key in run.recipe)
-    return [first, *itertools.islice(phases, count)]
+    phases = sum(key.startswith("phase.") and key.endswith(".epochs") for key in run.recipe)
+    return [first, *(str(run.recipe.get(f"phase.{k}.objective.name", first)) for k in range(phases))]
 
 
 def _in_order(found: Curves) -> Curves:
