@@ -141,14 +141,19 @@ def test_a_whole_process_with_another_hash_seed_writes_the_same(tmp_path: Path) 
         assert untimed(only_run(tmp_path / name)) == untimed(only_run(tmp_path / "forked"))
 
 
-def test_a_changed_recipe_is_not_resumed(tmp_path: Path) -> None:
-    write_recipe(tmp_path, every=1)
-    flag = tmp_path / "flag"
-    child = warm().start("pretrain", "recipe.toml", cwd=tmp_path, hook="wait_in_loss", values=[str(flag), 4, 60])
+def killed_in_its_fourth_update(folder: Path) -> Path:
+    """A run of the folder's recipe, killed while its fourth loss is computed."""
+    flag = folder / "flag"
+    child = warm().start("pretrain", "recipe.toml", cwd=folder, hook="wait_in_loss", values=[str(flag), 4, 60])
     child.until(flag.exists)
     child.send(signal.SIGKILL)
     child.wait()
-    run = only_run(tmp_path)
+    return only_run(folder)
+
+
+def test_a_changed_recipe_is_not_resumed(tmp_path: Path) -> None:
+    write_recipe(tmp_path, every=1)
+    run = killed_in_its_fourth_update(tmp_path)
     before = record(run)
     done = train(tmp_path, "--resume", run.name, "--set", "optimizer.lr=0.1", "--set", "crops.0.count=8", "--json")
     assert done.code == 2
@@ -168,12 +173,7 @@ def test_a_changed_recipe_is_not_resumed(tmp_path: Path) -> None:
 def test_what_was_changed_in_a_cut_run_is_not_gone_on_from(tmp_path: Path) -> None:
     """Lines of metrics before the checkpoint, either recipe or its seed; the run goes on once the file is back."""
     write_recipe(tmp_path, every=1, log_every=1)
-    flag = tmp_path / "flag"
-    child = warm().start("pretrain", "recipe.toml", cwd=tmp_path, hook="wait_in_loss", values=[str(flag), 4, 60])
-    child.until(flag.exists)
-    child.send(signal.SIGKILL)
-    child.wait()
-    run = only_run(tmp_path)
+    run = killed_in_its_fourth_update(tmp_path)
     for name, old, new in (
         ("metrics.jsonl", b'"loss":', b'"lost":'),
         ("metrics.jsonl", b'"lr":0', b'"lr":1'),
