@@ -15,7 +15,7 @@ from cfamc_cli.recipe.schema import fraction
 from cfamc_cli.report import terminal
 from cfamc_cli.report.audit import audit_paragraph, lacks_audit, verdict
 from cfamc_cli.report.plots import draw
-from cfamc_cli.store.records import Accuracy, AttackRecord, Flag, Mask, MeasuredPoint, MeasureRecord
+from cfamc_cli.store.records import Accuracy, AttackRecord, Flag, Mask, MeasuredPoint, MeasureRecord, failures
 from cfamc_cli.store.runs import RunFolder
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Result:
     @property
     def failed(self) -> list[Flag]:
         """The checks that say not to trust it."""
-        return [flag for flag in self.record.flags if flag.verdict == "failed"]
+        return failures(self.record.flags)
 
 
 @dataclass(frozen=True)

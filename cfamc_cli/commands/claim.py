@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from cfamc_cli.datasets import KNOWN_SETS
 from cfamc_cli.errors import CfamcError, ExitCode, invalid
 from cfamc_cli.recipe.schema import Recipe, fraction
-from cfamc_cli.store.records import AttackRecord, ProbeRecord, RunRecord
+from cfamc_cli.store.records import AttackRecord, ProbeRecord, RunRecord, failed_names
 
 CLAIM = "claim.json"
 EPS = "8/255"  # of the board that the claim is for, L-inf
@@ -73,7 +73,7 @@ def claim_of(
             f"make one: cfamc attack {run} --head {probe.id} --attack autoattack --eps {EPS} --split test",
         )
     attack = max(whole, key=lambda attack: attack.created)
-    if failed := [flag.name for flag in attack.flags if flag.verdict == "failed"]:
+    if failed := failed_names(attack.flags):
         hint = "its record says what was measured and what is allowed"
         message = f"--format robustbench: {attack.id} is not to be trusted: {', '.join(failed)}"
         raise CfamcError(message, hint=hint, exit_code=ExitCode.UNTRUSTED)

@@ -36,6 +36,7 @@ from cfamc_cli.store.records import (
     MeasureRecord,
     Outcomes,
     ProbeRecord,
+    failures,
     load_record,
     now,
     save_record,
@@ -361,7 +362,7 @@ def _tell(run: RunFolder, kept: RunFolder, record: MeasureRecord, *, strict: boo
     Raises:
         CfamcError: Exit 5; a check failed, and `strict` refuses that.
     """
-    say, failed = terminal.talk().say, [flag for flag in record.flags if flag.verdict == "failed"]
+    say, failed = terminal.talk().say, failures(record.flags)
     for flag in failed:
         say(failure(record.id, flag))
     if not options.quiet:

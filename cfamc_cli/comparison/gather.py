@@ -35,6 +35,7 @@ from cfamc_cli.store.records import (
     ThreatModel,
     TrainLine,
     UnlabelledRecord,
+    failed_names,
     load_record,
     read_metrics,
     read_timing,
@@ -269,7 +270,7 @@ class _Reader:
                 *(run, f"attacks/{name}", where, heads.get(record.probe, ()), record.created, record.clean),
                 robust=record.robust,
                 order=sys.intern(record.order_digest),
-                failed=tuple(flag.name for flag in record.flags if flag.verdict == "failed"),
+                failed=failed_names(record.flags),
                 attack=settings,
                 computed=self._computed(trained, record.environment),
             )
@@ -292,7 +293,7 @@ class _Reader:
                 Entry(
                     *(run, f"measures/{name}", where, heads.get(record.probe, ()), record.created, record.clean),
                     robust=found.accuracy,
-                    failed=tuple(flag.name for flag in record.flags if flag.verdict == "failed"),
+                    failed=failed_names(record.flags),
                     attack=settings,
                     computed=self._computed(trained, record.environment),
                     remark=found.words,

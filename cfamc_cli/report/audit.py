@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cfamc_cli.report import terminal
-from cfamc_cli.store.records import AttackRecord, Flag
+from cfamc_cli.store.records import AttackRecord, Flag, failed_names, failures
 
 _LAST_CHECK = "process"  # of an audit: a record without it has none, or one of an older version
 _LOOKED_FOR: dict[str, tuple[str, ...]] = {
@@ -56,7 +56,7 @@ def lacks_audit(record: AttackRecord, *, source: str = "") -> bool:
 
 def verdict(record: AttackRecord) -> str:
     """What came of the checks, in a few words."""
-    if failed := [flag.name for flag in record.flags if flag.verdict == "failed"]:
+    if failed := failed_names(record.flags):
         return f"failed: {', '.join(failed)}"
     made = sum(flag.verdict == "passed" for flag in record.flags)
     return f"{made} passed" + (", no audit" if lacks_audit(record) else "")
@@ -81,12 +81,12 @@ def audit_paragraph(record: AttackRecord) -> str:
     absent, unseen, found = [], [], []
     for what, names in _LOOKED_FOR.items():
         made = [flags[name] for name in names if name in flags and flags[name].verdict != "skipped"]
-        failed = [flag for flag in made if flag.verdict == "failed"]
+        failed = failures(made)
         found += [f"{what} ({', '.join(map(_figure, failed))})"] if failed else []
         absent += [what] if made and not failed else []
         unseen += [what] if not made else []
     named = [name for names in _LOOKED_FOR.values() for name in names]
-    found += [_figure(flag) for flag in record.flags if flag.verdict == "failed" and flag.name not in named]
+    found += [_figure(flag) for flag in failures(record.flags) if flag.name not in named]
     if rounded := flags.get("robust-rounded"):
         said.append(f"Robust after rounding: {_value(rounded.figure)} ({rounded.text}).")
     said.append(f"The audit found {'; '.join(found)}." if found else "The audit found nothing against these numbers.")

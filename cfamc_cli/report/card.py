@@ -12,7 +12,7 @@ from cfamc_cli.recipe.schema import DEPTHS, Recipe, number
 from cfamc_cli.report import terminal
 from cfamc_cli.report.audit import audit_paragraph, lacks_audit
 from cfamc_cli.report.beside import unlabelled as without_labels
-from cfamc_cli.report.hub import REGISTERED_BY, failed_checks, front_matter, leading, results_of, timm_name
+from cfamc_cli.report.hub import REGISTERED_BY, front_matter, leading, results_of, timm_name
 from cfamc_cli.report.sheets import markdown_table, markdown_text
 from cfamc_cli.store.records import (
     AttackRecord,
@@ -21,6 +21,7 @@ from cfamc_cli.store.records import (
     ProbeRecord,
     RunRecord,
     UnlabelledRecord,
+    failed_names,
     images_of,
     weights_file,
 )
@@ -114,7 +115,7 @@ def _attack_row(attack: AttackRecord) -> tuple[str, ...]:
     where = "every pixel of the image" if threat.space == "image" else "every crop by itself"
     named = {key: value for key, value in attack.settings.items() if key not in ("name", "eps", "norm", "space")}
     settings = ", ".join(f"{key} {value}" for key, value in named.items() if isinstance(value, str | int | float))
-    failed, passed = failed_checks(attack), sum(flag.verdict == "passed" for flag in attack.flags)
+    failed, passed = failed_names(attack.flags), sum(flag.verdict == "passed" for flag in attack.flags)
     audited = "" if lacks_audit(attack) else ", audited"
     return (
         attack.probe,
@@ -129,7 +130,7 @@ def _attack_row(attack: AttackRecord) -> tuple[str, ...]:
 
 
 def _measure_row(measure: MeasureRecord) -> tuple[str, ...]:
-    told, failed = headline(measure), failed_checks(measure)
+    told, failed = headline(measure), failed_names(measure.flags)
     where = f"{told.threat.norm} {told.threat.eps}" if told.threat else "the mean of all"
     share = f"{terminal.interval(told.accuracy)} at {where}; " if told.accuracy else ""
     settings = ", ".join(f"{key} {value}" for key, value in measure.settings.items() if key not in ("name", "norm"))

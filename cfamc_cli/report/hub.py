@@ -20,8 +20,9 @@ from cfamc_cli.store.records import (
     ExportedAttack,
     ExportedProbe,
     ExportRecord,
-    MeasureRecord,
     ProbeRecord,
+    failed_names,
+    failures,
     images_of,
 )
 
@@ -29,11 +30,6 @@ CONFIG = "config.json"
 REGISTERED_BY = "cfamc_cli.engine.timm_cifar"  # tells timm the names that end in _cifar
 _WIDTH = 64  # of timm's own ResNets
 _LISTED = 12  # heads, and attacks, that export.json has at most: it is read over a network, the card by people
-
-
-def failed_checks(attack: AttackRecord | MeasureRecord) -> tuple[str, ...]:
-    """The checks that say the numbers of an attack or a measure cannot be trusted."""
-    return tuple(flag.name for flag in attack.flags if flag.verdict == "failed")
 
 
 def leading(attacks: Iterable[AttackRecord]) -> list[AttackRecord]:
@@ -49,7 +45,7 @@ def leading(attacks: Iterable[AttackRecord]) -> list[AttackRecord]:
 
     heads: dict[str, dict[tuple[str, float], AttackRecord]] = {}
     for attack in attacks:
-        if attack.threat.space == "image" and attack.source is None and not failed_checks(attack):
+        if attack.threat.space == "image" and attack.source is None and not failures(attack.flags):
             own, size = heads.setdefault(attack.probe, {}), (attack.threat.norm, number(attack.threat.eps))
             best = own.get(size)
             if best is None or (trust(attack), -attack.robust.value) > (trust(best), -best.robust.value):
@@ -74,7 +70,7 @@ def short_attacks(attacks: Sequence[AttackRecord]) -> tuple[ExportedAttack, ...]
     fields = set(ExportedAttack.model_fields) - {"audited", "failed"}
     return tuple(
         ExportedAttack(
-            **{key: getattr(one, key) for key in fields}, audited=not lacks_audit(one), failed=failed_checks(one)
+            **{key: getattr(one, key) for key in fields}, audited=not lacks_audit(one), failed=failed_names(one.flags)
         )
         for one in [*lead, *(one for one in attacks if one not in lead)][:_LISTED]
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -341,6 +341,16 @@ class Flag(Part):
     limit: Measured  # what it is held against
     verdict: Literal["passed", "failed", "skipped"]  # "skipped" says that the check was not made
     text: str
+
+
+def failures(flags: Iterable[Flag]) -> list[Flag]:
+    """The checks that say the numbers of a record cannot be trusted."""
+    return [flag for flag in flags if flag.verdict == "failed"]
+
+
+def failed_names(flags: Iterable[Flag]) -> tuple[str, ...]:
+    """The names of those checks."""
+    return tuple(flag.name for flag in failures(flags))
 
 
 class AttackResult(Record):
