@@ -106,10 +106,11 @@ def test_a_page_shows_the_recipe_curves_and_all_that_was_measured(
     code, out, _ = run(capsys, store, "show", "quickstart")
     assert code == 0
     assert "recipe quickstart, seed 0, other than shipped in:\n  optimizer.lr = 0.2, not 0.3\n\n" in out
-    (loss,) = (line for line in out.splitlines() if line.startswith("loss"))
-    assert loss.split() == ["loss", "-1", loss.split()[2], "-50"]
-    assert (len(loss.split()[2]), loss.split()[2][0], loss.split()[2][-1]) == (40, "\u2588", "\u2581")
-    assert re.search("online clean % +75.5  \u2581  75.5\n", out)
+    (loss,) = (line for line in out.splitlines() if line.startswith("Training loss"))
+    *title, first, drawn, last = loss.split()
+    assert (title, first, last) == (["Training", "loss,", "emp-ssl"], "-1", "-50")
+    assert (len(drawn), drawn[0], drawn[-1]) == (24, "\u2588", "\u2581")
+    assert re.search("Online accuracy while training +75.5  \u2581  75.5\n", out)
     assert "probes/linear-001  70.0 [67.1, 72.8]" in out
     assert "attacks/pgd-001    70.0 [67.1, 72.8]  30.0 [27.2, 32.9]  pgd linf 8/255: 1 passed, no audit" in out
     code, out, _ = run(capsys, store, "show", OLD)

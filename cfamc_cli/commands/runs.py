@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from cfamc_cli.recipe import file
 from cfamc_cli.recipe.plan import duration
 from cfamc_cli.report import terminal
 from cfamc_cli.report.audit import verdict
+from cfamc_cli.report.plots import training_curves
 from cfamc_cli.store.files import discard, size_of, sweep, write_json
 from cfamc_cli.store.records import (
     AttackRecord,
@@ -31,7 +31,7 @@ from cfamc_cli.store.runs import LATEST, RECORD, TAG, RunFolder, find_run, finis
 
 R = TypeVar("R", AttackRecord, MeasureRecord)
 _SECONDS = 1.0  # between two looks at a run that is watched
-_WIDTH = 40  # characters of a curve
+_WIDTH = 24  # characters of a curve
 
 
 def show_list(store: Path, *, as_json: bool) -> None:
@@ -96,7 +96,7 @@ def show(store: Path, reference: str | None) -> None:
     }
     lines = [run.id, *(f"  {name:11} {text}" for name, text in facts.items() if text), "", *_own_settings(run, record)]
     with suppress(CfamcError):
-        lines += ["", *_curves(read_metrics(run.metrics))]
+        lines += ["", *_curves(run)]
     terminal.write_out("".join(f"{terminal.clean(line)}\n" for line in [*lines, ""]))
     rows = [
         (when, *(terminal.interval(part) if part else "" for part in (found.clean, found.robust)), how)
@@ -289,22 +289,13 @@ def _own_settings(run: RunFolder, record: RunRecord) -> list[str]:
     return [title + ("other than shipped in:" if lines or gone else "as it ships"), *lines, *gone]
 
 
-def _curves(lines: Sequence[MetricLine]) -> Iterator[str]:
+def _curves(run: RunFolder) -> Iterator[str]:
     """Figures of the training from its first record to its last, a line each."""
-    trained = [line for line in lines if isinstance(line, TrainLine)]
-    watched = [line for line in lines if isinstance(line, EvaluationLine)]
-    curves = {
-        "loss": [line.loss for line in trained],
-        "effective rank": [line.effective_rank for line in trained],
-        "learning rate": [line.lr for line in trained],
-        "online clean %": [100 * line.clean / line.n for line in watched],
-        "online robust %": [100 * line.robust / line.n for line in watched],
-    }
-    for name, values in curves.items():
-        values = [value for value in values if math.isfinite(value)]
-        if values:
+    for title, points in training_curves(run).items():
+        if points:
+            values = [value for _epoch, value in points]
             first, last = terminal.number(values[0]), terminal.number(values[-1])
-            yield f"{name:15}  {first:>9}  {terminal.curve(values, width=_WIDTH)}  {last}"
+            yield f"{title:30}  {first:>9}  {terminal.curve(values, width=_WIDTH)}  {last}"
 
 
 def _newest(lines: Sequence[MetricLine]) -> dict[str, float | str]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from cfamc_cli.comparison.gather import LeftOut
 from cfamc_cli.comparison.statistics import Figure
@@ -60,6 +60,7 @@ _STYLE: dict[Any, Any] = {
     "text.parse_math": False,
 }
 _TERMS = (_LOSS, "Invariance term", "Coding rate")  # of an objective
+T = TypeVar("T")
 Panel: TypeAlias = "Callable[[Axes], None]"
 Look: TypeAlias = tuple[str, str]  # name in the legend, colour
 Line: TypeAlias = Sequence[tuple[float, float]]
@@ -95,9 +96,9 @@ def _objectives(run: Run) -> list[str]:
     return [first, *(str(run.recipe.get(f"phase.{k}.objective.name", first)) for k in range(phases))]
 
 
-def _in_order(found: Curves) -> Curves:
-    """The curves in the order of `_CURVES`, those of each objective together."""
-    return {title: found[title] for start in _CURVES for title in sorted(found) if title.partition(",")[0] == start}
+def _in_order(found: Mapping[str, T]) -> dict[str, T]:
+    """Curves in the order of `_CURVES`, those of each objective together."""
+    return {title: found[title] for start in _CURVES for title in found if title.partition(",")[0] == start}
 
 
 def _points(lines: Sequence[MetricLine], objectives: Sequence[str]) -> dict[str, Line]:
@@ -153,9 +154,17 @@ def draw_training(run: RunFolder) -> bytes:
     Raises:
         CfamcError: Its metrics cannot be read, or are too few to draw.
     """
-    found = _points(read_metrics(run.metrics), [part.objective.name for part in run.recipe().parts()])
-    curves = _in_order({title: {run.id: [line]} for title, line in found.items() if len(line) > 1})
+    curves = {title: {run.id: [line]} for title, line in training_curves(run).items() if len(line) > 1}
     return draw(list(trainings(curves, {run.id: ("", _COLOURS[0])}).values()), ".png")
+
+
+def training_curves(run: RunFolder) -> dict[str, Line]:
+    """All curves of one training by title, as pairs of epoch and value; some may have no point.
+
+    Raises:
+        CfamcError: Its metrics or its recipe cannot be read.
+    """
+    return _in_order(_points(read_metrics(run.metrics), [part.objective.name for part in run.recipe().parts()]))
 
 
 def trainings(curves: Curves, looks: Mapping[str, Look]) -> dict[str, Panel]:
