@@ -168,7 +168,7 @@ def test_losses_of_two_objectives_have_axes_of_their_own(store: Path) -> None:
     )
     table, folders = compared(store)
     curves, _ = learning_curves([table], folders)
-    assert list(curves) == ["Training loss, clusters", "Training loss, emp-ssl", "Learning rate", "Effective rank"]
+    assert list(curves) == ["Training loss, emp-ssl", "Training loss, clusters", "Learning rate", "Effective rank"]
     found = {title: list(lines.values()) for title, lines in curves.items()}
     assert found["Training loss, emp-ssl"] == [[[(0.0, -200.0), (1.0, -200.0), (2.0, -200.0)]]]
     assert found["Training loss, clusters"] == [[[(3.0, 2.0), (4.0, 2.0), (5.0, 2.0)]]]
