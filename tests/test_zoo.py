@@ -33,6 +33,7 @@ from zoo import (
     gradient_at_test_time,
     images,
     not_a_number,
+    paragraph,
     quantiser,
     small,
     trained,
@@ -53,6 +54,12 @@ from cfamc_cli.store.records import Flag
 
 def plain(predict: Predict) -> Predictor:
     return Predictor(predict, predict, (NET,))
+
+
+def test_a_reader_is_told_by_which_figures_a_cheat_was_found() -> None:
+    told = paragraph(next(cheat for cheat in CHEATS if cheat.name == "shrinking"))
+    assert "attacked in float32 on 80 images of the zoo" in told
+    assert "The audit found answers that hardly change before an image leaves the ball (radius " in told
 
 
 def test_an_honest_predictor_raises_no_flag() -> None:

@@ -1,10 +1,12 @@
 """Predictors that cheat, each with the check that must fail, and honest ones that must raise none.
 
-`python tests/zoo.py` says how many cheats the audit caught and how many false alarms it gave.
+`python tests/zoo.py` says how many cheats the audit caught and how many false alarms it gave; `python tests/zoo.py
+shrinking quantiser` prints what `cfamc attack --audit` would say of those two.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from stages import pgd
+from tiny import attack_record, data_used
 from torch import Tensor, nn
 from torch.nn.functional import batch_norm, cross_entropy, dropout, one_hot
 
@@ -23,6 +26,8 @@ from cfamc_cli.engine.evaluation.blocks import Evaluation, evaluate
 from cfamc_cli.engine.evaluation.verify import Predictor
 from cfamc_cli.engine.sink import NullTalk
 from cfamc_cli.recipe.schema import Model, Stage
+from cfamc_cli.report.audit import audit_paragraph
+from cfamc_cli.store.records import Accuracy, ThreatModel
 
 CLASSES, SIDE, EPS = 4, 8, 16 / 255
 Net = TypeVar("Net", bound=nn.Module)
@@ -514,8 +519,31 @@ GENTLE = pgd(EPS / 8, step_size=EPS / 16, steps=8)  # of honest encoders, some o
 SETTINGS = AuditSettings(samples=20, queries=50)
 
 
+def paragraph(cheat: Cheat) -> str:
+    """What `--audit` prints of a cheat."""
+    evaluation = evaluated(cheat.predictor(), audit=cheat.audit_settings)
+    n = len(evaluation.clean)
+    record = attack_record(
+        run="none",
+        probe=cheat.name,
+        threat=ThreatModel(space="image", norm="linf", eps="16/255"),
+        settings={"steps": 8, "step_size": "8/255"},
+        data=data_used("test", n).model_copy(update={"dataset": "the zoo"}),
+        subset=f"{n} images",
+        clean=Accuracy.of(sum(evaluation.clean), n),
+        robust=Accuracy.of(sum(evaluation.robust), n),
+        flags=evaluation.checks,
+    )
+    return audit_paragraph(record)
+
+
 def main() -> None:
-    """Print what each raises, and the two counts."""
+    """Print what each raises and the two counts, or what is said of those that are named."""
+    if named := sys.argv[1:]:
+        for cheat in CHEATS:
+            if cheat.name in named:
+                print(f"{cheat.name}: {paragraph(cheat)}\n", flush=True)
+        return
     caught = alarms = 0
     for cheat in CHEATS:
         evaluation = evaluated(cheat.predictor(), audit=cheat.audit_settings)
