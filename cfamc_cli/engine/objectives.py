@@ -166,7 +166,7 @@ def cluster_loss(z: Tensor, clusters: Tensor, *, count: int, temperature: float)
 def effective_rank(z: Tensor) -> Tensor:
     """The exponential of the entropy of the normalised singular values of a (B, D) matrix: 1 to min(B, D).
 
-    RankMe (arXiv:2210.02885) is the same of a layer's outputs on many images: `engine.evaluation.representation.rank_me`.
+    RankMe (arXiv:2210.02885) is the same of a layer on many images: `engine.evaluation.representation.rank_me`.
 
     Source: Roy and Vetterli, "The effective rank", EUSIPCO 2007.
     """
