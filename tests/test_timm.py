@@ -500,6 +500,7 @@ def test_what_the_file_is_not_is_said(flags: list[str], message: str, work: Work
     code = ExitCode.BAD_DATA if message.startswith("net.") else ExitCode.INVALID
     refused = work("probe", "--import", "net.safetensors", "--data", "images", *flags, code=code)["error"]
     assert refused["message"].startswith(message)
+    assert refused["hint"]
     assert not Path("runs").exists()
 
 

@@ -175,7 +175,7 @@ def decode(path: Path, data: bytes) -> dict[str, Tensor]:
         raise _bad(path, f"not a valid safetensors file ({' '.join(str(error).split())[:120]})") from error
 
 
-def load_state(module: nn.Module, tensors: Mapping[str, Tensor], *, path: Path) -> None:
+def load_state(module: nn.Module, tensors: Mapping[str, Tensor], *, path: Path, hint: str = "") -> None:
     """Put tensors into a module after checking names, shapes, dtypes and that they are finite.
 
     Raises:
@@ -185,17 +185,14 @@ def load_state(module: nn.Module, tensors: Mapping[str, Tensor], *, path: Path) 
     missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or extra:
         parts = [f"{label} {', '.join(keys[:3])}" for label, keys in (("lacks", missing), ("has", extra)) if keys]
-        raise _bad(path, f"another architecture: {' and '.join(parts)}")
+        raise _bad(path, f"another architecture: {' and '.join(parts)}", hint=hint)
     for name, wanted in expected.items():  # in the network's order: a file's own is not stable
         tensor = tensors[name]
         if tensor.shape != wanted.shape or tensor.dtype != wanted.dtype:
-            raise _bad(
-                path,
-                f"{name} is {tensor.dtype} {tuple(tensor.shape)} where "
-                f"{wanted.dtype} {tuple(wanted.shape)} is expected",
-            )
+            found, fits = (f"{each.dtype} {tuple(each.shape)}" for each in (tensor, wanted))
+            raise _bad(path, f"{name} is {found} where {fits} is expected", hint=hint)
         if not torch.isfinite(tensor).all():
-            raise _bad(path, f"{name} is not finite")
+            raise _bad(path, f"{name} is not finite", hint=hint)
     module.load_state_dict(dict(tensors))
 
 

@@ -26,7 +26,7 @@ from cfamc_cli.engine.heads.classifier import LinearHead
 from cfamc_cli.engine.heads.foreign_file import read_foreign_file
 from cfamc_cli.engine.heads.frozen import extract_features, predict, weighted_knn
 from cfamc_cli.engine.randomness import addressed_generator, balanced_order
-from cfamc_cli.errors import CfamcError, bad_data, invalid
+from cfamc_cli.errors import bad_data, invalid
 from cfamc_cli.recipe.plan import parameter_counts
 from cfamc_cli.recipe.schema import DEPTHS, Features, Model, Normalize
 
@@ -254,10 +254,7 @@ def _load(path: Path, encoder: Encoder, found: _Named, places: Mapping[str, str]
             used.add(places[key])
         elif not key.startswith(parts) or key.endswith("num_batches_tracked"):  # older files lack that; it is not used
             state[key] = own
-    try:
-        checkpoint.load_state(encoder, state, path=path)
-    except CfamcError as error:
-        raise bad_data(error.message, _KNOWN) from error
+    checkpoint.load_state(encoder, state, path=path, hint=_KNOWN)
     return used
 
 

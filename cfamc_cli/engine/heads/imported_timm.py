@@ -17,6 +17,7 @@ from cfamc_cli.engine.randomness import addressed_generator
 from cfamc_cli.errors import bad_data, invalid
 from cfamc_cli.recipe.schema import Features, Model
 
+_OPTIONS = "options of timm.create_model follow the name: --architecture timm:NAME,img_size=32,patch_size=4"
 _ABOVE = "pre_feature."  # the layer of an export of ours that heads read
 
 
@@ -47,7 +48,7 @@ def read_timm(path: Path, architecture: Model, reading: Reading) -> Foreign:
     if not found:
         shown = ", ".join(sorted(tensors)[:3])
         raise bad_data(f"{path}: no {model.backbone}: it holds {shown}", "--architecture says what the file has")
-    checkpoint.load_state(encoder.backbone, found, path=path)
+    checkpoint.load_state(encoder.backbone, found, path=path, hint=_OPTIONS)
     if sizes:
         checkpoint.load_state(encoder.pre_feature, above, path=path)
     last = _last_layer(tensors, prefix, encoder, "pre_feature" if sizes else "backbone")
