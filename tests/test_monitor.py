@@ -107,6 +107,18 @@ def test_the_first_group_stays_clean_where_the_second_view_alone_is_perturbed() 
     assert grip.strength == pytest.approx(1, abs=1e-3)
 
 
+@pytest.mark.parametrize(("share", "strength"), [(0.5, 1.0), (-0.5, 0.0), (0.0, 0.0)])
+def test_where_pgd_itself_fails_a_grip_stays_within_its_scale(share: float, strength: float) -> None:
+    def misleading(groups: Sequence[Tensor]) -> Tensor:
+        return smooth([x.detach() * 2 - x for x in groups])  # its value is the smooth loss, its gradient leads down
+
+    crops = [torch.full((1, 4, 3, 6, 6), 0.5)]
+    trained = [torch.full_like(crops[0], share * EPS)]
+    grip = monitor.measure_grip(beside(misleading), crops, trained, eps=EPS, where=HERE)
+    assert grip.strongest < grip.clean
+    assert (grip.strength, grip.lost) == (strength, strength == 0)
+
+
 def test_a_grip_is_lost_below_a_twentieth() -> None:
     crops = [torch.full((1, 4, 3, 6, 6), 0.5)]
     at_rest, gain = 0.5 * 432, EPS * 432  # of 4 x 3 x 6 x 6 pixels

@@ -173,7 +173,8 @@ def measure_grip(loss_beside: LossBeside, crops: Groups, trained: Groups, *, eps
             loss_of([x + part for x, part in zip(clean, delta, strict=True)]) for delta in (still, trained, strongest)
         ]
     at_rest, under_training, under_attack = torch.stack(losses).tolist()
-    strength = (under_training - at_rest) / max(under_attack - at_rest, 1e-12)
+    reached = max(under_attack, under_training) - at_rest  # PGD fails where gradients lead nowhere
+    strength = (under_training - at_rest) / reached if reached > 0 else 0.0
     return GripLine(
         **where,
         clean=at_rest,

@@ -834,7 +834,7 @@ class GripLine(Line):
     clean: float  # loss without a perturbation
     trained: float  # loss under the perturbation that training uses
     strongest: float  # loss under PGD-10
-    strength: float  # (trained - clean) / (strongest - clean): 1 where it meets the strongest attack, about 0 for none
+    strength: float  # (trained - clean) / (the higher of both - clean): 1 where PGD-10 is no stronger, about 0 for none
     lost: bool  # whether that is too little, and catastrophic overfitting likely
 
 
