@@ -127,6 +127,12 @@ TABLE: tuple[Protection, ...] = (
             "test_outcomes.py::test_what_is_committed_is_read_back",
         ),
         (
+            "store/files.py",
+            "            os.ftruncate(self._descriptor, self._size)\n            self._sha256",
+            "            self._sha256",
+            "test_measures.py::test_a_measure_whose_last_line_is_cut_short_measures_that_block_again",
+        ),
+        (
             "store/outcomes.py",
             "        elif known != _as_dear(outcome, known):\n",
             "        elif False:\n",

@@ -293,6 +293,26 @@ def test_a_measure_is_kept_block_by_block_and_found_again(tmp_path: Path) -> Non
         assert (other.folder.name, other.blocks) == ("smallest-003", {})
 
 
+def test_a_measure_whose_last_line_is_cut_short_measures_that_block_again(tmp_path: Path) -> None:
+    """The line after it begins a line of its own; times that cannot be read are told by no error."""
+    run = RunFolder(tmp_path)
+    with open_measure(run, "smallest", header(20), warn=pytest.fail) as ledger:
+        for number in range(2):
+            ledger.commit(block_of(number), 1.5)
+    samples = ledger.folder / "samples.jsonl"
+    whole = samples.read_bytes()
+    line = len(whole.splitlines(keepends=True)[-1])
+    for kept in (1, line // 2, line - 1):  # bytes of the last line; the last lacks but its newline
+        samples.write_bytes(whole[: len(whole) - line + kept])
+        with open_measure(run, "smallest", header(20), warn=pytest.fail) as ledger:
+            assert list(ledger.blocks) == [0]
+            ledger.commit(block_of(1), 2.0)
+        assert samples.read_bytes() == whole
+    assert ledger.seconds() == 3.5
+    (ledger.folder / "timing.jsonl").write_text('{"block":0}\n')
+    assert ledger.seconds() == 0.0
+
+
 @pytest.mark.parametrize(
     "line", ['{"block":0,"columns":{"eps":[1.0]},"forward":1,"backward":1}', '{"block":0}', '{"columns":3}']
 )

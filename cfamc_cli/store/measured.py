@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from cfamc_cli.errors import CfamcError, bad_data
 from cfamc_cli.store.files import JsonLines, read_jsonl
+from cfamc_cli.store.outcomes import read_times
 from cfamc_cli.store.records import MeasuredBlock, MeasureHeader, StageTime
 from cfamc_cli.store.runs import RunFolder, lock, new_item, turn
 
@@ -39,9 +40,8 @@ class MeasureLedger:
         self.blocks[block.block] = block
 
     def seconds(self) -> float:
-        """Wall time of all blocks."""
-        lines = [StageTime.model_validate(line) for line in read_jsonl(RunFolder(self.folder).timing)]
-        return sum({line.block: line.seconds for line in lines}.values())
+        """Wall time of all blocks, as far as it is known."""
+        return sum(read_times(self.folder).values())
 
 
 @contextmanager

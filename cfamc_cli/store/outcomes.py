@@ -179,7 +179,7 @@ def _read(folder: Path, stored: Outcomes) -> list[Outcome]:
     Raises:
         CfamcError: Exit 4; the parts of the file contradict each other.
     """
-    seconds, found = _read_times(folder), []
+    seconds, found = read_times(folder), []
     sizes = _block_sizes(stored)
     for stage, part in enumerate((stored.predictions, *stored.stages) if stored.predictions else ()):
         sizes = sizes[: len(part.passes)]  # no block is further than in the stage before
@@ -217,7 +217,7 @@ def _keep_times(folder: Path, outcomes: Iterable[Outcome]) -> None:
             timing.append(StageTime(block=o.block, stage=o.stage, name=o.name, seconds=o.seconds).model_dump())
 
 
-def _read_times(folder: Path) -> dict[tuple[int, int], float]:
+def read_times(folder: Path) -> dict[tuple[int, int], float]:
     """Times by block and stage; none where they cannot be read."""
     try:
         lines = [StageTime.model_validate(line) for line in read_jsonl(RunFolder(folder).timing)]
