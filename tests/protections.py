@@ -643,6 +643,12 @@ TABLE: tuple[Protection, ...] = (
             "",
             "test_imported.py::test_a_file_is_opened_in_its_process",
         ),
+        (
+            "engine/heads/foreign_file.py",
+            " and depth < _DEPTH",
+            "",
+            "test_imported.py::test_tables_within_tables_are_followed_so_far_and_no_further",
+        ),
     ),
     *_of(
         "A terminal that closes saves; a plan beyond the memory is not begun; checkpoints come by time too",

@@ -381,6 +381,21 @@ def test_a_file_is_what_its_content_says(tmp_path: Path) -> None:
         read_foreign_file(path)
 
 
+def test_tables_within_tables_are_followed_so_far_and_no_further(tmp_path: Path) -> None:
+    """A name grows with each table, so that a small file could hold gigabytes of names."""
+    table: dict[str, Any] = {}
+    for _ in range(foreign_file._DEPTH + 9):
+        table = {"weight": torch.ones(1), "inner": table}
+    torch.save(table, tmp_path / "deep.pt")
+    assert len(read_foreign_file(tmp_path / "deep.pt")) == foreign_file._DEPTH + 1
+    levels = 100_000
+    with zipfile.ZipFile(tmp_path / "deeper.pt", "w") as archive:
+        opened = b"}X\x01\x00\x00\x00a" * levels  # an empty table, and the key of the next one in it
+        archive.writestr("deeper/data.pkl", b"\x80\x02" + opened + b"}" + b"s" * levels + b".")
+        archive.writestr("deeper/version", "3\n")
+    assert read_foreign_file(tmp_path / "deeper.pt") == {}
+
+
 def test_what_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
