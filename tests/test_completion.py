@@ -13,20 +13,21 @@ from tiny import probe_record, run_record, write_record
 
 from cfamc_cli.cli import run
 
-RUN = "20261122-120000-tiny-000000"
+RUN, NEWER = "20261122-120000-tiny-000000", "20261123-120000-other-000001"
 OFFERED = [
     ("pretrain qui", ["quickstart"]),
     ("bench cifar10-l", ["cifar10-laptop", "cifar10-laptop-fast", "cifar10-laptop-strong"]),
     ("pretrain mine/", ["mine/own.toml", "mine/further/"]),
     ("recipes copy fol", ["folder"]),
     ("recipes explain train.ep", ["train.epochs"]),
-    ("attack --runs runs 2026", [RUN]),
+    ("attack --runs runs 2026", [RUN, NEWER]),
     ("probe --runs runs be", ["best"]),
     ("runs rm --runs runs la", ["latest"]),
-    ("pretrain --runs runs --resume 2026", [RUN]),
+    ("pretrain --runs runs --resume 2026", [RUN, NEWER]),
     ("attack --runs nowhere 2026", []),
     (f"attack --runs runs {RUN} --head linear-", ["linear-001"]),
-    ("export --runs runs --head linear-", ["linear-001"]),
+    ("export --runs newer --head linear-", []),
+    ("export tiny --runs runs --head linear-", ["linear-001"]),
     ("probe --runs runs --head linear", ["linear"]),
     ("attack --attack s", ["square", "smallest", "smoothing"]),
     ("attack --attack apgd", ["apgd-ce", "apgd-dlr", "apgd-t"]),
@@ -36,6 +37,10 @@ OFFERED = [
         "pretrain cifar10 --set optimizer.n",
         ["optimizer.name=lars", "optimizer.nesterov=true", "optimizer.nesterov=false"],
     ),
+    ("pretrain cifar10 --set optimizer.l", ["optimizer.lr=", "optimizer.lr=0.3"]),
+    ("bench cifar10 --set adversary.e", ["adversary.eps=", "adversary.eps=8/255"]),
+    ("pretrain cifar10 --set crops.0.sc", ["crops.0.scale="]),  # of two numbers and a blank
+    ("pretrain no-such-recipe --set optimizer.l", ["optimizer.lr="]),
     ("probe --set probe.tr", ["probe.trades_beta="]),
     ("probe --set train", []),
     ("export --part en", ["encoder"]),
@@ -48,6 +53,8 @@ def _store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_record(tmp_path / "runs" / RUN / "run.json", run_record(id=RUN))
     (tmp_path / "runs" / RUN / "tags.json").write_text('["best"]')
     write_record(tmp_path / "runs" / RUN / "probes/linear-001/record.json", probe_record(run=RUN))
+    write_record(tmp_path / "newer" / NEWER / "run.json", run_record(id=NEWER, name="other"))
+    write_record(tmp_path / "runs" / NEWER / "run.json", run_record(id=NEWER, name="other"))
     (tmp_path / "mine/further").mkdir(parents=True)
     (tmp_path / "mine/own.toml").touch()
     (tmp_path / "mine/notes.txt").touch()
@@ -76,7 +83,7 @@ def test_words_are_offered(
 def test_shells_are_told_what_a_word_means(
     shell: str, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = "cfamc attack --runs runs --head linear-0"
+    line = f"cfamc attack {RUN} --runs runs --head linear-0"
     monkeypatch.setenv("_CFAMC_COMPLETE", f"complete_{shell}")
     monkeypatch.setenv("_TYPER_COMPLETE_ARGS", line)
     monkeypatch.setenv("_TYPER_COMPLETE_FISH_ACTION", "get-args")

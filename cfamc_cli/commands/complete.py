@@ -54,7 +54,7 @@ def heads(context: typer.Context) -> list[Offer]:
     offers: list[Offer] = []
     if context.info_name != "probe":
         with suppress(CfamcError):
-            run = find_run(default_store(context.params.get("runs")), context.params.get("run") or LATEST)
+            run = find_run(default_store(context.params.get("runs")), _subject(context) or LATEST)
             offers = [(folder.name, f"{record.head} head") for folder, record in finished_probes(run)]
     return offers + kinds("probe")
 
@@ -70,15 +70,21 @@ def attacks() -> list[Offer]:
 
 
 def settings(context: typer.Context, incomplete: str) -> list[Offer]:
-    """Keys for --set, with their values where there are few; of probe only those of its table."""
-    from cfamc_cli.recipe import describe
+    """Keys for --set with their values where there are few, else with the recipe's; of probe only those of its table.
 
+    A second word that begins alike keeps bash from closing `key=` with a blank.
+    """
+    from cfamc_cli.recipe import describe, file
+
+    known: dict[str, str] = {}
+    with suppress(CfamcError):
+        known = file.settings(file.load(_subject(context)))
     start = "probe." if context.info_name == "probe" else ""
     offers: dict[str, str] = {}
     for entry in describe.explain(start.rstrip(".")):
         if entry.value and entry.key.startswith(incomplete.partition("=")[0]):
-            words = entry.choices or ("",)
-            offers |= {f"{entry.key}={word}": entry.meaning for word in words}
+            words = entry.choices or ("", known.get(entry.key, "").strip('"'))
+            offers |= {f"{entry.key}={word}": entry.meaning for word in words if " " not in word}
     return list(offers.items())
 
 
@@ -87,6 +93,11 @@ def keys() -> list[Offer]:
     from cfamc_cli.recipe import describe
 
     return list({entry.key: _first_line(entry.meaning) for entry in describe.explain("")}.items())
+
+
+def _subject(context: typer.Context) -> str:
+    """The recipe or run that stands on the line; an option that still lacks its value leaves it unread."""
+    return str(context.params.get("recipe") or context.params.get("run") or next(iter(context.args), ""))
 
 
 def _first_line(text: str) -> str:
