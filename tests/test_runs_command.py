@@ -5,8 +5,6 @@ import json
 import os
 import pty
 import re
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +112,11 @@ def test_a_page_shows_the_recipe_curves_and_all_that_was_measured(
     assert "probes/linear-001  70.0 [67.1, 72.8]" in out
     assert "attacks/pgd-001    70.0 [67.1, 72.8]  30.0 [27.2, 32.9]  pgd linf 8/255: 1 passed, no audit" in out
     code, out, _ = run(capsys, store, "show", OLD)
-    assert "recipe tiny, seed 0\n" in out
-    assert '  data.dataset = "folder"\n' in out
+    assert 'recipe tiny, seed 0, other than by default in:\n  data.dataset = "folder"\n' in out
+    assert "  crops.0.size = 8\n" in out
+    assert " = null" not in out
+    bare = make(store, "20261125-120000-bare-s0-00000d", evaluation=None, untrained=None).path.name
+    assert run(capsys, store, "show", bare)[1].endswith("\nnothing was measured yet\n")
 
 
 def test_tags_names_and_ends_of_ids_address_a_run(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -180,23 +181,37 @@ def test_checkpoints_but_the_newest_whole_one_are_cleared(store: Path, capsys: p
     assert json.loads(out)["freed"] == []  # of the newer run the oldest alone is whole
 
 
-def test_a_run_is_watched_to_its_end(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_is_watched_to_its_end(
+    store: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     half = Progress(batch=1, step=750, epoch=0.5, total=1500)
     record = run_record(id=NEW, name="tiny", status="running", progress=half)
     write_record(store / NEW / "run.json", record)
     code, _, err = run(capsys, store, "watch", NEW)
     assert (code, "is killed" in err) == (1, True)
 
-    def end() -> None:
-        time.sleep(0.3)
+    def end(_seconds: float) -> None:
         (store / NEW / "new").write_text(run_record(id=NEW, name="tiny").model_dump_json())
         (store / NEW / "new").replace(store / NEW / "run.json")
 
+    monkeypatch.setattr("cfamc_cli.commands.runs.time.sleep", end)
     with lock(RunFolder(store / NEW)):
-        ending = threading.Thread(target=end)
-        ending.start()
         code, _, err = run(capsys, store, "watch", NEW)
-        ending.join()
     assert code == 0
     assert "train 750/1500  started  epoch 0.5  loss -3  lr 0.3  at epoch 0.5: clean 75.5 %, pgd-10 8/255 25.0 %" in err
     assert err.endswith("is finished, after 11 min 40 s\n")
+
+
+def test_who_leaves_a_watch_is_told_nothing_of_a_failure(
+    store: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def leave(_seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cfamc_cli.commands.runs.time.sleep", leave)
+    write_record(store / NEW / "run.json", run_record(id=NEW, name="tiny", status="running"))
+    with lock(RunFolder(store / NEW)):
+        code, out, err = run(capsys, store, "watch", NEW)
+    assert (code, out) == (130, "")
+    assert "it goes on" in err
+    assert "error" not in err

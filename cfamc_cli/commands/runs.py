@@ -115,8 +115,11 @@ def show(store: Path, reference: str | None) -> None:
     for measure in _records(run.measures, MeasureRecord):
         figures = ", ".join(f"{name} {value:.4g}" for name, value in measure.figures.items() if value is not None)
         rows.append((f"measures/{measure.id}", terminal.interval(measure.clean), "", figures))
+    if not rows:
+        terminal.write_out("nothing was measured yet\n")
+        return
     columns = ("measured", "clean %", "robust %", "how, and checks")
-    terminal.print_rows("With 95 % intervals" if rows else "Nothing was measured yet", columns, rows, right=(1, 2))
+    terminal.print_rows("With 95 % intervals", columns, rows, right=(1, 2))
 
 
 def watch(store: Path, reference: str | None) -> None:
@@ -283,7 +286,10 @@ def _own_settings(run: RunFolder, record: RunRecord) -> list[str]:
     own = {key: value for key, value in file.settings(recipe).items() if known.get(key) != value}
     gone = [f"  {key} (left out)" for key in known if key not in file.settings(recipe)]
     if base is None:
-        return [f"recipe {record.name}, seed {record.seed}", *(f"  {key} = {value}" for key, value in own.items())]
+        told = recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+        keys = [key for key, _ in file.leaves(told, "") if key in own and key != "schema"]
+        title = f"recipe {record.name}, seed {record.seed}, other than by default in:"
+        return [title, *(f"  {key} = {own[key]}" for key in keys)]
     title = f"recipe {record.name}, seed {record.seed}, "
     lines = [f"  {key} = {value}" + (f", not {known[key]}" if key in known else "") for key, value in own.items()]
     return [title + ("other than shipped in:" if lines or gone else "as it ships"), *lines, *gone]
