@@ -582,13 +582,34 @@ def test_every_number_of_the_journal_is_that_of_the_tensors(
     seconds = 2 * (2 + replays * passes)
     views = 2 * replays * passes * 4 * 8  # of four crops of eight images
     assert len(sink.records) == len(sink.costs) == 2
-    for line, cost, shown in zip(sink.records, sink.costs, sink.shown, strict=True):
+    told = (shown for shown in sink.shown if shown[1] in (2 * replays, updates))  # the others are of no record
+    for line, cost, shown in zip(sink.records, sink.costs, told, strict=True):
         assert (cost.views_per_second, cost.data_share, cost.seconds) == pytest.approx(
             (views / seconds, 4 / seconds, seconds)
         )
         assert cost.peak_memory > 2**20
         values = {key: line[key] for key in ("epoch", "lr", "loss", "gradient_norm", "invariance", "coding_rate")}
         assert shown == ("train", line["step"], updates, values | {"views/s": cost.views_per_second})
+
+
+def test_a_slow_training_says_how_far_it_is_between_its_records(
+    tiny_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, sink = Clock(), Listener()
+    monkeypatch.setattr(journal, "time", clock)
+    trainer = trainer_of(tiny_recipe("emp-ssl", "free", train={"log_every": 4}), tiny_images, sink)
+    crops_of = trainer.crops_of
+
+    def slow_crops(batch: int) -> Any:
+        clock.now += 1.5
+        return crops_of(batch)
+
+    monkeypatch.setattr(trainer, "crops_of", slow_crops)
+    trainer.train(tmp_path, stop=never)
+    assert [step for _, step, _, _ in sink.shown] == [6, 12, 18, 24]  # after 3 seconds, and with each record
+    assert sink.shown[0][3] == {}
+    assert sink.shown[2][3] == sink.shown[1][3]
+    assert len(sink.records) == 2
 
 
 def test_an_evaluation_is_no_part_of_the_rate_of_training(

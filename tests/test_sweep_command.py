@@ -30,15 +30,15 @@ def test_a_grid_is_every_combination_of_values_and_seeds(tmp_path: Path) -> None
         for eps in ("4/255", "8/255")
         for seed in (0, 1)
     ]
-    assert settings("quickstart", "crops.0.scale=[0.2, 1.0]") == ["crops.0.scale=[0.2, 1.0] seed=0"]
+    assert settings("quickstart", "crops.0.scale=[0.2, 1.0]") == ["seed=0"]  # the label has what varies
     assert settings("quickstart", "crops.0.scale=[0.2,1.0],[0.1,1.0]") == [
         f"crops.0.scale=[{low}, 1.0] seed=0" for low in (0.2, 0.1)
     ]
-    assert settings("quickstart", "name=a, b") == ["name=a, b seed=0"]  # text may hold commas
+    assert [point.settings for point in sweep.grid("quickstart", ["name=a, b"], None, ())] == [("name=a, b",)]
     path = tmp_path / "sweep.toml"
     path.write_text('seed = [5, 6]\noptimizer.lr = [0.1, 0.3]\n"adversary.eps" = ["8/255"]\n')
     assert settings("quickstart", path=path) == [
-        f'optimizer.lr={lr} adversary.eps="8/255" seed={seed}' for lr in (0.1, 0.3) for seed in (5, 6)
+        f"optimizer.lr={lr} seed={seed}" for lr in (0.1, 0.3) for seed in (5, 6)
     ]
     path.write_text("optimizer.lr = 0.1")
     with pytest.raises(CfamcError, match=r"optimizer\.lr is no list of values"):
@@ -134,5 +134,5 @@ def test_a_signal_ends_every_run_of_a_sweep_resumably(recipe: Path, tmp_path: Pa
     _, err = process.communicate(timeout=120)
     assert process.returncode == 143
     assert "hint: give the same command again" in err
-    assert "[seed=0] run " in err.replace("train.epochs=400 ", "")
+    assert "[seed=0] run " in err
     assert [made.record().status for made in list_runs(store)] == ["interrupted"] * 2

@@ -172,13 +172,22 @@ def test_a_narrow_terminal_breaks_no_word_of_a_table(
     columns = ["run", "clean %", "robust %", "n", "why apart"]
     why = "settings of another attack than the one of the first table, which had steps 20"
     row = ["20261122-120000-cifar10-cf-amc-ssl-s0-00000a", "75.9 [75.0, 76.7]", "45.1 \u00b1 0.3", "10,000", why]
+    title = (
+        "fashion-mini test images, linear head on pre_feature, pgd (restarts 1, start zero, step_size 0.01, steps 20)"
+    )
     for width in (80, 60):
         monkeypatch.setenv("COLUMNS", str(width))
-        render.print_rows("T", columns, [row], right=(1, 2, 3))
+        render.print_rows(title, columns, [row], right=(1, 2, 3))
         out = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
         assert max(map(len, out.splitlines())) <= width
         words = set(re.split(r"\s+", out))
-        assert {"cifar10-cf-amc-ssl-s0-00000a", "clean", "10,000", *why.split()} <= words  # the id's end addresses it
+        assert {
+            "cifar10-cf-amc-ssl-s0-00000a",
+            "clean",
+            "10,000",
+            *why.split(),
+            *title.split(),
+        } <= words  # the id's end addresses it
         for figure in ("[75.0, 76.7]", "45.1 \u00b1 0.3"):
             assert figure in out
 

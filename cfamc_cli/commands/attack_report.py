@@ -159,7 +159,7 @@ def _print_table(points: Sequence[Point]) -> None:
     title = f"{first.run}, head {first.probe}: {first.subset}; % with 95 % intervals"
     columns = ("attack", "threat", "clean", "robust", *(["worst case"] if len(points) > 1 else []), "checks", "kept as")
     terminal.print_rows(title, columns, rows, right=range(2, len(columns) - 2))
-    terminal.write_out("".join(f"{terminal.clean(line)}\n" for line in explained([point.record for point in points])))
+    terminal.write_lines(explained([point.record for point in points]))
 
 
 def explained(records: Sequence[AttackRecord]) -> Iterator[str]:

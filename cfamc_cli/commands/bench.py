@@ -50,7 +50,7 @@ def bench(
         terminal.write_out("\n")
         for sheet in sheets.spelled_out(record):
             terminal.print_rows(sheet.title, sheet.columns, sheet.rows, right=sheet.right)
-            terminal.write_out("".join(f"{terminal.clean(note)}\n" for note in [*sheet.notes, ""]))
+            terminal.write_lines([*sheet.notes, ""])
 
 
 def _measured(recipe: Recipe, session: Session, *, seconds: float, alone: bool, attack: bool) -> BenchRecord:

@@ -181,4 +181,4 @@ def _print(sheet: Sheet) -> None:
         below.append(f"Too wide for this terminal: {', '.join(costs)}; --format csv has them.")
     if sheet.more:
         below.append(f"{sheet.more:,} more rows; --limit 0 shows all")
-    terminal.write_out("".join(f"{terminal.clean(line)}\n" for line in [*below, *sheet.notes, ""]))
+    terminal.write_lines([*below, *sheet.notes, ""])

@@ -97,7 +97,7 @@ def show(store: Path, reference: str | None) -> None:
     lines = [run.id, *(f"  {name:11} {text}" for name, text in facts.items() if text), "", *_own_settings(run, record)]
     with suppress(CfamcError):
         lines += ["", *_curves(run)]
-    terminal.write_out("".join(f"{terminal.clean(line)}\n" for line in [*lines, ""]))
+    terminal.write_lines([*lines, ""])
     rows = [
         (when, *(terminal.interval(part) if part else "" for part in (found.clean, found.robust)), how)
         for when, found in (("untrained", record.untrained), ("trained", record.evaluation))

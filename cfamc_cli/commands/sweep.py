@@ -37,9 +37,10 @@ class Point:
 
     settings: tuple[str, ...]  # texts of --set
     seed: int
+    label: str  # of settings that the grid varies, and of the seed
 
     def __str__(self) -> str:
-        return " ".join([*self.settings, f"seed={self.seed}"])
+        return self.label
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ def grid(reference: str, overrides: Sequence[str], path: Path | None, seeds: Seq
     points = []
     for settings in itertools.product(*axes):
         recipes = [file.load(reference, overrides=settings, seed=seed) for seed in listed or (None,)]
-        points += [Point(settings, recipe.seed) for recipe in recipes]
+        varied = [setting for setting, axis in zip(settings, axes, strict=True) if len(axis) > 1]
+        points += [Point(settings, recipe.seed, " ".join([*varied, f"seed={recipe.seed}"])) for recipe in recipes]
     return points
 
 

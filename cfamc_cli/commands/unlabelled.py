@@ -80,7 +80,7 @@ def unlabelled(reference: str | None, *, flags: Flags, options: Options) -> None
         return
     told = sheet([record])
     terminal.print_rows(told.title, told.columns, told.rows, right=told.right)
-    terminal.write_out("".join(f"{terminal.clean(note)}\n" for note in told.notes))
+    terminal.write_lines(told.notes)
 
 
 def _require(flags: Flags) -> None:

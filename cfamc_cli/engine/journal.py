@@ -25,6 +25,7 @@ from cfamc_cli.recipe.plan import duration
 from cfamc_cli.recipe.schema import EmpSsl, NoAdversary, Recipe, number
 from cfamc_cli.store.records import TimingLine, TrainLine
 
+_SECONDS = 2.0  # at least this long between two words of how far it is, but for records
 _PREDICTED_FROM = 5  # batches after the first, on which a prediction rests at least
 HELD_OUT = 1000  # training images that the online evaluation asks about
 
@@ -75,6 +76,8 @@ class Journal:
         self._grip_plan = monitor.schedule(updates=updates, batch_size=share, passes_per_update=1 + steps)
         few = self._grip_plan.images
         self._few = slice(few if few < share else None)  # images of a batch; of each process's share, or all of them
+        self._shown: dict[str, float | str] = {}  # of the last record
+        self._told = time.perf_counter()
         self._accuracy: dict[str, str] = {}  # of the last evaluation, in words
         self._first: tuple[int, float] | None = None  # update and time at the end of this sitting's first batch
         self._evaluation = 0.0  # seconds of the last one
@@ -157,6 +160,8 @@ class Journal:
     ) -> None:
         """Write the lines of an interval when it is full or the run is, and compare adversaries when that is due.
 
+        Between them it is said now and then how far it is, without waiting for the device.
+
         Args:
             encoder: To be checked for finite weights.
             z: Embeddings of the last update, (V, B, D).
@@ -178,6 +183,8 @@ class Journal:
         if full:
             self._write(rows, z, delta, step=step)
             self._predict(step)
+        elif time.perf_counter() > self._told + _SECONDS:
+            self._tell(step)
         if compared:
             with uncompiled(encoder):
                 self._watch_grip(crops, delta, loss_beside, step=step)
@@ -208,10 +215,15 @@ class Journal:
         self.ledger.timing(
             TimingLine(**where, views_per_second=rate, data_share=share, seconds=seconds, peak_memory=memory)
         )
-        shown = {"epoch": where["epoch"], **means, "views/s": rate, **self._accuracy}
-        self.talk.progress("train", where["step"], self.total, shown)
+        self._shown = {"epoch": where["epoch"], **means, "views/s": rate}
+        self._tell(step)
         self._rows = []
         self.start(step)
+
+    def _tell(self, step: int) -> None:
+        """Say how far it is, beside what was known at the last record."""
+        self._told = time.perf_counter()
+        self.talk.progress("train", self.before["step"] + step, self.total, self._shown | self._accuracy)
 
     def _predict(self, step: int) -> None:
         """Say once what the rest will take, by the batches after the first, in which things are compiled and chosen."""

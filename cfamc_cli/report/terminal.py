@@ -13,6 +13,7 @@ import math
 import os
 import re
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -112,6 +113,20 @@ def write_out(text: str) -> None:
         return
 
 
+def write_lines(lines: Iterable[str]) -> None:
+    """Write sentences to stdout: on a terminal broken between words, elsewhere a line each.
+
+    Raises:
+        CfamcError: As for `write_out`.
+    """
+    console = Console()
+    for line in map(clean, lines):
+        parts = [line]
+        if console.is_terminal and cell_len(line) > console.width:
+            parts = textwrap.wrap(line, console.width, break_long_words=False, break_on_hyphens=False)
+        write_out("".join(f"{part}\n" for part in parts))
+
+
 def _spelled(out: IO[str] | None) -> dict[int, str]:
     """What stands for the signs that the encoding of a stream has not."""
     try:
@@ -170,7 +185,7 @@ def print_rows(
     Raises:
         CfamcError: As for `write_out`.
     """
-    write_out(f"{clean(title)}\n\n")
+    write_lines([title, ""])
     if not fits(columns, rows, wrapped=False):
         rows = [[_DATE.sub("", cell) for cell in row] for row in rows]
     if fits(columns, rows, wrapped=_is_wide()):
