@@ -165,6 +165,18 @@ def test_rows_become_lists_where_a_terminal_is_too_narrow(
     assert "  name  two" in out
 
 
+def test_what_is_said_breaks_no_word_and_a_path_can_be_copied() -> None:
+    said = "about 4 min 47 s for the 150 updates left of phase 0, and 11 min 43 s for evaluations"
+    path = f"  runs/{'x' * 70}"
+    for terminal, lines in ((True, [said[:57], said[58:], path]), (False, [said, path])):
+        out = io.StringIO()
+        console = render.TalkConsole(file=out, width=60, force_terminal=terminal, color_system=None)
+        with render.Terminal(quiet=False, console=console) as talk:
+            talk.message(said)
+            talk.message(path)
+        assert out.getvalue().splitlines() == lines
+
+
 def test_a_narrow_terminal_breaks_no_word_of_a_table(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,6 @@ import math
 import os
 import re
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -120,11 +119,16 @@ def write_lines(lines: Iterable[str]) -> None:
         CfamcError: As for `write_out`.
     """
     console = Console()
-    for line in map(clean, lines):
-        parts = [line]
-        if console.is_terminal and cell_len(line) > console.width:
-            parts = textwrap.wrap(line, console.width, break_long_words=False, break_on_hyphens=False)
-        write_out("".join(f"{part}\n" for part in parts))
+    write_out("".join(f"{part}\n" for line in lines for part in _broken(line, console)))
+
+
+def _broken(line: str, console: Console) -> list[str]:
+    """A cleaned line, on a terminal in parts that fit; a longer word, such as a path, stays whole."""
+    line = clean(line)
+    if not console.is_terminal or console.width < _NARROW or cell_len(line) <= console.width:
+        return [line]
+    indent = " " * (len(line) - len(line.lstrip()))
+    return [indent + part for part in _cell(line.lstrip(), console.width - len(indent)).plain.split("\n")]
 
 
 def _spelled(out: IO[str] | None) -> dict[int, str]:
@@ -336,7 +340,7 @@ class Terminal:
 
     def message(self, text: str) -> None:
         if not self._quiet:
-            self._console.say(text)
+            self._say(text)
 
     def warning(self, text: str) -> None:
         self._console.say(Text.assemble(("warning: ", "bold yellow"), clean(text)))
@@ -352,11 +356,15 @@ class Terminal:
             self._show(task, state, done, total)
         if finished or (not self._live and now >= state.next_line):
             state.next_line = now + PLAIN_SECONDS
-            self._console.say(state.line(task, done, total, now))
+            self._say(state.line(task, done, total, now))
         if finished:
             if self._bars is not None and state.bar is not None:
                 self._bars.remove_task(state.bar)
             del self._tasks[task]
+
+    def _say(self, text: str) -> None:
+        for part in _broken(text, self._console):
+            self._console.say(part)
 
     def _show(self, task: str, state: _Task, done: int, total: int) -> None:
         if self._bars is None:
