@@ -301,6 +301,12 @@ TABLE: tuple[Protection, ...] = (
             "            if True:\n",
             "test_compare_command.py::test_results_of_an_encoder_that_was_trained_on_are_left_out",
         ),
+        (
+            "comparison/tables.py",
+            "    trusted = [row for row in rows if not row.failed]\n",
+            "    trusted = rows\n",
+            "test_compare.py::test_what_is_not_trusted_is_shown_but_never_wins",
+        ),
     ),
     *_of(
         "Hostile text is spelled out, never obeyed",
