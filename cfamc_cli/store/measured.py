@@ -35,7 +35,7 @@ class MeasureLedger:
         run = RunFolder(self.folder)
         with JsonLines(run.timing) as timing, JsonLines(run.samples) as samples:
             timing.append(StageTime(block=block.block, stage=0, name="block", seconds=seconds).model_dump())
-            samples.append(block.model_dump())
+            samples.append(block.sealed().model_dump())
             samples.position()
         self.blocks[block.block] = block
 

@@ -7,6 +7,7 @@ spells.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -66,6 +67,25 @@ class Record(Part):
     """A record that has a file of its own."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
+
+
+class Sealed(Part):
+    """What work goes on from: it carries a digest of itself, for a changed bit would be counted as an outcome."""
+
+    sha256: Hex | None = None  # of the rest; older versions wrote none
+
+    def sealed(self) -> Self:
+        """The same with its digest."""
+        return self.model_copy(update={"sha256": self._digest()})
+
+    @model_validator(mode="after")
+    def _is_unchanged(self) -> Self:
+        if self.sha256 not in (None, self._digest()):
+            raise ValueError("was changed: the rest is not what this digest is of")
+        return self
+
+    def _digest(self) -> str:
+        return hashlib.sha256(self.model_dump_json(exclude={"sha256"}).encode()).hexdigest()
 
 
 R = TypeVar("R", bound=BaseModel)
@@ -492,7 +512,7 @@ class StageTime(Part):
     seconds: Seconds
 
 
-class Outcomes(Record):
+class Outcomes(Record, Sealed):
     """attacks/<id>/outcomes.json: per-sample outcomes, complete or under way."""
 
     n: Count  # samples to evaluate
@@ -561,7 +581,7 @@ class MeasureHeader(Record):
     key: Hex  # as of `Outcomes`
 
 
-class MeasuredBlock(Part):
+class MeasuredBlock(Sealed):
     """A line of samples.jsonl: what was measured of the samples of one block, in their order."""
 
     block: Count
