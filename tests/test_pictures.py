@@ -26,7 +26,7 @@ from cfamc_cli.engine.pretrain import Trainer
 from cfamc_cli.engine.sink import NullLedger, NullTalk
 from cfamc_cli.errors import CfamcError
 from cfamc_cli.report.closer import close_up
-from cfamc_cli.report.plots import Panel, draw_training, learning_curves, looks_of, results, trainings
+from cfamc_cli.report.plots import Panel, draw, draw_training, learning_curves, looks_of, results, trainings
 from cfamc_cli.store.records import Accuracy, ClassAccuracy, ClassRobustness, FeatureMap, TrainLine, save_record
 from cfamc_cli.store.runs import RunFolder
 
@@ -293,3 +293,11 @@ def test_recipes_show_draws_crops_without_a_download(
 def test_crops_are_drawn_as_png_alone(tmp_path: Path) -> None:
     with pytest.raises(CfamcError, match="cannot draw"):
         draw_crops("quickstart", tmp_path / "crops.pdf")
+
+
+def test_a_run_its_head_and_what_was_measured_fit_above_a_panel() -> None:
+    def panel(axes: Any) -> None:
+        axes.set_title("20261130-210233-cifar10-laptop-strong-s0-9b92db, linear-001, corruptions, n = 10000")
+
+    drawn = np.asarray(Image.open(io.BytesIO(draw([panel], ".png"))).convert("L"))
+    assert drawn[:, :3].min() == drawn[:, -3:].min() == 255  # what is cut off has ink at the edge

@@ -179,7 +179,7 @@ def draw_loss(losses: Sequence[float], right: Sequence[float], *, title: str) ->
     """Draw loss and accuracy against steps, as a PNG."""
 
     def panel(axes: Axes) -> None:
-        axes.set_title(terminal.clean(title), fontsize=9)
+        axes.set_title(terminal.clean(title))
         axes.set_xlabel("steps")
         axes.plot(losses, color="#0072B2", marker=".")
         axes.set_ylabel("mean cross-entropy", color="#0072B2")
@@ -200,7 +200,7 @@ def draw_accuracy(group: Sequence[Point]) -> bytes:
     worst = [record.clean, *(point.worst for point in group)]
 
     def panel(axes: Axes) -> None:
-        axes.set_title(terminal.clean(title), fontsize=9)
+        axes.set_title(terminal.clean(title))
         axes.set_xlabel("eps (255ths of the image range)")
         low, high = [100 * accuracy.low for accuracy in worst], [100 * accuracy.high for accuracy in worst]
         axes.fill_between(at, low, high, alpha=0.2, color="#0072B2")

@@ -51,6 +51,7 @@ _STYLE: dict[Any, Any] = {
     "axes.grid": True,
     "axes.spines.right": False,
     "axes.spines.top": False,
+    "axes.titlesize": 9,  # an id, a head and an attack fit above a panel
     "font.size": 9,
     "grid.alpha": 0.3,
     "legend.fontsize": 7,
