@@ -490,6 +490,17 @@ class Clock:
         return self.now
 
 
+def slow_down(trainer: Trainer, clock: Clock, seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the clock move on with the crops of each batch."""
+    crops_of = trainer.crops_of
+
+    def slow_crops(batch: int) -> Any:
+        clock.now += seconds
+        return crops_of(batch)
+
+    monkeypatch.setattr(trainer, "crops_of", slow_crops)
+
+
 def test_on_cuda_the_share_of_data_is_what_the_device_waited(
     tiny_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -598,13 +609,7 @@ def test_a_slow_training_says_how_far_it_is_between_its_records(
     clock, sink = Clock(), Listener()
     monkeypatch.setattr(journal, "time", clock)
     trainer = trainer_of(tiny_recipe("emp-ssl", "free", train={"log_every": 4}), tiny_images, sink)
-    crops_of = trainer.crops_of
-
-    def slow_crops(batch: int) -> Any:
-        clock.now += 1.5
-        return crops_of(batch)
-
-    monkeypatch.setattr(trainer, "crops_of", slow_crops)
+    slow_down(trainer, clock, 1.5, monkeypatch)
     trainer.train(tmp_path, stop=never)
     assert [step for _, step, _, _ in sink.shown] == [6, 12, 18, 24]  # after 3 seconds, and with each record
     assert sink.shown[0][3] == {}
@@ -630,13 +635,7 @@ def test_an_evaluation_is_no_part_of_the_rate_of_training(
         "emp-ssl", "free", adversary={"eps": "4/255"}, train={"epochs": 2.5, "evaluate_every": 2, "batch_size": 16}
     )
     trainer = trainer_of(recipe, tiny_images, sink)
-    crops_of = trainer.crops_of
-
-    def slow_crops(batch: int) -> Any:
-        clock.now += 1
-        return crops_of(batch)
-
-    monkeypatch.setattr(trainer, "crops_of", slow_crops)
+    slow_down(trainer, clock, 1, monkeypatch)
     trainer.train(tmp_path, stop=never)
     assert [cost.seconds for cost in sink.costs] == [1.0] * 10
     for task, _, _, values in sink.shown:

@@ -14,7 +14,6 @@ from cfamc_cli.recipe import file
 from cfamc_cli.recipe.plan import duration
 from cfamc_cli.report import terminal
 from cfamc_cli.report.audit import verdict
-from cfamc_cli.report.plots import training_curves
 from cfamc_cli.store.files import discard, size_of, sweep, write_json
 from cfamc_cli.store.records import (
     AttackRecord,
@@ -297,6 +296,8 @@ def _own_settings(run: RunFolder, record: RunRecord) -> list[str]:
 
 def _curves(run: RunFolder) -> Iterator[str]:
     """Figures of the training from its first record to its last, a line each."""
+    from cfamc_cli.report.plots import training_curves  # what it imports, no other command here needs
+
     for title, points in training_curves(run).items():
         if points:
             values = [value for _epoch, value in points]
