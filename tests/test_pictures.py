@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,17 @@ from cfamc_cli.engine.pretrain import Trainer
 from cfamc_cli.engine.sink import NullLedger, NullTalk
 from cfamc_cli.errors import CfamcError
 from cfamc_cli.report.closer import close_up
-from cfamc_cli.report.plots import Panel, draw, draw_training, learning_curves, looks_of, results, trainings
-from cfamc_cli.store.records import Accuracy, ClassAccuracy, ClassRobustness, FeatureMap, TrainLine, save_record
+from cfamc_cli.report.plots import Panel, _name, draw, draw_training, learning_curves, looks_of, results, trainings
+from cfamc_cli.report.sheets import figure_text
+from cfamc_cli.store.records import (
+    Accuracy,
+    ClassAccuracy,
+    ClassRobustness,
+    FeatureMap,
+    TrainLine,
+    read_metrics,
+    save_record,
+)
 from cfamc_cli.store.runs import RunFolder
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -116,7 +127,7 @@ def test_a_missing_head_takes_only_the_closer_look(store: Path, tmp_path: Path) 
     run([], store, html=page)
     text = page.read_text()
     assert "no closer look" in text.partition("<h2>Left out</h2>")[2]
-    assert f"Confusion on clean images\\n{B}" in text
+    assert f"Confusion on clean images, {B}" in text
 
 
 def test_the_page_opens_with_its_verdict_and_the_results(store: Path, tmp_path: Path) -> None:
@@ -128,6 +139,8 @@ def test_the_page_opens_with_its_verdict_and_the_results(store: Path, tmp_path: 
     places = [text.index(part) for part in ('class="verdict"', "<h2>Results", "<table", "<h2>Training", "<h2>A closer")]
     assert places == sorted(places)
     assert f'<p class="verdict">{B} leads {A}' in text
+    assert ">time</th>" in text
+    assert ">note</th>" not in text  # a column without content takes no room
 
 
 def test_a_page_of_one_run_says_what_it_reached(tmp_path: Path) -> None:
@@ -210,6 +223,66 @@ def test_names_at_the_ends_of_lines_never_meet(store: Path) -> None:
     low, high = sorted(text.get_position()[1] for text in axes.texts)
     assert high - low >= 0.05
     assert {text.get_text() for text in axes.texts} == {"a", "b"}
+
+
+@pytest.mark.parametrize("height", [0.0, 1.0])
+@pytest.mark.parametrize("place", [0.0, 0.45, 0.55, 1.0])
+def test_long_names_stay_within_the_axes(place: float, height: float) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.2, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    _name(axes, [(place, height, name) for name in "abc"], {name: (42 * name, "black") for name in "abc"})
+    figure.draw_without_rendering()
+    frame = axes.get_window_extent()
+    for text in axes.texts:
+        box = text.get_window_extent()
+        assert frame.x0 - 1 <= box.x0 < box.x1 <= frame.x1 + 1
+        assert frame.y0 - 1 <= box.y0 < box.y1 <= frame.y1 + 1
+
+
+def told(page: Path) -> dict[str, str]:
+    """What is said of each picture to those who do not see it, by its title."""
+    texts = [html.unescape(text) for text in re.findall(r'<img alt="([^"]*)"', page.read_text())]
+    return dict(text.split(": ", 1) for text in texts)
+
+
+def test_pictures_of_the_page_are_told_in_figures(store: Path, tmp_path: Path) -> None:
+    add_metrics(store / A)
+    save_record(store / A / "probes" / "linear-001" / "map.json", FeatureMap(points=((0, 1, 0),), explained=(0.5, 0.2)))
+    (store / A / "attacks" / "pgd-001" / "examples.png").write_bytes(PNG)
+    page = tmp_path / "page.html"
+    run([], store, html=page)
+    words = told(page)
+    table, _ = compared(store)
+    rows = [
+        f"{row.run.name}: clean {figure_text(row.clean)} %, robust {figure_text(row.robust)} %" for row in table.rows
+    ]
+    assert rows[0] == "b: clean 70.0 [67.1, 72.8] %, robust 34.5 [31.6, 37.5] %"
+    assert words["Clean against robust accuracy"] == f"{rows[0]}; {rows[1]}."
+    times = [f"{row}, trained for 11 min 40 s" for row in rows]
+    assert words["Accuracy against training time"] == f"{times[0]}; {times[1]}."
+    lines = [line for line in read_metrics(store / A / "metrics.jsonl") if isinstance(line, TrainLine)]
+    ends = ", ".join(f"{line.loss:.4g} at {line.epoch:.3g}" for line in (lines[0], lines[-1]))
+    assert words["Training loss"] == f"loss, by epoch. a: {ends}."
+    classes = "; ".join(f"class {k} 70 % clean, {12 + 5 * k} % under attack" for k in range(10))
+    assert words[f"By class, {B}, pgd-001"] == f"{classes}."
+    assert words[f"Features at their first two principal components, {A}, linear-001"].startswith(
+        "1 images of 10 classes"
+    )
+    examples = [text for title, text in words.items() if title.startswith("Adversarial examples")]
+    assert [text.startswith(f"{A}, pgd-001: images as they are") for text in examples] == [True]
+
+
+def test_a_confusion_is_told_with_what_each_class_is_taken_for(store: Path, tmp_path: Path) -> None:
+    of = {"x": (30, 40), "y": (4, 10), "z": (0, 1)}
+    classes = tuple(ClassAccuracy(name=name, accuracy=Accuracy.of(*found)) for name, found in of.items())
+    judged: dict[str, Any] = {"test": data_used("test", 51), "test_accuracy": Accuracy.of(34, 51)}
+    add_probe(store / A, confusion=((30, 4, 6), (6, 4, 0), (1, 0, 0)), classes=classes, **judged)
+    page = tmp_path / "page.html"
+    run([], store, html=page)
+    expected = "x 75 % right, 15 % taken for z; y 40 % right, 60 % taken for x; z 0 % right, 100 % taken for x."
+    assert told(page)[f"Confusion on clean images, {A}, linear-001"] == expected
 
 
 # The plane of features

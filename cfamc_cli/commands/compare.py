@@ -164,10 +164,7 @@ def _write(
 
 def _print(sheet: Sheet) -> None:
     """Print a sheet; on a terminal too narrow for it, recipes and notes go below, and columns of the cost go away."""
-    for name, *cells in zip(sheet.columns, *sheet.rows, strict=True):
-        if name and cells and not any(cells):
-            sheet = sheet.without(name)
-    narrow = sheet
+    narrow = sheet = sheet.filled()
     for name in sheets.DISPENSABLE:
         if not terminal.fits(narrow.columns, narrow.rows, wrapped=name not in sheets.SAID):
             narrow = narrow.without(name)

@@ -55,15 +55,18 @@ def _panels(entry: Entry, run: RunFolder) -> Iterator[tuple[str, Panel]]:
         attacked = load_record(folder / RECORD, AttackRecord)
         probe = attacked.probe
         title = f"By class\n{run.id}, {attacked.id}"
-        yield title, partial(_by_class, title=title, classes=attacked.classes)
+        shares = _shares(attacked.classes)
+        words = "; ".join(f"{name} {right:.0f} % clean, {robust:.0f} % under attack" for robust, right, name in shares)
+        yield title, Panel(partial(_by_class, title=title, shares=shares), words)
     judged = load_record(run.probes / probe / RECORD, ProbeRecord)
     if len(judged.classes) <= _MOST_CLASSES:
         title = f"Confusion on clean images\n{run.id}, {judged.id}"
-        yield title, partial(_confusion, title=title, judged=judged)
+        yield title, Panel(partial(_confusion, title=title, judged=judged), _answers(judged))
     if (run.probes / probe / MAP).is_file():
         found = load_record(run.probes / probe / MAP, FeatureMap)
         title = f"Features at their first two principal components\n{run.id}, {judged.id}"
-        yield title, partial(_map, title=title, found=found, classes=judged.classes)
+        words = f"{len(found.points):,} images of {len(judged.classes)} classes, each a dot in the colour of its class"
+        yield title, Panel(partial(_map, title=title, found=found, classes=judged.classes), words)
 
 
 def _sheets(entry: Entry, run: RunFolder) -> Iterator[tuple[str, bytes]]:
@@ -75,14 +78,19 @@ def _sheets(entry: Entry, run: RunFolder) -> Iterator[tuple[str, bytes]]:
         yield f"Adversarial examples: {run.id}, {entry.result.partition('/')[2]}", data
 
 
-def _by_class(axes: Axes, *, title: str, classes: Sequence[ClassRobustness]) -> None:
-    """Clean accuracy as pale bars, robust accuracy as dark ones within; the weakest class on top."""
+def _shares(classes: Sequence[ClassRobustness]) -> list[tuple[float, float, str]]:
+    """Robust and clean accuracy in percent, and the name; the weakest classes first."""
     shares = [
         (100 * part.robust.value, 100 * part.clean.value, clean(part.name)[:20])
         for part in classes
         if part.clean is not None and part.robust is not None
     ]
-    robust, right, names = zip(*sorted(shares)[:_MOST_CLASSES], strict=True)
+    return sorted(shares)[:_MOST_CLASSES]
+
+
+def _by_class(axes: Axes, *, title: str, shares: Sequence[tuple[float, float, str]]) -> None:
+    """Clean accuracy as pale bars, robust accuracy as dark ones within; the weakest class on top."""
+    robust, right, names = zip(*shares, strict=True)
     axes.barh(names, right, color="#9CC7E3", label="clean")
     axes.barh(names, robust, color="#0072B2", label="under attack", height=0.5)
     axes.invert_yaxis()
@@ -104,6 +112,19 @@ def _confusion(axes: Axes, *, title: str, judged: ProbeRecord) -> None:
     axes.set_yticks(range(len(names)), names)
     axes.grid(False)
     axes.set(title=title, xlabel="answered (%)", ylabel="true class")
+
+
+def _answers(judged: ProbeRecord) -> str:
+    """How often each class is answered rightly, and what else it is taken for most."""
+    names = [clean(part.name)[:20] for part in judged.classes]
+    told = []
+    for at, row in enumerate(judged.confusion):
+        wrong, taken = max(
+            (count, name) for other, (count, name) in enumerate(zip(row, names, strict=True)) if other != at
+        )
+        right, most = (100 * count / max(1, sum(row)) for count in (row[at], wrong))
+        told.append(f"{names[at]} {right:.0f} % right, {most:.0f} % taken for {taken}")
+    return "; ".join(told)
 
 
 def _map(axes: Axes, *, title: str, found: FeatureMap, classes: Sequence[ClassAccuracy]) -> None:

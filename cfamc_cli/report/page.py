@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 MOST_RUNS = 50  # runs whose recipe the page spells out
 MOST_ROWS = 500  # rows of one table
+_EXAMPLES = "images as they are, as the attack moved them, and the difference amplified; below, what each is taken for."
 
 
 def page(
@@ -59,10 +60,11 @@ def page(
     missing = None
     try:
         for name, group in groups:
-            drawn.append((name, [(title, "svg+xml", draw([panel], ".svg")) for title, panel in group.items()]))
+            told = {f"{', '.join(title.splitlines())}: {panel.words}.": panel for title, panel in group.items()}
+            drawn.append((name, [(words, "svg+xml", draw([panel], ".svg")) for words, panel in told.items()]))
     except CfamcError as error:
         missing = error
-    drawn.append(("Adversarial examples", [(title, "png", data) for title, data in examples.items()]))
+    drawn.append(("Adversarial examples", [(f"{title}: {_EXAMPLES}", "png", data) for title, data in examples.items()]))
     runs = list(dict.fromkeys(entry.run.id for table in tables for row in table.rows for entry in row.entries))
     return (
         templates()
@@ -73,13 +75,13 @@ def page(
             now=f"{now():%Y-%m-%d %H:%M}",
             version=__version__,
             sheets=[
-                *(sheets(tables, with_published=with_published) if tables else []),
-                *beside(found),
+                sheet.filled()
+                for sheet in [*(sheets(tables, with_published=with_published) if tables else []), *beside(found)]
             ],
             most_rows=MOST_ROWS,
             opening=_opening(table) if table else "",
             pictures=[
-                (name, [(title, kind, Markup(base64.b64encode(data).decode())) for title, kind, data in group])
+                (name, [(words, kind, Markup(base64.b64encode(data).decode())) for words, kind, data in group])
                 for name, group in drawn
                 if group
             ],

@@ -6,7 +6,7 @@ import io
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
@@ -15,7 +15,8 @@ from cfamc_cli.comparison.gather import LeftOut
 from cfamc_cli.comparison.statistics import Figure
 from cfamc_cli.comparison.tables import ComparedTable, Row, Run, exact_number
 from cfamc_cli.errors import CfamcError, invalid, missing_library
-from cfamc_cli.report.sheets import differing
+from cfamc_cli.recipe.plan import duration
+from cfamc_cli.report.sheets import differing, figure_text
 from cfamc_cli.report.terminal import clean
 from cfamc_cli.store.records import EvaluationLine, GripLine, MetricLine, TrainLine, read_metrics
 from cfamc_cli.store.runs import RunFolder
@@ -30,6 +31,7 @@ _COLOURS = (
 )
 MOST_LINES = len(_COLOURS)  # rows that a picture shows as lines or names
 _DIRECT = 4  # rows that are named where they are drawn; more have a legend
+_FEW = 4  # points of a line that words spell out
 _NAME_HEIGHT = 0.06  # of the axes
 _VEIL: dict[str, Any] = {"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.5}  # behind a name on a line
 _TIMES = (("s", 1), ("min", 60), ("h", 3600))
@@ -62,11 +64,23 @@ _STYLE: dict[Any, Any] = {
 }
 _TERMS = (_LOSS, "Invariance term", "Coding rate")  # of an objective
 T = TypeVar("T")
-Panel: TypeAlias = "Callable[[Axes], None]"
+Painter: TypeAlias = "Callable[[Axes], None]"
 Look: TypeAlias = tuple[str, str]  # name in the legend, colour
 Line: TypeAlias = Sequence[tuple[float, float]]
 Lines: TypeAlias = Mapping[str, Sequence[Line]]  # by row; several seeds have a line each
 Curves: TypeAlias = Mapping[str, Lines]  # by title
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What draws on axes, and what tells its figures to those who do not see them."""
+
+    paint: Painter
+    words: str
+
+    def __call__(self, axes: Axes) -> None:
+        """Draw."""
+        self.paint(axes)
 
 
 def learning_curves(tables: Sequence[ComparedTable], folders: Mapping[str, RunFolder]) -> tuple[Curves, list[LeftOut]]:
@@ -139,13 +153,19 @@ def results(tables: Sequence[ComparedTable], leading: ComparedTable) -> dict[str
     """A panel for each way to look at the leading table, by title."""
     made: dict[str, Panel] = {}
     looks = looks_of(leading)
+    told = [
+        f"{looks[row.label][0].strip()}: clean {figure_text(row.clean)} %"
+        + (f", {leading.condition.figure} {figure_text(row.robust)} %" if row.robust else "")
+        for row in leading.rows[:MOST_LINES]
+    ]
     if leading.condition.attack:
-        made[FRONT] = partial(_scatter, table=leading, looks=looks)
+        made[FRONT] = Panel(partial(_scatter, table=leading, looks=looks), "; ".join(told))
     if by_eps := _eps_curves(tables, leading):
-        made[_BY_EPS] = partial(
-            _lines, lines=by_eps, looks=looks, title=_BY_EPS, labels=("eps (255ths)", "accuracy (%)"), marker="o"
-        )
-    made[_BY_TIME] = partial(_time, table=leading, looks=looks)
+        labels = ("eps (255ths)", "accuracy (%)")
+        paint = partial(_lines, lines=by_eps, looks=looks, title=_BY_EPS, labels=labels, marker="o")
+        made[_BY_EPS] = Panel(paint, _in_words(by_eps, looks, labels))
+    timed = (f"{words}, trained for {duration(row.seconds)}" for words, row in zip(told, leading.rows, strict=False))
+    made[_BY_TIME] = Panel(partial(_time, table=leading, looks=looks), "; ".join(timed))
     return made
 
 
@@ -171,12 +191,25 @@ def training_curves(run: RunFolder) -> dict[str, Line]:
 def trainings(curves: Curves, looks: Mapping[str, Look]) -> dict[str, Panel]:
     """A panel for each curve of trainings that has points, by title; several objectives never share axes."""
     return {
-        title: partial(
-            _lines, lines=lines, looks=looks, title=title, labels=("epoch", _CURVES[title.partition(",")[0]]), marker=""
+        title: Panel(
+            partial(_lines, lines=lines, looks=looks, title=title, labels=labels, marker=""),
+            _in_words(lines, looks, labels),
         )
         for title, lines in curves.items()
         if lines
+        for labels in [("epoch", _CURVES[title.partition(",")[0]])]
     }
+
+
+def _in_words(lines: Lines, looks: Mapping[str, Look], labels: tuple[str, str]) -> str:
+    """The few points of each line, or the ends of a longer one; of several seeds the first."""
+    told = []
+    for label, (points, *others) in lines.items():
+        if label in looks:
+            few = points if len(points) <= _FEW else (points[0], points[-1])
+            of = f" (first of {1 + len(others)} seeds)" if others else ""
+            told.append(f"{looks[label][0].strip()}{of}: " + ", ".join(f"{y:.4g} at {x:.3g}" for x, y in few))
+    return f"{labels[1]}, by {labels[0]}. " + "; ".join(told)
 
 
 def leading(tables: Sequence[ComparedTable]) -> ComparedTable | None:
@@ -218,7 +251,7 @@ def require_plots() -> None:
         raise missing_library("--plot needs matplotlib", extra="plots")
 
 
-def draw(drawn: Sequence[Panel], suffix: str) -> bytes:
+def draw(drawn: Sequence[Painter], suffix: str) -> bytes:
     """Draw panels beside and below each other, with one legend, in the format of a suffix: .png, .svg or .pdf.
 
     Raises:
@@ -262,7 +295,7 @@ def _scatter(axes: Axes, *, table: ComparedTable, looks: Mapping[str, Look]) -> 
     robust = f"robust accuracy (%), {_attack(table)}"
     axes.set(xlabel=_CLEAN, ylabel=robust, title=FRONT)
     if len(table.rows) <= _DIRECT:
-        _name_points(axes, [(100 * row.clean.value, row) for row in table.rows], looks)
+        _name(axes, [(100 * row.clean.value, _height(row), row.label) for row in table.rows], looks)
 
 
 def _time(axes: Axes, *, table: ComparedTable, looks: Mapping[str, Look]) -> None:
@@ -276,24 +309,11 @@ def _time(axes: Axes, *, table: ComparedTable, looks: Mapping[str, Look]) -> Non
     axes.set(xlabel=f"training time ({unit})", ylabel=shown, title=_BY_TIME)
     axes.set_xlim(0, 1.05 * axes.dataLim.x1 or 1)
     if len(table.rows) <= _DIRECT:
-        _name_points(axes, [(row.seconds / size, row) for row in table.rows], looks)
+        _name(axes, [(row.seconds / size, _height(row), row.label) for row in table.rows], looks)
 
 
-def _name_points(axes: Axes, points: Sequence[tuple[float, Row]], looks: Mapping[str, Look]) -> None:
-    """Write the name of each row beside its point, on the side where there is room."""
-    left, right = axes.get_xlim()
-    for x, row in points:
-        name, colour = looks[row.label]
-        late = x > (left + right) / 2
-        axes.annotate(
-            name.strip(),
-            (x, 100 * (row.robust or row.clean).value),
-            (-7 if late else 7, 7),
-            textcoords="offset points",
-            ha="right" if late else "left",
-            color=colour,
-            fontsize=8,
-        )
+def _height(row: Row) -> float:
+    return 100 * (row.robust or row.clean).value
 
 
 def _point(
@@ -361,20 +381,21 @@ def _lines(
     if title == _BY_EPS:
         axes.set_ylim(bottom=0)
     if 1 < len(lines) <= _DIRECT:
-        _name_ends(axes, {label: seeds[0][-1][1] for label, seeds in lines.items()}, looks)
+        _name(axes, [(*seeds[0][-1], label) for label, seeds in lines.items() if label in looks], looks)
 
 
-def _name_ends(axes: Axes, ends: Mapping[str, float], looks: Mapping[str, Look]) -> None:
-    """Write each row's name above the end of its line, moved up where two would meet."""
-    low, high = axes.get_ylim()
-    heights = {label: (end - low) / (high - low) for label, end in ends.items() if label in looks}
-    free = 0.0
-    for label, height in sorted(heights.items(), key=lambda item: item[1]):
+def _name(axes: Axes, points: Sequence[tuple[float, float, str]], looks: Mapping[str, Look]) -> None:
+    """Write each row's name above its point, within the axes and moved up where two would meet."""
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    free, room = 0.0, 1 - _NAME_HEIGHT * len(points)
+    for x, y, label in sorted(points, key=lambda point: point[1]):
         name, colour = looks[label]
-        free = max(free, height + 0.01)
-        look: dict[str, Any] = {"ha": "right", "va": "bottom", "color": colour, "fontsize": 8, "bbox": _VEIL}
-        axes.text(0.99, free, name.strip(), transform=axes.transAxes, **look)
-        free += _NAME_HEIGHT
+        across = (x - left) / (right - left)
+        side = "left" if across < 1 / 3 else "right" if across > 2 / 3 else "center"
+        free = max(free, min((y - low) / (high - low) + 0.02, room))
+        look: dict[str, Any] = {"ha": side, "va": "bottom", "color": colour, "fontsize": 8, "bbox": _VEIL}
+        axes.text(across, free, name.strip(), transform=axes.transAxes, **look)
+        free, room = free + _NAME_HEIGHT, room + _NAME_HEIGHT
 
 
 def _attack(table: ComparedTable) -> str:

@@ -47,6 +47,14 @@ class Sheet:
         rows = tuple(row[:at] + row[at + 1 :] for row in self.rows)
         return replace(self, columns=self.columns[:at] + self.columns[at + 1 :], right=right, rows=rows)
 
+    def filled(self) -> Sheet:
+        """The same rows without the named columns in which nothing stands."""
+        sheet = self
+        for name, *cells in zip(self.columns, *self.rows, strict=True):
+            if name and cells and not any(cells):
+                sheet = sheet.without(name)
+        return sheet
+
 
 def sheets(tables: Sequence[ComparedTable], *, with_published: bool, limit: int = 0) -> list[Sheet]:
     """Spell out a comparison: accuracy by eps in one sheet, as papers print it, where there are several radii; a sheet
