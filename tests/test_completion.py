@@ -35,7 +35,7 @@ OFFERED = [
     ("pretrain cifar10 --set adversary.name=f", ["adversary.name=free"]),
     (
         "pretrain cifar10 --set optimizer.n",
-        ["optimizer.name=lars", "optimizer.nesterov=true", "optimizer.nesterov=false"],
+        ["optimizer.name=lars", "optimizer.name=adamw", "optimizer.nesterov=true", "optimizer.nesterov=false"],
     ),
     ("pretrain cifar10 --set optimizer.l", ["optimizer.lr=", "optimizer.lr=0.3"]),
     ("bench cifar10 --set adversary.e", ["adversary.eps=", "adversary.eps=8/255"]),

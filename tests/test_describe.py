@@ -63,6 +63,17 @@ def test_every_key_of_a_recipe_is_explained() -> None:
         ),
         ("crops.count", [("", "crops of an image", "a whole number from 1 to 1,024; must be given")]),
         ("crops.0.ratio", [("", "width / height", "2 numbers; default [0.75, 1.3333333333333333]")]),
+        ("optimizer.name", [("", "which of these forms it has", '"lars" or "adamw"; default "lars"')]),
+        (
+            "optimizer.beta2",
+            [
+                (
+                    'name = "adamw"',
+                    "of the mean of their squares; share of what was before that an update keeps",
+                    "a number from 0 to below 1; default 0.999",
+                )
+            ],
+        ),
         ("train.compile", [("", "", '"auto" or true or false; default "auto"')]),
         (
             "phase.0.batch_size",

@@ -80,6 +80,7 @@ TRAINED = [
     | {
         "objective": {"name": "emp-ssl"},
         "model": VIT | {"hidden_dim": 8, "embedding_dim": 4},
+        "optimizer": {"name": "adamw"},
         "crops": [{"count": 2, "size": 12}],
     },
 ]

@@ -1,4 +1,4 @@
-"""LARS against steps computed by hand, SGD and the official wrapper; schedules against torch's."""
+"""LARS against steps computed by hand, SGD and the official wrapper; AdamW by hand; schedules against torch's."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cfamc_cli.engine.encoder import Encoder
-from cfamc_cli.engine.optim import LarsOptimizer, learning_rate
-from cfamc_cli.recipe.schema import Cosine, Lars, Model, OfficialCosine
+from cfamc_cli.engine.optim import AdamWOptimizer, LarsOptimizer, build_optimizer, learning_rate
+from cfamc_cli.recipe.schema import AdamW, Cosine, Lars, Model, OfficialCosine
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "data" / "golden.json").read_text())
 SHAPES = {
@@ -150,7 +150,8 @@ class Kernels(TorchDispatchMode):
         if not func.is_view:
             self.names.append(func.__name__)
         if func.__name__.startswith("_foreach"):
-            for tensors in zip(*(arg for arg in args if isinstance(arg, list)), strict=True):
+            lists = [arg for arg in args if isinstance(arg, list) and isinstance(arg[0], Tensor)]
+            for tensors in zip(*lists, strict=True):
                 strides = [[step for n, step in zip(t.shape, t.stride(), strict=True) if n > 1] for t in tensors]
                 assert all(step == strides[0] for step in strides)
                 assert len({(tensor.dtype, tensor.shape) for tensor in tensors}) == 1, (
@@ -159,14 +160,61 @@ class Kernels(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_step_is_few_kernels_and_waits_for_none() -> None:
+@pytest.mark.parametrize("settings", [Lars(), AdamW(name="adamw")])
+def test_a_step_is_few_kernels_and_waits_for_none(settings: Lars | AdamW) -> None:
     encoder = Encoder(Model()).to(META).to(memory_format=torch.channels_last)
     torch.autograd.backward(encoder(torch.empty(4, 3, 8, 8, device=META)).sum())
-    optimizer = LarsOptimizer(list(encoder.parameters()), Lars())
+    optimizer = build_optimizer(list(encoder.parameters()), settings)
     with watched() as asked, Kernels() as seen:
         optimizer.step(lr=0.1)
     assert len(seen.names) <= 25  # CUDA makes 26 launches of them for ResNet-18: a norm of many tensors is several
     assert not asked.copies
+
+
+# AdamW
+
+
+def adamw(w: float, gradients: list[float], lrs: list[float], settings: AdamW, *, decay: float) -> list[float]:
+    """A weight after each step, as algorithm 2 of arXiv:1711.05101 has it: no mean or square is kept, but all g."""
+    found = []
+    for n in range(1, len(gradients) + 1):
+        weighed = [[(1 - b) * b ** (n - i) for i in range(1, n + 1)] for b in (settings.beta1, settings.beta2)]
+        mean = sum(share * g for share, g in zip(weighed[0], gradients, strict=False)) / sum(weighed[0])
+        square = sum(share * g * g for share, g in zip(weighed[1], gradients, strict=False)) / sum(weighed[1])
+        w = w - lrs[n - 1] * (mean / (math.sqrt(square) + 1e-8) + decay * w)
+        found.append(w)
+    return found
+
+
+def test_adamw_is_its_publication_weight_by_weight() -> None:
+    settings = AdamW(name="adamw", beta1=0.8, beta2=0.9, weight_decay=0.3)
+    conv = nn.Parameter(signed(2, 3, 2, 2, key="conv").to(memory_format=torch.channels_last))
+    weights = [conv, nn.Parameter(signed(5, key="bias")), nn.Parameter(signed(1, 4, key="token"))]
+    began = [weight.detach().clone() for weight in weights]
+    gradients = [[signed(*w.shape, key=f"g {i} {step}") for step in range(4)] for i, w in enumerate(weights)]
+    gradients[0][2].zero_()
+    optimizer, lrs = AdamWOptimizer(weights, settings), [0.1, 0.05, 0.2, 0.0]
+    for step, lr in enumerate(lrs):
+        for weight, own in zip(weights, gradients, strict=True):
+            weight.grad = own[step].clone(memory_format=torch.preserve_format)
+        norm = optimizer.step(lr=lr)
+        assert float(norm) == pytest.approx(math.hypot(*(float(own[step].norm()) for own in gradients)))
+        for weight, start, own in zip(weights, began, gradients, strict=True):
+            decay = 0.3 if weight.dim() > 1 else 0.0
+            for place in range(weight.numel()):
+                values = [float(g.flatten()[place]) for g in own[: step + 1]]
+                expected = adamw(float(start.flatten()[place]), values, lrs, settings, decay=decay)[-1]
+                assert float(weight.detach().flatten()[place]) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+            assert weight.grad is not None
+            assert torch.equal(weight.grad, own[step])
+
+
+def test_a_missing_gradient_counts_as_zero_for_adamw() -> None:
+    weight, other = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2, 2))
+    other.grad = torch.ones(2, 2)
+    AdamWOptimizer([weight, other], AdamW(name="adamw", weight_decay=0.5)).step(lr=0.1)
+    assert torch.equal(weight.detach(), torch.full((2, 2), 0.95))
+    torch.testing.assert_close(other.detach(), torch.full((2, 2), 0.85))
 
 
 # Schedules

@@ -20,6 +20,7 @@ from cfamc_cli import cli
 from cfamc_cli.engine import checkpoint, journal, monitor, pretrain, randomness
 from cfamc_cli.engine.data.sets import ImageSet
 from cfamc_cli.engine.distributed import World
+from cfamc_cli.engine.optim import AdamWOptimizer, LarsOptimizer
 from cfamc_cli.errors import CfamcError
 from cfamc_cli.recipe.file import to_toml
 from cfamc_cli.recipe.plan import plan
@@ -112,9 +113,27 @@ def test_a_phase_starts_from_the_end_of_the_one_before_and_carries_nothing_else(
     for step, end, start in zip((6, 9), ended, began[1:], strict=True):
         assert_equal(start, end)
         assert_equal(checkpoint.load(tmp_path / f"step-{step:08d}").model, end)
+    assert isinstance(trainer.optimizer, LarsOptimizer)
     assert trainer.optimizer.settings == trainer.parts[0].optimizer
     assert [step for step, _ in checkpoints_of(tmp_path)] == [3, 6, 7, 8, 9, 12, 15]
     assert [phase for _, phase in checkpoints_of(tmp_path)] == [0, 0, 1, 1, 1, 2, 2]
+
+
+def test_a_phase_may_have_another_optimizer_and_go_on_with_it(tiny_images: ImageSet, tmp_path: Path) -> None:
+    recipe = phased({"epochs": 0.25, "optimizer": {"name": "adamw", "lr": 0.01}})
+    straight = trainer_of(recipe, tiny_images)
+    assert isinstance(straight.optimizer, LarsOptimizer)
+    straight.train(tmp_path / "straight", stop=never)
+    assert isinstance(straight.optimizer, AdamWOptimizer)
+    sink = Listener()
+    trainer = trainer_of(recipe, tiny_images, sink)
+    trainer.train(tmp_path / "cut", stop=lambda: 15 * (trainer.where()["step"] == 9))
+    resumed = trainer_of(recipe, tiny_images, sink)
+    path, saved, _ = checkpoint.newest_valid(tmp_path / "cut")
+    resumed.load(saved, path=path)
+    assert int(resumed.optimizer.momentum[-1]) == resumed.step == 3
+    resumed.train(tmp_path / "cut", stop=never)
+    assert newest_bytes(tmp_path / "cut") == newest_bytes(tmp_path / "straight")
 
 
 def test_with_an_average_the_next_phase_starts_from_it(tiny_images: ImageSet, tmp_path: Path) -> None:

@@ -152,6 +152,11 @@ def test_every_count_of_a_small_run_by_hand() -> None:
     assert plan(resized, 70).weight_updates == 20 * 3
 
 
+def test_adamw_keeps_a_number_more_of_each_weight() -> None:
+    lars, adamw = (plan(tiny_recipe(optimizer={"name": name}), 70) for name in ("lars", "adamw"))
+    assert adamw.weight_bytes - lars.weight_bytes == adamw.memory - lars.memory == 4 * lars.parameters
+
+
 def test_published_size_and_cost() -> None:
     total, backbone = parameter_counts(Model())
     assert (round(total / 1e6, 1), round(backbone / 1e6, 1)) == (34.3, 11.2)

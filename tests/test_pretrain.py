@@ -27,7 +27,7 @@ from cfamc_cli.engine.encoder import Encoder, build_encoder, frozen_statistics
 from cfamc_cli.engine.forecast import forecast
 from cfamc_cli.engine.journal import Diverged
 from cfamc_cli.engine.objectives import Terms, objective_loss
-from cfamc_cli.engine.optim import LarsOptimizer, learning_rate
+from cfamc_cli.engine.optim import AdamWOptimizer, LarsOptimizer, learning_rate
 from cfamc_cli.engine.pretrain import Trainer
 from cfamc_cli.engine.sink import NullLedger, NullTalk
 from cfamc_cli.errors import CfamcError, ExitCode
@@ -277,6 +277,24 @@ def test_stopped_after_every_batch_equals_straight_through(
         assert (signal, trainer.step) == (0 if finished else 15, step)
     assert kept == records.records
     assert newest_bytes(folder) == newest_bytes(tmp_path / "straight")
+
+
+def test_adamw_goes_on_bit_for_bit_and_moves_weights_by_its_own_step(tiny_images: ImageSet, tmp_path: Path) -> None:
+    recipe = tiny_recipe("emp-ssl", "free", train=SHORT, optimizer={"name": "adamw", "lr": 0.01, "weight_decay": 0.5})
+    straight = trainer_of(recipe, tiny_images)
+    assert isinstance(straight.optimizer, AdamWOptimizer)
+    began = [weight.detach().clone() for weight in straight.optimizer.parameters]
+    straight.train(tmp_path / "straight", stop=never)
+    trainer_of(recipe, tiny_images).train(tmp_path / "cut", stop=lambda: 15)
+    path, saved, _ = checkpoint.newest_valid(tmp_path / "cut")
+    first = [saved.model[name] for name, _ in straight.encoder.named_parameters()]
+    assert saved.progress["step"] == 3  # replays, and so many steps of at most a little more than the rate
+    assert all(0 < float((a - b).abs().max()) < 0.04 for a, b in zip(began, first, strict=True))
+    resumed = trainer_of(recipe, tiny_images)
+    resumed.load(saved, path=path)
+    resumed.train(tmp_path / "cut", stop=never)
+    assert newest_bytes(tmp_path / "cut") == newest_bytes(tmp_path / "straight")
+    assert int(resumed.optimizer.momentum[-1]) == resumed.step == straight.updates
 
 
 def test_a_signal_during_a_save_is_taken_before_the_next_batch(

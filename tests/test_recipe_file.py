@@ -21,7 +21,7 @@ from tiny import tiny_recipe
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.recipe import file, wording
 from cfamc_cli.recipe.plan import plan
-from cfamc_cli.recipe.schema import Cosine, FreeAdversary, Lars, NoAdversary, PgdAdversary, Recipe
+from cfamc_cli.recipe.schema import AdamW, Cosine, FreeAdversary, Lars, NoAdversary, PgdAdversary, Recipe
 
 MINIMAL = """schema = 1
 name = "minimal"
@@ -278,6 +278,8 @@ def test_another_kind_takes_what_belongs_to_the_old_one_out_of_its_table() -> No
     assert pgd.adversary == PgdAdversary(name="pgd", eps="4/255", step_size="0.01", steps=5, views="all")
     assert pgd.model_copy(update={"adversary": before.adversary}) == before
     assert file.load("cifar10", overrides=["adversary.name=none"]).adversary == NoAdversary(name="none")
+    adamw = file.load("cifar10", overrides=["optimizer.name=adamw", "optimizer.lr=0.001"])
+    assert adamw.optimizer == AdamW(name="adamw", lr=0.001, weight_decay=1e-4)
     assert file.load("cifar10", overrides=["objective.name=emp-ssl"]) == file.load("cifar10")
     attacks = file.load("cifar10", overrides=["attack.1.name=autoattack"]).attack
     assert [(attack.name, attack.eps) for attack in attacks] == [("pgd", "4/255"), ("autoattack", "8/255")]
@@ -350,7 +352,10 @@ def test_what_a_person_gives_of_another_kind_is_told() -> None:
             f"schema={10**40}",
             "schema: must be 1, the version that this cfamc reads, not a number of more than 38 digits",
         ),
-        ("optimizer.name=sgd", 'optimizer.name: must be "lars", not the text "sgd"'),
+        ("optimizer.name=sgd", 'optimizer.name: must be "lars" or "adamw", not the text "sgd"'),
+        ("optimizer.name=7", 'optimizer.name: must be "lars" or "adamw", not 7'),
+        ("optimizer.name=[]", 'optimizer.name: must be "lars" or "adamw", not a list'),
+        ("optimizer=7", "optimizer: must be a table, not 7"),
         ("crops=[]", "crops: needs at least one table: [[crops]]"),
         ("crops=3", "crops: must be a list, not 3"),
         ("crops=[3]", "crops.0: must be a table, not 3"),
@@ -648,6 +653,20 @@ def test_a_setting_of_a_phase_is_changed_beside_those_of_the_recipe(write: Any) 
     (phase,) = file.load(str(write(MINIMAL)), overrides=overrides).phase
     assert phase.optimizer == Lars(lr=0.1)
     assert phase.schedule == Cosine(name="cosine", warmup=2)
+
+
+def test_an_optimizer_without_a_name_is_lars_and_a_phase_does_not_turn_to_it_unasked() -> None:
+    shipped = file.load("cifar10")
+    nameless = file.load("cifar10", overrides=["optimizer={lr=0.3}"])
+    assert (nameless.optimizer, nameless.digest()) == (shipped.optimizer, shipped.digest())
+    assert problems("optimizer.name=adamw", "phase=[{epochs=1, optimizer={lr=0.1}}]") == [
+        'phase.0.optimizer.name: missing; it would be "lars", where the recipe\'s is "adamw"'
+    ]
+    named = "phase=[{epochs=1, optimizer={name='lars', lr=0.1}}]"
+    _, part = file.load("cifar10", overrides=["optimizer.name=adamw", named]).parts()
+    assert part.optimizer == Lars(lr=0.1)
+    (phase,) = file.load("cifar10", overrides=["phase=[{epochs=1, optimizer={lr=0.1}}]"]).phase
+    assert phase.optimizer == Lars(lr=0.1)
 
 
 def test_a_phase_is_held_to_its_own_tables_also_beside_broken_ones_of_the_recipe() -> None:

@@ -1,12 +1,13 @@
-"""LARS around SGD with Nesterov momentum, and learning rates as pure functions of the weight update.
+"""LARS around SGD with Nesterov momentum, AdamW, and learning rates as pure functions of the weight update.
 
-You et al., arXiv:1708.03888. Symbols: w weights, g gradient, wd weight decay, r the trust ratio of a parameter.
-Everything stays on the device: a step never waits for it.
+You et al., arXiv:1708.03888; Loshchilov and Hutter, arXiv:1711.05101. Symbols: w weights, g gradient, wd weight decay,
+r the trust ratio of a parameter, n weight updates. Everything stays on the device: a step never waits for it.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import assert_never
 
@@ -14,26 +15,64 @@ import torch
 from torch import Tensor, nn
 
 from cfamc_cli.engine.sections import section
-from cfamc_cli.recipe.schema import Cosine, Lars, OfficialCosine
+from cfamc_cli.recipe.schema import AdamW, Cosine, Lars, OfficialCosine
 
 _ROW = 1024  # numbers that one entry of a ratio serves at once; padding to whole rows costs next to nothing
 
 
-class LarsOptimizer:
+class Optimizer(ABC):
+    """Updates parameters by the gradients that they carry.
+
+    Attributes:
+        momentum: What is carried from update to update: buffers in the order of `parameters`.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], *, buffers: int) -> None:
+        """Begin with so many `buffers` of zeros a parameter."""
+        self.parameters = list(parameters)
+        self.momentum = [
+            torch.zeros_like(p, memory_format=torch.preserve_format) for _ in range(buffers) for p in self.parameters
+        ]
+
+    @section("optimizer")
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    @abstractmethod
+    def step(self, *, lr: float) -> Tensor:
+        """Update the weights with the gradients they carry, and return the L2 norm of the whole gradient.
+
+        The norm is a scalar on the device.
+        """
+
+    def _gradients(self) -> list[Tensor]:
+        return [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+
+
+def build_optimizer(parameters: Sequence[nn.Parameter], settings: Lars | AdamW) -> Optimizer:
+    """The optimizer that a recipe asks for, before its first update."""
+    match settings:
+        case Lars():
+            return LarsOptimizer(parameters, settings)
+        case AdamW():
+            return AdamWOptimizer(parameters, settings)
+        case _:
+            assert_never(settings)
+
+
+class LarsOptimizer(Optimizer):
     """SGD with momentum whose gradients are first scaled per parameter.
 
     Parameters of two or more dimensions get g <- r (g + wd w) with
     r = min(trust |w| / (|g| + wd |w| + 1e-8) / lr, 1), untouched where a norm is 0; one-dimensional ones get neither
     the ratio nor weight decay.
-
-    Attributes:
-        momentum: One buffer a parameter, in the order of `parameters`.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], settings: Lars) -> None:
-        self.parameters = list(parameters)
+        super().__init__(parameters, buffers=1)
         self.settings = settings
-        self.momentum = [torch.zeros_like(p, memory_format=torch.preserve_format) for p in self.parameters]
         self._scaled = [index for index, p in enumerate(self.parameters) if p.dim() > 1]
         self._rows = [math.ceil(self.parameters[index].numel() / _ROW) for index in self._scaled]
         if self._scaled:
@@ -43,20 +82,9 @@ class LarsOptimizer:
             self._places = torch.tensor(self._scaled, device=device)
 
     @section("optimizer")
-    def zero_grad(self) -> None:
-        """Drop all gradients."""
-        for parameter in self.parameters:
-            parameter.grad = None
-
-    @section("optimizer")
     @torch.no_grad()
     def step(self, *, lr: float) -> Tensor:
-        """Update the weights with the gradients they carry, and return the L2 norm of the whole gradient.
-
-        The norm is a scalar on the device.
-        """
-        settings = self.settings
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        settings, gradients = self.settings, self._gradients()
         weights = [self.parameters[index].detach() for index in self._scaled]
         norms = torch.stack(torch._foreach_norm([*gradients, *weights]))
         g_norms, w_norms = norms.split([len(gradients), len(weights)])
@@ -95,6 +123,40 @@ class LarsOptimizer:
         torch._foreach_add_(parts, gradients)
         buffer.mul_(ratio.index_select(0, self._owner)[:, None])
         return parts
+
+
+class AdamWOptimizer(Optimizer):
+    """Steps of about lr in each weight: the mean of gradients over the root of the mean of their squares.
+
+    m <- beta1 m + (1 - beta1) g and v <- beta2 v + (1 - beta2) g^2; then, with n counting this update,
+    w <- (1 - lr wd) w - lr m / (1 - beta1^n) / (sqrt(v / (1 - beta2^n)) + 1e-8). One-dimensional parameters get no
+    weight decay. `momentum` holds every m, every v, and n.
+
+    Source: arXiv:1711.05101, algorithm 2, where lr takes the place of both alpha and eta.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], settings: AdamW) -> None:
+        super().__init__(parameters, buffers=2)
+        self.settings = settings
+        self.momentum.append(torch.zeros((), dtype=torch.int64, device="cpu"))  # read without waiting for a device
+
+    @section("optimizer")
+    @torch.no_grad()
+    def step(self, *, lr: float) -> Tensor:
+        beta1, beta2, decay = self.settings.beta1, self.settings.beta2, self.settings.weight_decay
+        gradients, weights = self._gradients(), [p.detach() for p in self.parameters]
+        means, squares = self.momentum[: len(weights)], self.momentum[len(weights) : -1]
+        n = int(self.momentum[-1].add_(1))
+        torch._foreach_lerp_(means, gradients, 1 - beta1)
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
+        sizes = torch._foreach_sqrt(squares)
+        torch._foreach_div_(sizes, math.sqrt(1 - beta2**n))
+        torch._foreach_add_(sizes, 1e-8)
+        torch._foreach_mul_(weights, [1 - lr * decay if w.dim() > 1 else 1.0 for w in weights])
+        torch._foreach_addcdiv_(weights, means, sizes, -lr / (1 - beta1**n))
+        result: Tensor = torch.stack(torch._foreach_norm(gradients)).norm()
+        return result
 
 
 def learning_rate(

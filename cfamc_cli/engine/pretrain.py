@@ -32,7 +32,7 @@ from cfamc_cli.engine.heads.frozen import extract_features
 from cfamc_cli.engine.journal import Journal
 from cfamc_cli.engine.monitor import Where
 from cfamc_cli.engine.objectives import Terms, objective_loss
-from cfamc_cli.engine.optim import LarsOptimizer, learning_rate
+from cfamc_cli.engine.optim import build_optimizer, learning_rate
 from cfamc_cli.engine.prefetch import Prefetch
 from cfamc_cli.engine.randomness import addressed_generator, epoch_order, phase_address
 from cfamc_cli.engine.sections import section
@@ -98,7 +98,7 @@ class Trainer:
         self.batches, self.updates = self.recipe.batches(count), self.recipe.updates(count)
         self.share, self.shares = self.world.share(batch_size), self.world.shares(batch_size)
         self.clusters: Tensor | None = None  # of the images, where the objective is to find them
-        self.optimizer = LarsOptimizer(list(self.encoder.parameters()), self.recipe.optimizer)
+        self.optimizer = build_optimizer(list(self.encoder.parameters()), self.recipe.optimizer)
         self.adversary = build_adversary(self.recipe.adversary)
         self.journal = Journal(
             self.recipe,

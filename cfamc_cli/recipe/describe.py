@@ -123,7 +123,9 @@ def _entries(table: type[Table], above: str = "", form: str = "") -> Iterator[En
         key += ".0" if forms and made.get("type") == "array" else ""
         if len(forms) > 1:
             tag, names = _tag(forms[0]), _names(forms)
-            told = f"{_either(names)}; must be given"
+            chosen = forms[0].model_fields[tag]
+            told = f"{_either(names)}; "
+            told += "must be given" if chosen.is_required() else f"default {json.dumps(chosen.default)}"
             yield Entry(f"{key}.{tag}", "", "which of these forms it has", told, tuple(names))
         if not forms and not (form and field == _tag(table)):
             value = _in_words(made, required=settings.is_required())

@@ -24,6 +24,7 @@ from pydantic import ValidationError
 from cfamc_cli.datasets import KNOWN_SETS
 from cfamc_cli.errors import CfamcError, ExitCode, invalid
 from cfamc_cli.recipe.schema import (
+    AdamW,
     Data,
     NoAdversary,
     Outside,
@@ -287,6 +288,10 @@ def _across(recipe: Recipe) -> Iterator[tuple[set[str], Problem]]:
         for needed, found in _across_method(part):
             if needed & given:  # else it is the recipe's own problem
                 yield needed - given if place else needed, Problem(key_of(place, found.path), found.message)
+        own = recipe.phase[place - 1].optimizer if place else None
+        if own is not None and "name" not in own.model_fields_set and isinstance(recipe.optimizer, AdamW):
+            message = 'missing; it would be "lars", where the recipe\'s is "adamw"'
+            yield {"phase", "optimizer"}, Problem(key_of(place, "optimizer.name"), message)
     if recipe.clusters and recipe.train.init is None:
         message = "clusters are those of what an encoder has learnt: put them into a [[phase]], or set train.init"
         yield {"objective", "train"}, Problem("objective.name", message)

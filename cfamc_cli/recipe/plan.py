@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, TypeAlias
 
 from cfamc_cli.datasets import KNOWN_SETS
-from cfamc_cli.recipe.schema import DEPTHS, Model, NoAdversary, Recipe
+from cfamc_cli.recipe.schema import DEPTHS, AdamW, Model, NoAdversary, Recipe
 
 Precision: TypeAlias = Literal["float32", "bfloat16"]
 PER_IMAGES = 1_000  # what counts refer to where the number of images is unknown
@@ -66,7 +66,7 @@ class Plan:
     flops_per_view: float  # forward and backward of one view, 2 per multiply-add, averaged over the groups of crops
     flops: int  # the run's, attack included, in whole floating-point operations
     memory: int  # an estimate of the peak in bytes, as PyTorch counts on CUDA: the parts below and workspaces
-    weight_bytes: int  # weights, gradients, momentum, and the average of the weights where there is one
+    weight_bytes: int  # weights, gradients, momentum (two of AdamW), and the average of the weights where there is one
     activation_bytes: int  # what one step keeps for its backward pass, and what that pass works on
     data_bytes: int  # the resident images; 0 where their size is unknown
     crop_bytes: int  # crops of this batch and the next, the perturbation, and both together
@@ -133,7 +133,8 @@ def _plan_of_phase(recipe: Recipe, count: int, measured: Measured | None, *, per
     kept_pixels = 2 if isinstance(recipe.adversary, NoAdversary) else 4  # the next crops are made meanwhile
     known = KNOWN_SETS.get(recipe.data.dataset)
     size = recipe.data.size or (known.size if known else 0)
-    weight_bytes = (4 if recipe.train.average else 3) * _FLOAT * parameters
+    copies = 3 + bool(recipe.train.average) + isinstance(recipe.optimizer, AdamW)
+    weight_bytes = copies * _FLOAT * parameters
     data_bytes, crop_bytes = count * 3 * size**2, _FLOAT * kept_pixels * pixels
     others = weight_bytes + data_bytes + crop_bytes + _WORKSPACES
     return Plan(

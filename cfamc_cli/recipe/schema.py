@@ -23,8 +23,10 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     SerializerFunctionWrapHandler,
+    Tag,
     model_serializer,
     model_validator,
 )
@@ -187,6 +189,7 @@ AttackSteps = Annotated[int, Field(ge=1, le=100_000)]  # gradient steps of each 
 Restarts = Annotated[int, Field(ge=1, le=1000)]  # runs; each takes up what those before it left standing
 Targets = Annotated[int, Field(ge=1, le=100_000)]  # likeliest wrong classes that are aimed at
 Momentum = Annotated[float, Field(ge=0, lt=1)]  # of SGD
+Decay = Annotated[float, Field(ge=0, lt=1)]  # share of what was before that an update keeps
 PathText = Annotated[str, Field(min_length=1), AfterValidator(_without_nul)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -425,7 +428,7 @@ class FreeAdversary(Table):
 class Lars(Table):
     """SGD with Nesterov momentum under LARS, arXiv:1708.03888."""
 
-    name: Literal["lars"] = "lars"  # there is no other
+    name: Literal["lars"] = "lars"
     lr: NonNegative = 0.3  # learning rate, before the schedule
     momentum: Momentum = 0.9
     nesterov: bool = True  # whether momentum looks ahead
@@ -436,6 +439,21 @@ class Lars(Table):
     def fault(self) -> tuple[str, str] | None:
         still = "nesterov", "has no effect: momentum is 0 (set nesterov = false)"
         return still if self.nesterov and self.momentum == 0 else None
+
+
+class AdamW(Table):
+    """Adam with decoupled weight decay, arXiv:1711.05101: what vision transformers are trained with."""
+
+    name: Literal["adamw"]
+    lr: NonNegative = 1e-3  # learning rate, before the schedule: about how far a step moves each weight
+    beta1: Decay = 0.9  # of the mean of gradients
+    beta2: Decay = 0.999  # of the mean of their squares
+    weight_decay: NonNegative = 0.05  # share of weights, times the rate, that a step takes off; not of biases and norms
+
+
+def _optimizer(settings: object) -> object:
+    """Its name; there was LARS alone when the first recipes were written, which may leave it out."""
+    return settings.get("name", "lars") if isinstance(settings, dict) else getattr(settings, "name", "lars")
 
 
 class Cosine(Table):
@@ -688,6 +706,7 @@ class Smoothing(Table):
 CropGroups = Annotated[tuple[Crops, ...], Field(strict=False, min_length=1, max_length=16)]
 Objective = Annotated[EmpSsl | SimClr | SupCon | Clusters, Field(discriminator="name")]
 Adversary = Annotated[NoAdversary | PgdAdversary | FreeAdversary, Field(discriminator="name")]
+Optimizer = Annotated[Annotated[Lars, Tag("lars")] | Annotated[AdamW, Tag("adamw")], Discriminator(_optimizer)]
 Schedule = Annotated[Cosine | OfficialCosine, Field(discriminator="name")]
 Probe = Annotated[Linear | RobustLinear | AggregatedCrops | Knn | Finetune, Field(discriminator="head")]
 Stage = PgdAttack | FgsmAttack | ApgdAttack | TargetedApgdAttack | FabAttack | SquareAttack | EmbeddingAttack
@@ -715,7 +734,7 @@ class Phase(Table):
     augment: Augment | None = None
     objective: Objective | None = None
     adversary: Adversary | None = None
-    optimizer: Lars | None = None
+    optimizer: Optimizer | None = None
     schedule: Schedule | None = None
 
     @property
@@ -742,7 +761,7 @@ class Recipe(Table):
     model: Model = Model()
     objective: Objective
     adversary: Adversary
-    optimizer: Lars = Lars()
+    optimizer: Optimizer = Lars()
     schedule: Schedule = Cosine(name="cosine")
     train: Train = Train()
     phase: Annotated[tuple[Phase, ...], Field(strict=False, max_length=16)] = ()

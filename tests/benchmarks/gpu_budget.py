@@ -26,7 +26,7 @@ from cfamc_cli.engine.adversary import build_adversary
 from cfamc_cli.engine.crops import crop_batch, sample_parameters
 from cfamc_cli.engine.encoder import Encoder
 from cfamc_cli.engine.objectives import objective_loss
-from cfamc_cli.engine.optim import LarsOptimizer
+from cfamc_cli.engine.optim import build_optimizer
 from cfamc_cli.recipe.file import load
 from cfamc_cli.recipe.plan import plan
 from cfamc_cli.recipe.schema import Recipe
@@ -79,7 +79,9 @@ def counted(recipe: Recipe, *, share: float) -> Count:
     size = recipe.data.size or 32
     meta = torch.device("meta")
     encoder = Encoder(recipe.model).to(memory_format=torch.channels_last).to(meta, torch.bfloat16)
-    optimizer = LarsOptimizer([torch.nn.Parameter(p.detach().float()) for p in encoder.parameters()], recipe.optimizer)
+    optimizer = build_optimizer(
+        [torch.nn.Parameter(p.detach().float()) for p in encoder.parameters()], recipe.optimizer
+    )
     adversary = build_adversary(recipe.adversary)
     generator = torch.Generator().manual_seed(0)
     torch.Tensor.pin_memory = lambda tensor: tensor  # type: ignore[method-assign,assignment,misc]  # there is no card
