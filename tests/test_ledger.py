@@ -78,14 +78,23 @@ def train_line(step: int) -> TrainLine:
 
 
 @pytest.mark.parametrize(
-    ("step", "rank", "spread", "collapsed"),
-    [(100, 2.0, 0.1, False), (100, 1.9, 0.5, True), (100, 9.0, 0.09, True), (99, 1.0, 0.0, False)],
+    ("step", "rank", "spread", "heads", "collapsed"),
+    [
+        (100, 2.0, 0.1, 0.1, False),
+        (100, 2.0, 0.1, None, False),  # a line from before heads were looked at
+        (100, 1.9, 0.5, 0.5, True),
+        (100, 9.0, 0.09, 0.5, True),
+        (100, 9.0, 0.09, None, True),
+        (100, 9.0, 0.5, 0.09, True),
+        (99, 1.0, 0.0, 0.0, False),
+    ],
 )
 def test_a_run_whose_encoder_collapsed_is_marked_until_it_recovers(
-    step: int, rank: float, spread: float, collapsed: bool, tmp_path: Path
+    step: int, rank: float, spread: float, heads: float | None, collapsed: bool, tmp_path: Path
 ) -> None:
     kept, line = begun(tmp_path), train_line(step)
-    kept.metrics(line.model_copy(update={"effective_rank": rank, "feature_std": spread}))
+    measured = {"effective_rank": rank, "feature_std": spread, "representation_std": heads}
+    kept.metrics(line.model_copy(update=measured))
     assert on_disk(kept).collapsed == collapsed
     kept.metrics(train_line(step + 1))
     assert not on_disk(kept).collapsed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from fixed_inputs import checksum, crops, fill
+from fixed_inputs import checksum, crops, fill, uniform
+from on_meta import META, watched
 from tiny import tiny_recipe
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -45,7 +47,7 @@ from cfamc_cli.recipe.schema import (
     SimClr,
     SupCon,
 )
-from cfamc_cli.store.records import EvaluationLine, GripLine, MetricLine, TimingLine
+from cfamc_cli.store.records import EvaluationLine, GripLine, MetricLine, TimingLine, TrainLine
 
 DATA = Path(__file__).parent / "data"
 GOLDEN: dict[str, Any] = json.loads((DATA / "golden.json").read_text())
@@ -180,6 +182,7 @@ def test_a_run_makes_the_passes_and_the_arithmetic_of_its_plan(
     views: str, tiny_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(monitor, "COST", 0.0)
+    monkeypatch.setattr(monitor, "representation_std", lambda *_: torch.ones(()))
     groups = [{"count": 1, "size": 8}, {"count": 2, "size": 12}]
     adversary = {"views": views, "steps": 3}
     recipe = tiny_recipe("simclr", "pgd", crops=groups, adversary=adversary, train={"epochs": 0.25})
@@ -541,6 +544,21 @@ def test_on_cuda_the_share_of_data_is_what_the_device_waited(
     assert [cost.data_share for cost in sink.costs] == pytest.approx([4 * 0.25 / 6, 3 * 0.25 / 6])
 
 
+def looked_at(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What `monitor.representation_std` will find, each time on 32 crops of the batch that is over."""
+    found: list[float] = []
+    look, crops_of = monitor.representation_std, trainer.crops_of
+
+    def noted(encoder: Encoder, few: Tensor) -> Tensor:
+        groups, _ = crops_of(trainer.step // trainer.recipe.replays - 1)
+        assert torch.equal(few, groups[0].flatten(0, 1)[:32])
+        found.append(float(look(encoder, few)))
+        return look(encoder, few)
+
+    monkeypatch.setattr(monitor, "representation_std", noted)
+    return found
+
+
 @pytest.mark.parametrize("adversary", ["none", "pgd", "free"])
 def test_every_number_of_the_journal_is_that_of_the_tensors(
     adversary: str, tiny_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -553,7 +571,7 @@ def test_every_number_of_the_journal_is_that_of_the_tensors(
     seen: list[tuple[Tensor, float, float]] = []
     deltas: list[Tensor] = []
     crops_of, loss_of, step = trainer.crops_of, trainer.loss_of, trainer.optimizer.step
-    latest: list[tuple[Tensor, float]] = []
+    spreads, latest = looked_at(trainer, monkeypatch), list[tuple[Tensor, float]]()
 
     def slow_crops(batch: int) -> Any:
         clock.now += 2
@@ -599,6 +617,7 @@ def test_every_number_of_the_journal_is_that_of_the_tensors(
             "invariance": statistics.fmean(invariances),
             "coding_rate": statistics.fmean(rates),
             "feature_std": float(last.std(0).mean()) * math.sqrt(8),
+            "representation_std": spreads[number],
         }
         if adversary != "none":
             size = deltas[2 * number + 1].abs()
@@ -708,7 +727,7 @@ def test_lines_come_with_the_interval_and_comparisons_with_the_plan(
     checked: list[int] = []
     notes = trainer.journal
     monkeypatch.setattr(notes, "check_finite", lambda encoder, *, step: checked.append(step))
-    monkeypatch.setattr(notes, "_write", lambda rows, z, delta, *, step: written.append(step))
+    monkeypatch.setattr(notes, "_write", lambda *_, step: written.append(step))
     monkeypatch.setattr(notes, "_watch_grip", lambda crops, delta, loss_beside, *, step: compared.append(step))
     z, one = torch.zeros(1), [torch.zeros(1)]
     for every, wanted in ((4, [6, 9, 12, 18, 21, 24, 30, 33, 36]), (1, list(range(3, 40, 3))), (0, [])):
@@ -882,7 +901,50 @@ def test_a_collapse_is_warned_of_once(tiny_images: ImageSet, tmp_path: Path, mon
     _, sink = trained(recipe, tiny_images, tmp_path)
     (warning,) = sink.warnings
     assert warning.startswith("update 2: the encoder collapsed: effective rank ")
-    assert "feature std 0.05; lower optimizer.lr" in warning
+    assert re.search(r"feature std 0\.05, of what heads read 0\.[0-9]+; lower optimizer\.lr", warning)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-4])
+def test_features_that_become_one_are_warned_of_where_embeddings_stay_apart(
+    scale: float, tiny_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batch norm, and the one behind it, make embeddings of what little is left of the differences of images."""
+    monkeypatch.setattr("cfamc_cli.store.records._SPREAD", 36)
+    sink = Listener()
+    apart = {"invariance_weight": 0.0}
+    recipe = tiny_recipe("emp-ssl", "free", train={"epochs": 3.0, "batch_size": 16}, objective=apart)
+    trainer = trainer_of(recipe, tiny_images, sink)
+    forward = trainer.encoder.backbone.forward
+    monkeypatch.setattr(trainer.encoder.backbone, "forward", lambda x: 1 + scale * forward(x))
+    trainer.train(tmp_path, stop=never)
+    lines = [TrainLine.model_validate(record) for record in sink.records if record["kind"] == "train"]
+    assert [line.step for line in lines] == list(range(3, 37, 3))
+    assert all(line.effective_rank > 6 and line.feature_std > 0.8 for line in lines)
+    assert [line.collapsed for line in lines] == [False] * 11 + [scale < 1]
+    spread = lines[-1].representation_std
+    assert spread is not None
+    assert sink.warnings == [] if scale == 1 else f"of what heads read {spread:.2g}; lower" in sink.warnings[0]
+    assert (0.2 < spread < 1) if scale == 1 else spread < 0.01
+    assert trainer.encoder.training
+
+
+def test_what_heads_read_is_looked_at_without_a_trace_or_a_wait() -> None:
+    encoder = Encoder(Model(width=4, hidden_dim=16, embedding_dim=8)).eval()
+    crops = uniform(6, 3, 8, 8, key="crops").float()
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    features = encoder.features(crops).detach().double()
+    features /= features.square().sum(1, keepdim=True).sqrt()
+    expected = float((features - features.mean(0)).square().sum(0).div(5).sqrt().mean()) * 4
+    encoder.train()
+    found = monitor.representation_std(encoder, crops)
+    assert float(found) == pytest.approx(expected, rel=1e-4)
+    assert encoder.training
+    assert not found.requires_grad
+    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+    few = encoder.to(META), crops.to(META)
+    with watched() as seen:
+        monitor.representation_std(*few)
+    assert not seen.copies
 
 
 # Resuming what does not fit

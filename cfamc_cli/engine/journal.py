@@ -163,7 +163,7 @@ class Journal:
         Between them it is said now and then how far it is, without waiting for the device.
 
         Args:
-            encoder: To be checked for finite weights.
+            encoder: To be checked for finite weights and a collapse.
             z: Embeddings of the last update, (V, B, D).
             crops: The batch's clean crops.
             delta: The adversary's perturbations of the last groups.
@@ -181,7 +181,7 @@ class Journal:
         if full or compared:
             rows = self.check_finite(encoder, step=step)
         if full:
-            self._write(rows, z, delta, step=step)
+            self._write(rows, encoder, z, crops, delta, step=step)
             self._predict(step)
         elif time.perf_counter() > self._told + _SECONDS:
             self._tell(step)
@@ -189,10 +189,11 @@ class Journal:
             with uncompiled(encoder):
                 self._watch_grip(crops, delta, loss_beside, step=step)
 
-    def _write(self, rows: Tensor, z: Tensor, delta: Groups, *, step: int) -> None:
+    def _write(self, rows: Tensor, encoder: Encoder, z: Tensor, crops: Groups, delta: Groups, *, step: int) -> None:
         means = dict(zip(self._names, rows.double().mean(0).tolist(), strict=True)) | {"lr": float(rows[-1, 0])}
         where = self.where(step)
         scalars = {"effective_rank": effective_rank(z[-1]), "feature_std": feature_std(z[-1])}
+        scalars["representation_std"] = monitor.representation_std(encoder, crops[0].flatten(0, 1)[: monitor.CROPS])
         if delta:
             size = torch.cat([part.abs().flatten() for part in delta])
             at_bound = (size >= 0.999 * self._eps).float().mean()
@@ -203,7 +204,8 @@ class Journal:
         if line.collapsed and not self._collapsed:
             self.talk.warning(
                 f"update {line.step}: the encoder collapsed: effective rank {line.effective_rank:.3g}, feature std "
-                f"{line.feature_std:.2g}; lower optimizer.lr, or weigh what spreads embeddings (objective.tcr_weight)"
+                f"{line.feature_std:.2g}, of what heads read {line.representation_std:.2g}; lower optimizer.lr, or "
+                "weigh what spreads embeddings (objective.tcr_weight)"
             )
         self._collapsed = line.collapsed
 

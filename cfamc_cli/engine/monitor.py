@@ -17,6 +17,7 @@ from torch import Tensor
 from cfamc_cli.engine.adversary import Groups, LossBeside, LossOf, ascend_loss
 from cfamc_cli.engine.encoder import Encoder
 from cfamc_cli.engine.heads.frozen import extract_features, fit_converged, new_head, weighted_knn
+from cfamc_cli.engine.objectives import feature_std
 from cfamc_cli.recipe.schema import number
 from cfamc_cli.store.records import EvaluationLine, GripLine
 
@@ -26,6 +27,7 @@ _PASSES = 3 * ATTACK_STEPS  # of an image under attack, a backward pass counted 
 CHECKS = 20  # comparisons of adversaries over a run, at most
 LOST = 0.05  # strength below which an adversary has lost its grip: free training measured 0.14 to 0.45, collapse < 0
 COST = 0.02  # of the run's view passes that they may take
+CROPS = 32  # of a batch, whose representations each record looks at
 _FEWEST = 8  # images of a comparison; with fewer the loss says little
 _CHUNK = 250  # samples of an attack's forward pass
 
@@ -151,6 +153,25 @@ def schedule(*, updates: int, batch_size: int, passes_per_update: int) -> Schedu
     if checks < 1:
         return Schedule(0, 0)
     return Schedule(every=math.ceil(updates / checks), images=min(batch_size, int(allowed / checks)))
+
+
+@torch.no_grad()
+def representation_std(encoder: Encoder, crops: Tensor) -> Tensor:
+    """How far apart heads see images: `feature_std` of `pre_feature` in eval mode, brought to unit norm.
+
+    Embeddings do not tell: the batch norm of a training pass spreads what differs in its last digits alone.
+
+    Args:
+        encoder: Its mode is restored.
+        crops: (N, 3, S, S) in [0, 1], of several images.
+
+    Returns:
+        A scalar on the device: 0 where all are one, about 1 where nothing is common.
+    """
+    training = encoder.training
+    features = encoder.eval().features(crops)
+    encoder.train(training)
+    return feature_std(F.normalize(features, dim=-1))
 
 
 def measure_grip(loss_beside: LossBeside, crops: Groups, trained: Groups, *, eps: float, where: Where) -> GripLine:
