@@ -643,7 +643,8 @@ def run(arguments: Sequence[str]) -> int:
     as_json = "--json" in arguments
     try:
         open_standard_streams()
-        code = app(list(arguments), prog_name="cfamc", standalone_mode=False)
+        with complete.joined_for_bash():
+            code = app(list(arguments), prog_name="cfamc", standalone_mode=False)
         return code if isinstance(code, int) else int(ExitCode.DONE)
     except CfamcError as error:
         return _report(error, as_json=as_json)

@@ -41,6 +41,9 @@ OFFERED = [
     ("bench cifar10 --set adversary.e", ["adversary.eps=", "adversary.eps=8/255"]),
     ("pretrain cifar10 --set crops.0.sc", ["crops.0.scale="]),  # of two numbers and a blank
     ("pretrain no-such-recipe --set optimizer.l", ["optimizer.lr="]),
+    ("pretrain cifar10 --set adversary.name = f", ["free"]),  # as bash splits it
+    ("pretrain cifar10 --set seed = 1 --set adversary.name =", ["none", "pgd", "free"]),
+    ("probe --runs = runs --head = linear", ["linear"]),
     ("probe --set probe.tr", ["probe.trades_beta="]),
     ("probe --set train", []),
     ("export --part en", ["encoder"]),
@@ -65,7 +68,7 @@ def test_words_are_offered(
     line: str, offered: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("_CFAMC_COMPLETE", "complete_bash")
-    monkeypatch.setenv("COMP_WORDS", f"cfamc {line}")
+    monkeypatch.setenv("COMP_WORDS", "\n".join(["cfamc", *line.split()]))
     monkeypatch.setenv("COMP_CWORD", str(len(line.split())))
     with pytest.raises(SystemExit):
         run([])
@@ -96,7 +99,9 @@ def test_shells_are_told_what_a_word_means(
 
 ASKED = {
     "bash": 'eval "$(_CFAMC_COMPLETE=source_bash cfamc)"; COMP_WORDS=(cfamc pretrain qui); COMP_CWORD=2; '
-    '_cfamc_completion cfamc; printf "%s\\n" "${COMPREPLY[@]}"',
+    '_cfamc_completion cfamc; printf "%s\\n" "${COMPREPLY[@]}"; '
+    "COMP_WORDS=(cfamc bench cifar10 --set adversary.name = p); COMP_CWORD=6; "
+    '_cfamc_completion cfamc; test "${COMPREPLY[*]}" = pgd || exit 1',
     "fish": "_CFAMC_COMPLETE=source_fish cfamc | source; complete -C 'cfamc pretrain qui'",
     "zsh": "autoload -Uz compinit; compinit -u -d ./dump; _arguments() { print -r -- $@ }; "
     'eval "$(_CFAMC_COMPLETE=source_zsh cfamc)"; words=(cfamc pretrain qui); CURRENT=3; _cfamc_completion',
@@ -112,5 +117,5 @@ def test_the_shells_offer_it(shell: str, tmp_path: Path) -> None:
     path = f"{Path(sys.executable).parent}:{environment().get('PATH', '')}"
     there = environment() | {"HOME": str(tmp_path), "PATH": path}
     done = subprocess.run([shell, "-c", ASKED[shell]], capture_output=True, text=True, check=False, env=there)
-    assert "quickstart" in done.stdout, done
+    assert (done.returncode, "quickstart" in done.stdout) == (0, True), done
     assert "cifar10" not in done.stdout

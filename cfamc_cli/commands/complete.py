@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+import io
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import get_args
 
@@ -93,6 +98,25 @@ def keys() -> list[Offer]:
     from cfamc_cli.recipe import describe
 
     return list({entry.key: _first_line(entry.meaning) for entry in describe.explain("")}.items())
+
+
+@contextmanager
+def joined_for_bash() -> Iterator[None]:
+    """Where bash asks, which splits words at `=`: join them, and offer only what it would put behind the `=`."""
+    if os.environ.get("_CFAMC_COMPLETE") != "complete_bash":
+        yield
+        return
+    at = int(os.environ["COMP_CWORD"])
+    words = os.environ["COMP_WORDS"].split("\n")[: at + 1]
+    line = re.sub("\n=\n?", "=", "\n".join(words))
+    os.environ |= {"COMP_WORDS": line, "COMP_CWORD": str(at - len(words) + 1 + line.count("\n"))}
+    before = line.rpartition("\n")[2].removesuffix(words[-1].removeprefix("="))
+    offered = io.StringIO()
+    try:
+        with redirect_stdout(offered):
+            yield
+    finally:
+        sys.stdout.writelines(word.removeprefix(before) for word in offered.getvalue().splitlines(keepends=True))
 
 
 def _subject(context: typer.Context) -> str:
