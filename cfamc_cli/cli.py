@@ -645,6 +645,8 @@ def run(arguments: Sequence[str]) -> int:
         open_standard_streams()
         with complete.joined_for_bash():
             code = app(list(arguments), prog_name="cfamc", standalone_mode=False)
+        if as_json and code == ExitCode.INTERRUPTED:  # what Typer makes of Ctrl-C
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else int(ExitCode.DONE)
     except CfamcError as error:
         return _report(error, as_json=as_json)

@@ -338,6 +338,22 @@ __main__.main()
     assert (done.returncode, done.stderr) == (130, "")
 
 
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_command_cut_by_ctrl_c_still_prints_its_object(
+    as_json: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def cut(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cfamc_cli.commands.runs.show_list", cut)
+    monkeypatch.setattr("cfamc_cli.commands.compare.gather", cut)
+    for command in (["runs", "list"], ["compare"]):
+        assert cli.run([*command, *["--json"] * as_json]) == 130
+        out = capsys.readouterr().out
+        error = {"message": "interrupted", "hint": "", "exit_code": 130}
+        assert (json.loads(out) == {"error": error}) if as_json else not out
+
+
 @pytest.mark.parametrize("own", [{}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "active"}])
 def test_threads_spin_for_a_short_time_unless_told_otherwise(
     monkeypatch: pytest.MonkeyPatch, own: dict[str, str]
