@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import IntEnum
+from importlib.util import find_spec
 
 
 class ExitCode(IntEnum):
@@ -55,9 +56,14 @@ def bad_data(message: str, hint: str = "") -> CfamcError:
     return CfamcError(message, hint=hint, exit_code=ExitCode.BAD_DATA)
 
 
-def missing_library(need: str, *, extra: str) -> CfamcError:
-    """The error of a library that only an extra of the package installs; `need` says what for."""
-    return invalid(need, f"pip install 'cfamc[{extra}]'")
+def require_libraries(*names: str, by: str, extra: str) -> None:
+    """Refuse what needs libraries that only an extra of the package installs, without importing them.
+
+    Raises:
+        CfamcError: Exit 2, with how to install them.
+    """
+    if missing := [name for name in names if find_spec(name) is None]:
+        raise invalid(f"{by} needs {', '.join(missing)}", f"pip install 'cfamc[{extra}]'")
 
 
 class Interrupted(BaseException):

@@ -967,14 +967,14 @@ def test_pictures_that_cannot_be(
     with pytest.raises(CfamcError, match="nothing to draw"):
         run([], tmp_path / "none", plot=tmp_path / "a.png")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(CfamcError, match="pictures need matplotlib") as caught:
+    with pytest.raises(CfamcError, match="drawing needs matplotlib") as caught:
         run([], store, plot=tmp_path / "a.png")
     assert "cfamc[plots]" in caught.value.hint
     with pytest.raises(CfamcError):
         run([], store, html=tmp_path)
     assert capsys.readouterr().out == ""  # the error is the one object on stdout
     run([], store, html=tmp_path / "page.html")
-    assert "No pictures: pictures need matplotlib" in (tmp_path / "page.html").read_text()
+    assert "No pictures: drawing needs matplotlib" in (tmp_path / "page.html").read_text()
 
 
 def test_the_checklist_adds_up_every_record(store: Path, capsys: pytest.CaptureFixture[str]) -> None:

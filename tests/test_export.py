@@ -19,6 +19,7 @@ import torch
 from tiny import ENVIRONMENT, NOON, attack_record, data_used, probe_record, run_record, tiny_recipe, write_record
 from torch import Tensor, nn
 
+from cfamc_cli import errors
 from cfamc_cli.cli import run as command_line
 from cfamc_cli.engine import checkpoint, export
 from cfamc_cli.engine.data.sets import load as load_data
@@ -730,7 +731,7 @@ def test_what_cannot_be_exported(
 def test_a_missing_extra_is_named_before_any_work(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], missing: str
 ) -> None:
-    monkeypatch.setattr(export, "find_spec", lambda name: None if name == missing else object())
+    monkeypatch.setattr(errors, "find_spec", lambda name: None if name == missing else object())
     assert made.export(tmp_path / "out", "--format", "onnx") == ExitCode.INVALID
     assert capsys.readouterr().err.splitlines() == [
         f"error: --format onnx needs {missing}",
@@ -742,7 +743,7 @@ def test_a_missing_tensorboard_is_named(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     put_metrics(made)
-    monkeypatch.setitem(sys.modules, "tensorboard.compat.proto.event_pb2", None)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
     assert made.export(tmp_path / "out", "--metrics", "tensorboard") == ExitCode.INVALID
     assert capsys.readouterr().err.splitlines() == [
         "error: --metrics tensorboard needs tensorboard",

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from tiny import image_folder, tiny_recipe
 from torch import Tensor, nn
 
-from cfamc_cli import cli
+from cfamc_cli import cli, errors
 from cfamc_cli.engine import checkpoint, costs, timm_backbone
 from cfamc_cli.engine.data.sets import ImageSet
 from cfamc_cli.engine.distributed import World
@@ -334,14 +334,14 @@ def test_blocks_can_be_made_again_only_where_a_net_has_any(folder: Path, capsys:
 def test_the_library_is_asked_for_before_torch_is_loaded(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(costs, "find_spec", lambda _: None)
+    monkeypatch.setattr(errors, "find_spec", lambda _: None)
     for arguments in (["pretrain", "vit.toml"], ["pretrain", "vit.toml", "--dry-run"], ["bench", "vit.toml"]):
         assert cli.run(arguments) == ExitCode.INVALID
         assert capsys.readouterr().err.endswith(
             "error: model.backbone = \"timm:vit_tiny_patch16_224\" needs timm\nhint: pip install 'cfamc[timm]'\n"
         )
     code = (
-        "import sys; from cfamc_cli import cli; from cfamc_cli.engine import costs; costs.find_spec = lambda _: None;"
+        "import sys; from cfamc_cli import cli, errors; errors.find_spec = lambda _: None;"
         "cli.run(['pretrain', 'vit.toml']); assert not {'torch', 'timm'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from tiny import recipe_text, run_record, tiny_recipe, write_record
 
+from cfamc_cli import errors
 from cfamc_cli.cli import run as command_line
 from cfamc_cli.commands import track
 from cfamc_cli.errors import ExitCode
@@ -202,7 +203,7 @@ def test_what_cannot_be_tracked_is_refused_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(track, "find_spec", lambda name: None)
+    monkeypatch.setattr(errors, "find_spec", lambda name: None)
     assert command_line(["pretrain", "quickstart", "--track", "mlflow"]) == ExitCode.INVALID
     assert capsys.readouterr().err.splitlines() == [
         "error: --track mlflow needs mlflow",

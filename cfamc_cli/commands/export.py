@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, TypeVar, assert_never
 from cfamc_cli import __version__
 from cfamc_cli.commands.claim import CLAIM, claim_of, require_architecture
 from cfamc_cli.commands.common import Options, Session, interruption, load_images, session
-from cfamc_cli.errors import CfamcError, bad_data, invalid, missing_library
+from cfamc_cli.errors import CfamcError, bad_data, invalid, require_libraries
 from cfamc_cli.recipe.schema import Recipe
 from cfamc_cli.report import hub, terminal
 from cfamc_cli.report.card import card
@@ -289,11 +289,8 @@ def _metrics(run: RunFolder, wanted: Dashboard, staged: Path) -> MetricsRecord:
             for kind, rows in by_kind(lines).items():
                 write_bytes(staged / f"{kind}.csv", comma_separated(rows))
         case "tensorboard":
-            try:
-                events = EventFile(staged, began=record.created.timestamp())
-            except ImportError as error:
-                raise missing_library("--metrics tensorboard needs tensorboard", extra="tensorboard") from error
-            with closing(events):
+            require_libraries("tensorboard", by="--metrics tensorboard", extra="tensorboard")
+            with closing(EventFile(staged, began=record.created.timestamp())) as events:
                 for line in lines:
                     events.write(line)
         case _:

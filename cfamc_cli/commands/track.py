@@ -13,11 +13,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from importlib import import_module
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal, assert_never
 
 from cfamc_cli.commands.export import portable
-from cfamc_cli.errors import invalid, missing_library
+from cfamc_cli.errors import invalid, require_libraries
 from cfamc_cli.recipe import file
 from cfamc_cli.recipe.schema import Recipe
 from cfamc_cli.report.metrics import EventFile, scalars
@@ -39,8 +38,8 @@ def require_tracker(tracker: Tracker | None, *, dry_run: bool) -> None:
     """
     if tracker is not None and dry_run:
         raise invalid("--track has no effect with --dry-run", "leave one of them out")
-    if tracker is not None and find_spec(tracker) is None:
-        raise missing_library(f"--track {tracker} needs {tracker}", extra=tracker)
+    if tracker is not None:
+        require_libraries(tracker, by=f"--track {tracker}", extra=tracker)
 
 
 @contextmanager

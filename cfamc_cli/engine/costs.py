@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
-from cfamc_cli.errors import missing_library
+from cfamc_cli.errors import require_libraries
 from cfamc_cli.recipe.plan import Plan, plan
 from cfamc_cli.recipe.schema import Model, Recipe
 
@@ -41,5 +39,5 @@ def require_library(model: Model) -> None:
     Raises:
         CfamcError: Exit 2, with how to install it.
     """
-    if model.timm is not None and find_spec("timm") is None:
-        raise missing_library(f'model.backbone = "{model.backbone}" needs timm', extra="timm")
+    if model.timm is not None:
+        require_libraries("timm", by=f'model.backbone = "{model.backbone}"', extra="timm")

@@ -12,7 +12,6 @@ import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -23,7 +22,7 @@ from cfamc_cli.engine import checkpoint
 from cfamc_cli.engine.device import full_precision
 from cfamc_cli.engine.encoder import Encoder
 from cfamc_cli.engine.heads.classifier import Classifier, LinearHead, feature_dim
-from cfamc_cli.errors import CfamcError, invalid, missing_library
+from cfamc_cli.errors import CfamcError, invalid, require_libraries
 from cfamc_cli.recipe.schema import DEPTHS, Model
 from cfamc_cli.store.records import CheckRecord, DataUsed, Format, OutputSpec
 
@@ -107,9 +106,8 @@ def require(wanted: Format) -> None:
     Raises:
         CfamcError: Exit 2, with how to install them.
     """
-    needed = ("onnx", "onnxscript", "onnxruntime") if wanted == "onnx" else ()
-    if missing := [name for name in needed if find_spec(name) is None]:
-        raise missing_library(f"--format {wanted} needs {', '.join(missing)}", extra=wanted)
+    if wanted == "onnx":
+        require_libraries("onnx", "onnxscript", "onnxruntime", by="--format onnx", extra="onnx")
 
 
 def write(subject: Subject, path: Path, images: Tensor, *, data: DataUsed, wanted: Format) -> CheckRecord:

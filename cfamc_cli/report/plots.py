@@ -8,13 +8,12 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from cfamc_cli.comparison.gather import LeftOut
 from cfamc_cli.comparison.statistics import Figure
 from cfamc_cli.comparison.tables import ComparedTable, Row, Run, exact_number
-from cfamc_cli.errors import CfamcError, invalid, missing_library
+from cfamc_cli.errors import CfamcError, invalid, require_libraries
 from cfamc_cli.recipe.plan import duration
 from cfamc_cli.report.sheets import differing, figure_text
 from cfamc_cli.report.terminal import clean
@@ -242,13 +241,12 @@ def _names(table: ComparedTable, rows: Sequence[Row]) -> list[str]:
 
 
 def require_plots() -> None:
-    """Raise where --plot could not draw at the end.
+    """Raise where nothing can be drawn, before the work that is to be drawn.
 
     Raises:
         CfamcError: Exit 2; matplotlib is missing.
     """
-    if find_spec("matplotlib") is None:
-        raise missing_library("--plot needs matplotlib", extra="plots")
+    require_libraries("matplotlib", by="drawing", extra="plots")
 
 
 def draw(drawn: Sequence[Painter], suffix: str) -> bytes:
@@ -259,11 +257,10 @@ def draw(drawn: Sequence[Painter], suffix: str) -> bytes:
     """
     if not drawn:
         raise invalid("there is nothing to draw")
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure as Canvas
-    except ImportError as error:
-        raise missing_library("pictures need matplotlib", extra="plots") from error
+    require_plots()
+    import matplotlib
+    from matplotlib.figure import Figure as Canvas
+
     columns = min(2, len(drawn))
     lines = -(-len(drawn) // columns)
     with matplotlib.rc_context(_STYLE):
