@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import typer
 from typer import Argument, Option
@@ -43,9 +43,15 @@ SplitOption = Annotated[
     Literal["holdout", "test"] | None,
     Option(help="Training images that the recipe holds out, or test images; the former where there are some."),
 ]
+_RECIPE = Argument(metavar="RECIPE", help="A TOML file, or a shipped recipe's name.", autocompletion=complete.recipes)
 RecipeArgument = Annotated[
     str, Argument(metavar="NAME", help="A recipe's name, or a file.", autocompletion=complete.recipes)
 ]
+
+
+def _settings(such_as: str) -> Any:
+    text = f"Such as {such_as}; repeatable."
+    return Option("--set", metavar="KEY=VALUE", help=text, autocompletion=complete.settings)
 
 
 def _version(wanted: bool) -> None:
@@ -76,19 +82,8 @@ def _need_command(context: typer.Context) -> None:
 
 @app.command()
 def pretrain(
-    recipe: Annotated[
-        Text,
-        Argument(metavar="RECIPE", help="A TOML file, or a shipped recipe's name.", autocompletion=complete.recipes),
-    ] = None,
-    overrides: Annotated[
-        Texts,
-        Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Such as crops.0.count=8, or 4,8,16; repeatable.",
-            autocompletion=complete.settings,
-        ),
-    ] = None,
+    recipe: Annotated[Text, _RECIPE] = None,
+    overrides: Annotated[Texts, _settings("crops.0.count=8, or 4,8,16")] = None,
     seed: Annotated[Number, Option(help="In place of the recipe's seed.")] = None,
     seeds: Annotated[Text, Option(metavar="0,1,2", help="One run per seed.")] = None,
     device: DeviceOption = "auto",
@@ -143,19 +138,8 @@ def pretrain(
 
 @app.command()
 def bench(
-    recipe: Annotated[
-        str,
-        Argument(metavar="RECIPE", help="A TOML file, or a shipped recipe's name.", autocompletion=complete.recipes),
-    ],
-    overrides: Annotated[
-        Texts,
-        Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Such as train.batch_size=50; repeatable.",
-            autocompletion=complete.settings,
-        ),
-    ] = None,
+    recipe: Annotated[str, _RECIPE],
+    overrides: Annotated[Texts, _settings("train.batch_size=50")] = None,
     seconds: Annotated[float, Option(min=0, max=3600, metavar="N", help="Time for each variant of settings.")] = 10.0,
     alone: Annotated[bool, Option("--alone", help="Measure the recipe's own settings, and no others.")] = False,
     attack: Annotated[bool, Option("--attack", help="Measure the recipe's attacks too.")] = False,
@@ -190,12 +174,7 @@ def probe(
     crops: Annotated[Number, Option(metavar="N", help="Crops of an image, for --head crops.")] = None,
     epochs: Annotated[Number, Option(metavar="N", help="How long the head is trained.")] = None,
     protocol: Annotated[Text, Option(metavar="NAME", help="official or converged, for --head linear.")] = None,
-    overrides: Annotated[
-        Texts,
-        Option(
-            "--set", metavar="KEY=VALUE", help="Such as probe.lr=0.001; repeatable.", autocompletion=complete.settings
-        ),
-    ] = None,
+    overrides: Annotated[Texts, _settings("probe.lr=0.001")] = None,
     data: Annotated[
         Texts,
         Option(metavar="NAME|FOLDER", help="Another data set than the one trained on; repeat it for a head each."),
