@@ -381,7 +381,7 @@ TABLE: tuple[Protection, ...] = (
         ),
     ),
     *_of(
-        "Images are opened by formats that run nothing, bounded by their header, and changed data is refused",
+        "Images are opened by formats that run nothing; changed data is refused; nobody trains on what is held out",
         (
             "engine/data/folder.py",
             "Image.open(path, formats=FORMATS)",
@@ -406,9 +406,15 @@ TABLE: tuple[Protection, ...] = (
             "        if False:\n",
             "test_data.py::test_downloads_are_checked",
         ),
+        (
+            "engine/data/sets.py",
+            "        return images.take(left)\n",
+            "        return images\n",
+            "test_holdout.py::test_no_batch_of_training_has_a_held_out_image",
+        ),
     ),
     *_of(
-        "What is not finite is never saved, and the last good checkpoint stays",
+        "What is not finite is never saved, the last good checkpoint stays, an export is compared with the live model",
         (
             "engine/pretrain.py",
             "        self.journal.check_finite(self.encoder, self.average.encoder, step=self.step)\n",
@@ -427,6 +433,12 @@ TABLE: tuple[Protection, ...] = (
             "        if False:\n            raise _bad(folder / MODEL",
             "test_checkpoint.py::test_weights_that_are_not_finite_are_refused",
         ),
+        (
+            "engine/export.py",
+            "        if not torch.allclose(found, wanted, rtol=RTOL, atol=ATOL):\n",
+            "        if False:\n",
+            "test_export.py::test_another_class_nan_and_another_shape_are_differences",
+        ),
     ),
     *_of(
         "Memory that runs out is called so",
@@ -438,7 +450,7 @@ TABLE: tuple[Protection, ...] = (
         ),
     ),
     *_of(
-        "The same seed gives the same bytes, whatever the order or the hash seed",
+        "The same seed gives the same bytes, whatever the order or the hash seed, and an attack leaves no trace",
         (
             "engine/checkpoint.py",
             "tensors[name].detach().cpu().contiguous()",
@@ -450,6 +462,18 @@ TABLE: tuple[Protection, ...] = (
             "json.dumps(settings, sort_keys=True,",
             "json.dumps(settings,",
             "test_outcomes.py::test_the_key_is_that_of_the_settings_in_any_order",
+        ),
+        (
+            "engine/evaluation/verify.py",
+            "torch.random.fork_rng(devices=devices), full_precision(device)",
+            "full_precision(device)",
+            "test_blocks.py::test_the_seed_decides_and_the_callers_random_state_does_not",
+        ),
+        (
+            "engine/evaluation/verify.py",
+            "                part.training = mode\n",
+            "                pass\n",
+            "test_blocks.py::test_an_evaluation_leaves_no_trace",
         ),
     ),
     *_of(
@@ -614,7 +638,13 @@ TABLE: tuple[Protection, ...] = (
             "store/records.py",
             "        if self.sha256 not in (None, self._digest()):\n",
             "        if False:\n",
-            "test_outcomes.py::test_no_flipped_bit_is_taken_for_an_outcome",
+            "test_measures.py::test_samples_that_contradict_themselves_are_left_alone",
+        ),
+        (
+            "store/records.py",
+            "        if _digest(data) != seal[1].decode():\n",
+            "        if False:\n",
+            "test_records.py::test_no_flipped_bit_of_a_record_is_taken_for_its_word",
         ),
         (
             "store/files.py",

@@ -7,6 +7,7 @@ import platform
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ from cfamc_cli.store.files import JsonLines
 from cfamc_cli.store.records import (
     Accuracy,
     AttackRecord,
+    AttackResult,
     Environment,
     Evaluation,
     Failure,
     Outcomes,
     ProbeRecord,
+    ProbeResult,
     RunRecord,
     StageOutcome,
     load_record,
@@ -38,12 +41,64 @@ FAILED = run_record(
     ),
     failure=Failure(message="a", exit_code=3, step=4, loss=float("nan"), gradient_norm=float("inf")),
 )
+UNDER_WAY = Outcomes(
+    n=6,
+    block=4,
+    order_digest="0b",
+    data_fingerprint="f",
+    done=4,
+    clean="0d",
+    stages=(StageOutcome(name="pgd", done=4, robust="05", broken="08", passes=((4, 3),)),),
+    key="aa",
+)
 
 
 @pytest.mark.parametrize("record", [FAILED, probe_record(), attack_record()], ids=lambda record: record.id)
 def test_a_record_comes_back_as_it_was(tmp_path: Path, record: records.Record) -> None:
     records.save_record(tmp_path / "record.json", record)
     assert records.load_record(tmp_path / "record.json", type(record)) == record
+
+
+@pytest.mark.parametrize(
+    ("record", "read"),
+    [
+        (FAILED, RunRecord),
+        (probe_record(), ProbeRecord),
+        (probe_record(), ProbeResult),
+        (attack_record(), AttackResult),
+        (UNDER_WAY, Outcomes),
+    ],
+    ids=lambda part: part.__name__ if isinstance(part, type) else "",
+)
+def test_no_flipped_bit_of_a_record_is_taken_for_its_word(
+    tmp_path: Path, record: records.Record, read: type[records.Record]
+) -> None:
+    path = tmp_path / "record.json"
+    records.save_record(path, record)
+    whole, known = path.read_bytes(), load_record(path, read)
+    with path.open("r+b", buffering=0) as file:
+        for place, byte in enumerate(whole):
+            os.pwrite(file.fileno(), bytes([byte ^ 1 << place % 8]), place)
+            with suppress(CfamcError):
+                assert load_record(path, read) == known, whole[place - 20 : place + 20]
+            os.pwrite(file.fileno(), bytes([byte]), place)
+    assert load_record(path, read) == known
+
+
+def test_a_record_that_was_edited_is_read_once_its_editor_vouches_for_it(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    records.save_record(path, FAILED)
+    content = json.loads(path.read_bytes())
+    path.write_text(json.dumps(content, indent=8))
+    assert load_record(path, RunRecord) == FAILED
+    content["name"] = "another"
+    path.write_text(json.dumps(content))
+    with pytest.raises(CfamcError, match=r"run\.json was changed after it was written") as caught:
+        load_record(path, RunRecord)
+    assert (caught.value.exit_code, "sha256" in caught.value.hint) == (ExitCode.BAD_DATA, True)
+    del content["sha256"]
+    path.write_text(json.dumps(content))
+    assert load_record(path, RunRecord).name == "another"
 
 
 def test_what_is_not_finite_or_no_text_is_stored_as_such(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ class Ledger:
                 "stages": tuple(parts[1:]),
                 "predictions": parts[0] if parts else None,
             }
-        ).sealed()
+        )
 
     def _joined(self, outcomes: list[Outcome]) -> StageOutcome:
         """One stage over its finished blocks, which are the first ones."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -67,25 +68,6 @@ class Record(Part):
     """A record that has a file of its own."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
-
-
-class Sealed(Part):
-    """What work goes on from: it carries a digest of itself, for a changed bit would be counted as an outcome."""
-
-    sha256: Hex | None = None  # of the rest; older versions wrote none
-
-    def sealed(self) -> Self:
-        """The same with its digest."""
-        return self.model_copy(update={"sha256": self._digest()})
-
-    @model_validator(mode="after")
-    def _is_unchanged(self) -> Self:
-        if self.sha256 not in (None, self._digest()):
-            raise ValueError("was changed: the rest is not what this digest is of")
-        return self
-
-    def _digest(self) -> str:
-        return hashlib.sha256(self.model_dump_json(exclude={"sha256"}).encode()).hexdigest()
 
 
 R = TypeVar("R", bound=BaseModel)
@@ -512,8 +494,10 @@ class StageTime(Part):
     seconds: Seconds
 
 
-class Outcomes(Record, Sealed):
+class Outcomes(Record):
     """attacks/<id>/outcomes.json: per-sample outcomes, complete or under way."""
+
+    sha256: Hex | None = Field(default=None, exclude=True)  # a version before records had one sealed these alone
 
     n: Count  # samples to evaluate
     block: Annotated[int, Field(ge=1)]  # samples of one block; blocks are committed whole
@@ -581,13 +565,27 @@ class MeasureHeader(Record):
     key: Hex  # as of `Outcomes`
 
 
-class MeasuredBlock(Sealed):
+class MeasuredBlock(Part):
     """A line of samples.jsonl: what was measured of the samples of one block, in their order."""
 
+    sha256: Hex | None = None  # of the rest; older versions wrote none
     block: Count
     columns: dict[str, tuple[float | None, ...]]  # None where there is no number
     forward: Count
     backward: Count
+
+    def sealed(self) -> Self:
+        """The same with its digest."""
+        return self.model_copy(update={"sha256": self._digest()})
+
+    @model_validator(mode="after")
+    def _is_unchanged(self) -> Self:
+        if self.sha256 not in (None, self._digest()):
+            raise ValueError("was changed: the rest is not what this digest is of")
+        return self
+
+    def _digest(self) -> str:
+        return hashlib.sha256(self.model_dump_json(exclude={"sha256"}).encode()).hexdigest()
 
 
 class Spread(Part):
@@ -954,14 +952,27 @@ def now() -> datetime:
     return datetime.now(UTC).replace(microsecond=0)
 
 
+_SEAL = re.compile(rb',\s*"sha256":\s*"([0-9a-f]{64})"\s*\}\s*\Z')  # the last key of a record
+
+
+def _digest(record: bytes) -> str:
+    """SHA-256 of a record as JSON, however an editor lays it out."""
+    return hashlib.sha256(record.translate(None, b" \t\r\n")).hexdigest()
+
+
 def load_record(path: Path | str, model: type[R]) -> R:
     """Read a record, or a recipe as it was resolved.
 
     Raises:
-        CfamcError: Exit 1; the file is missing or cannot be read. Exit 4; it does not hold such a record: one line
-            that names file and field.
+        CfamcError: Exit 1; the file is missing or cannot be read. Exit 4; it does not hold such a record, or was
+            changed since it was written: one line that names file and field.
     """
     data = read_bytes(path)
+    if seal := _SEAL.search(data, max(0, len(data) - 200)):  # older versions wrote none
+        data = data[: seal.start()] + b"}"
+        if _digest(data) != seal[1].decode():
+            changed = f"{path} was changed after it was written: the rest of it is not what its sha256 is of"
+            raise bad_data(changed, "bring it back as it was; without its last key, sha256, it is read as it stands")
     try:
         return model.model_validate_json(data)
     except ValidationError as error:
@@ -992,7 +1003,7 @@ def _unfit(error: ValidationError, what: str) -> CfamcError:
 
 
 def save_record(path: Path, record: Record) -> None:
-    """Write a record whole; one that could not be read back is never written.
+    """Write a record whole, with a digest of itself; one that could not be read back is never written.
 
     Raises:
         ValueError: The record breaks its own schema, as a careless `model_copy` can.
@@ -1001,7 +1012,7 @@ def save_record(path: Path, record: Record) -> None:
     value = _storable(record.model_dump(mode="json", warnings="none"))
     data = json.dumps(value, indent=2, allow_nan=False).encode()
     type(record).model_validate_json(data)
-    write_bytes(path, data + b"\n")
+    write_bytes(path, data[:-2] + f',\n  "sha256": "{_digest(data)}"\n}}\n'.encode())
 
 
 def _storable(value: object) -> object:
