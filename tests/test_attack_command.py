@@ -122,7 +122,7 @@ def kept(store: Path, item: str = "pgd-001") -> tuple[bytes, dict[str, Any]]:
     """The bytes of the outcomes, and the record without its times."""
     folder = the_run(store).attacks / item
     record = json.loads((folder / "record.json").read_bytes())
-    for key in ("created", "wall_seconds", "environment"):  # the revision of a checkout may change meanwhile
+    for key in ("created", "wall_seconds", "environment", "sha256"):  # the revision of a checkout may change meanwhile
         del record[key]
     for stage in record["stages"]:
         del stage["wall_seconds"]

@@ -41,6 +41,7 @@ def only_run(folder: Path) -> Path:
 def record(run: Path) -> dict[str, Any]:
     value = json.loads((run / "run.json").read_text())
     assert isinstance(value, dict)
+    assert value.popitem()[0] == "sha256"  # of the rest, in the file alone
     return value
 
 

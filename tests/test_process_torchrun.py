@@ -217,14 +217,14 @@ def of_attack(run: Path) -> dict[str, object]:
     record = json.loads((folder / "record.json").read_text())
     for part in (record, *record["stages"]):
         del part["wall_seconds"]
-    del record["created"], record["environment"]["computation"]["processes"]
+    del record["created"], record["sha256"], record["environment"]["computation"]["processes"]
     files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in ("timing.jsonl", "lock")}
     return files | {"record.json": record}
 
 
 def of_probe(run: Path, name: str) -> tuple[dict[str, object], bytes]:
     record = json.loads((run / "probes" / name / "record.json").read_text())
-    del record["created"], record["wall_seconds"], record["environment"]["computation"]["processes"]
+    del record["created"], record["wall_seconds"], record["sha256"], record["environment"]["computation"]["processes"]
     return record, (run / "probes" / name / "head.safetensors").read_bytes()
 
 

@@ -241,7 +241,8 @@ def test_a_head_for_each_data_set(store: Path, cfamc: Cfamc) -> None:
     assert [record["id"] for record in told] == ["linear-002", "linear-003"]
     assert [record["data"]["root"] for record in told] == roots
     assert [len(record["classes"]) for record in told] == [3, 2]
-    assert told == [json.loads((run.probes / record["id"] / "record.json").read_bytes()) for record in told]
+    kept = [load_record(run.probes / record["id"] / "record.json", ProbeRecord) for record in told]
+    assert told == [record.model_dump(mode="json") for record in kept]
     code, _, err = cfamc("probe", run.id, "--data", roots[0], "--data", roots[0])
     assert (code, "given twice" in err) == (2, True)
     code, out, _ = cfamc("probe", run.id, "--data", roots[0], "--json")
