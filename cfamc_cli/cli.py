@@ -197,6 +197,9 @@ def probe(
     network: Annotated[
         Text, Option(metavar="TEXT", help="Of --import: which of several networks, by a part of its names.")
     ] = None,
+    stem: Annotated[
+        Text, Option(metavar="NAME", help="Of --import: cifar, cifar-padded (solo-learn) or cifar-linear (lightly).")
+    ] = None,
     architecture: Annotated[
         Text, Option(metavar="timm:NAME", help="Of --import: a network of timm, such as timm:resnet26,output_stride=8.")
     ] = None,
@@ -226,12 +229,12 @@ def probe(
     )
     options = Options(device=device, runs=runs, quiet=quiet, as_json=json)
     reading = {"mean": mean, "std": std, "size": size, "batch_norm": batch_norm, "network": network}
-    reading |= {"architecture": architecture}
+    reading |= {"stem": stem, "architecture": architecture}
     if foreign is None and (
         idle := [f"--{key.replace('_', '-')}" for key, value in reading.items() if value is not None]
     ):
         raise invalid(f"{', '.join(idle)} would have no effect without --import", "leave out what is of --import")
-    imported = None if foreign is None else Import(foreign, mean, std, size, batch_norm, network, architecture)
+    imported = None if foreign is None else Import(foreign, mean, std, size, batch_norm, network, stem, architecture)
     fit(run, request=request, foreign=imported, resume=resume, options=options)
 
 
@@ -267,7 +270,12 @@ def attack(
     corruptions: Annotated[
         File, Option(metavar="FOLDER", help="Published corruptions, such as CIFAR-10-C; else a set of cfamc's own.")
     ] = None,
-    limit: Annotated[Number, Option(min=1, metavar="N", help="Attack the first N images of a balanced order.")] = None,
+    limit: Annotated[
+        Number,
+        Option(
+            min=1, metavar="N", help="The first N images of a balanced order; raised, the last N % 250 are made again."
+        ),
+    ] = None,
     split: SplitOption = None,
     head: Annotated[
         Text,

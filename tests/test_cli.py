@@ -29,7 +29,7 @@ SURFACE = {
     ),
     "cfamc probe": (
         "RUN --architecture --batch-norm --crops --data --device --epochs --features --head --import --json --limit "
-        "--mean --network --protocol --quiet/-q --resume --runs --set --size --split --std"
+        "--mean --network --protocol --quiet/-q --resume --runs --set --size --split --std --stem"
     ),
     "cfamc attack": (
         "RUN --alpha --attack --audit --corruptions --data --device --eps --head --json --limit --n --n0 --norm --plot "

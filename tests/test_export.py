@@ -193,6 +193,8 @@ def run_card(folder: Path, monkeypatch: pytest.MonkeyPatch, images: Any = IMAGES
         ("resnet18", "cifar", 64),
         ("resnet18", "cifar", 16),
         ("resnet18", "imagenet", 16),
+        ("resnet18", "cifar-padded", 16),
+        ("resnet18", "cifar-linear", 4),
         ("resnet34", "cifar", 4),
         ("resnet50", "imagenet", 4),
         pytest.param("resnet34", "imagenet", 64, marks=pytest.mark.slow),

@@ -149,16 +149,42 @@ def test_a_single_branch_is_no_choice(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kept", [(0, 1, 2, 3, 4, 5, 6, 7), (0, 1, 2, 4, 5, 6, 7), (0, 1, 4, 5, 6, 7)])
 @torch.no_grad()
 def test_numbered_layers_are_those_of_a_sequential(tmp_path: Path, kept: tuple[int, ...]) -> None:
-    """As of lightly: ReLU and pooling may have been modules among them, or not."""
-    theirs = torchvision_network("resnet18", "cifar")
-    children = list(theirs.children())
+    """As of lightly: ReLU and pooling may have been modules among them, or not; without a module there is no ReLU."""
+    children = list(torchvision_network("resnet18", "cifar").children())
     numbered = nn.Sequential(*(children[place] for place in kept))
-    state = {"backbone": numbered.state_dict(), "projection_head": {"layers.0.weight": torch.zeros(2, 2)}}
+    state = {"backbone": numbered.state_dict(), "classifier.weight": torch.zeros(2, 2)}
     found = read(tmp_path, state)
-    theirs.fc = nn.Identity()
-    torch.testing.assert_close(features(found), theirs(X), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(features(found), numbered(X).mean((2, 3)), rtol=1e-5, atol=1e-5)
     assert found.last is None
-    assert "left out, for they are no part of the encoder: projection_head.layers" in found.notes
+    assert "left out, for they are no part of the encoder: classifier.weight" in found.notes
+    bare = len(kept) == 6
+    assert found.model.stem == ("cifar-linear" if bare else "cifar")
+    assert any("no ReLU among its numbered layers" in note for note in found.notes) == bare
+    assert read(tmp_path, state, stem="cifar").model.stem == "cifar"
+
+
+@torch.no_grad()
+def test_the_padding_of_solo_learn_s_stem_is_asked_for(tmp_path: Path) -> None:
+    theirs = torchvision_network("resnet18", "cifar")
+    theirs.fc = nn.Identity()
+    state = {f"backbone.{key}": value for key, value in theirs.state_dict().items()}
+    state |= {"classifier.weight": torch.ones(2, 512), "classifier.bias": torch.ones(2)}
+    assert "whether its first one pads as solo-learn's" in refused(tmp_path, {"state_dict": state}, code=2)
+    torch.testing.assert_close(
+        features(read(tmp_path, {"state_dict": state}, stem="cifar")), theirs(X), rtol=1e-5, atol=1e-5
+    )
+    assert isinstance(theirs.conv1, nn.Conv2d)
+    theirs.conv1.padding = (2, 2)
+    found = read(tmp_path, {"state_dict": state}, stem="cifar-padded")
+    torch.testing.assert_close(features(found), theirs(X), rtol=1e-5, atol=1e-5)
+    assert found.last is not None
+
+
+def test_a_stem_that_is_none_is_refused(tmp_path: Path) -> None:
+    small, large = (torchvision_network("resnet18", stem).state_dict() for stem in ("cifar", "imagenet"))
+    assert "'imagenet' is none of cifar, cifar-padded" in refused(tmp_path, small, code=2, stem="imagenet")
+    assert "its first convolution" not in refused(tmp_path, small, code=2, stem="none")
+    assert refused(tmp_path, large, code=2, stem="cifar").endswith("is 7x7")
 
 
 @torch.no_grad()
@@ -172,13 +198,13 @@ def test_of_solo_learn_s_networks_the_one_that_learns_is_read(tmp_path: Path) ->
         | {f"backbone.{key}": value for key, value in backbone.items()}
         | classifier
     )
-    found = read(tmp_path, {"state_dict": state, "global_step": 9})
+    found = read(tmp_path, {"state_dict": state, "global_step": 9}, stem="cifar")
     torch.testing.assert_close(features(found), theirs.features(X), rtol=1e-5, atol=1e-5)
     assert found.last is not None
     assert found.last.name == "state_dict.classifier"
     assert torch.equal(found.last.head.bias, theirs.linear.bias.float())
     assert found.notes[0] == "of several networks state_dict.backbone. is read, not state_dict.momentum_backbone."
-    momentum = read(tmp_path, {"state_dict": state}, network="momentum")
+    momentum = read(tmp_path, {"state_dict": state}, network="momentum", stem="cifar")
     torch.testing.assert_close(features(momentum), other.double().eval().features(X), rtol=1e-5, atol=1e-5)
 
 

@@ -15,7 +15,7 @@ from cfamc_cli.engine.encoder import Encoder
 from cfamc_cli.errors import CfamcError, ExitCode
 from cfamc_cli.recipe import file
 from cfamc_cli.recipe.plan import Plan, activations_per_view, flops_per_view, parameter_counts, plan
-from cfamc_cli.recipe.schema import Model, Recipe
+from cfamc_cli.recipe.schema import Model, Recipe, Stem
 
 Backbone = Literal["resnet18", "resnet34", "resnet50"]
 BACKBONES: tuple[Backbone, ...] = get_args(Backbone)
@@ -36,7 +36,7 @@ def test_backbone_has_torchvisions_parameters(backbone: Backbone) -> None:
 @pytest.mark.parametrize(
     ("backbone", "stem", "width"), [*itertools.product(BACKBONES, ("cifar", "imagenet"), (3, 16, 64))]
 )
-def test_parameters_equal_the_modules(backbone: Backbone, stem: Literal["cifar", "imagenet"], width: int) -> None:
+def test_parameters_equal_the_modules(backbone: Backbone, stem: Stem, width: int) -> None:
     model = Model(backbone=backbone, stem=stem, width=width, hidden_dim=96, embedding_dim=40)
     with torch.device("meta"):
         encoder = Encoder(model)
@@ -59,9 +59,11 @@ def test_a_network_that_resizes_costs_what_it_sees() -> None:
         ("resnet34", "imagenet", 64),
         ("resnet50", "cifar", 33),
         ("resnet50", "imagenet", 64),
+        ("resnet18", "cifar-padded", 9),
+        ("resnet18", "cifar-linear", 9),
     ],
 )
-def test_flops_equal_torchs_own_count(backbone: Backbone, stem: Literal["cifar", "imagenet"], size: int) -> None:
+def test_flops_equal_torchs_own_count(backbone: Backbone, stem: Stem, size: int) -> None:
     model = Model(backbone=backbone, stem=stem, width=8, hidden_dim=64, embedding_dim=32)
     with torch.device("meta"):
         encoder = Encoder(model)
@@ -72,9 +74,16 @@ def test_flops_equal_torchs_own_count(backbone: Backbone, stem: Literal["cifar",
 
 
 @pytest.mark.parametrize(
-    ("backbone", "stem", "size"), [("resnet18", "cifar", 16), ("resnet18", "imagenet", 33), ("resnet50", "cifar", 9)]
+    ("backbone", "stem", "size"),
+    [
+        ("resnet18", "cifar", 16),
+        ("resnet18", "imagenet", 33),
+        ("resnet50", "cifar", 9),
+        ("resnet18", "cifar-padded", 9),
+        ("resnet18", "cifar-linear", 9),
+    ],
 )
-def test_activations_are_what_autograd_keeps(backbone: Backbone, stem: Literal["cifar", "imagenet"], size: int) -> None:
+def test_activations_are_what_autograd_keeps(backbone: Backbone, stem: Stem, size: int) -> None:
     model, views = Model(backbone=backbone, stem=stem, width=8, hidden_dim=64, embedding_dim=32), 2
     kept: dict[int, int] = {}
     with torch.device("meta"):

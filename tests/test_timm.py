@@ -489,7 +489,7 @@ def test_a_classifier_of_timm_becomes_a_run_with_its_last_layer_as_a_head(work: 
             "--architecture 'timm:resnet18,in_chans=3': \"in_chans\"",
         ),
         (["--architecture", "timm:resnt18"], f"model.backbone: timm {timm.__version__} knows no resnt18"),
-        (["--architecture", told(RESNET), "--network", "a"], "--network has no effect beside --architecture"),
+        (["--architecture", told(RESNET), "--network", "a"], "--network would have no effect beside --architecture"),
         (["--architecture", told(VIT)], "net.safetensors: no timm:vit_tiny_patch16_224: it holds"),
         (["--architecture", "timm:resnet18"], "net.safetensors: another architecture: lacks"),
     ],

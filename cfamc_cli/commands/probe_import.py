@@ -31,6 +31,12 @@ NORMALIZATIONS = {
     "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
+_STEMS = {
+    "cifar": "3x3 stem of stride 1 and padding 1 without pooling",
+    "cifar-padded": "3x3 stem of stride 1 and padding 2 without pooling",
+    "cifar-linear": "3x3 stem of stride 1 and padding 1 without ReLU and pooling",
+    "imagenet": "7x7 stem",
+}
 _SMALL = 64  # pixels of a side: images that an ImageNet stem makes next to nothing of
 
 
@@ -44,6 +50,7 @@ class Import:
     size: int | None = None  # pixels of a side that the network expects
     batch_norm: str | None = None
     network: str | None = None
+    stem: str | None = None
     architecture: str | None = None  # timm:NAME, with options behind it
 
     def reading(self) -> Reading:
@@ -54,7 +61,7 @@ class Import:
         """
         from cfamc_cli.engine.heads.imported import Reading
 
-        return Reading(_normalize(self.mean, self.std), self.size, self.batch_norm, self.network)
+        return Reading(_normalize(self.mean, self.std), self.size, self.batch_norm, self.network, self.stem)
 
 
 def _architecture(text: str) -> Model:
@@ -161,8 +168,7 @@ def import_run(asked: Import, data: Mapping[str, object], working: Session) -> t
     checkpoint.save(run.checkpoints, 0, Checkpoint(foreign.encoder.state_dict(), {}, progress))
     totals = Totals(steps=0, view_passes=0, parameters=checkpoint.count_parameters(foreign.encoder))
     save_record(run.run_json, record.model_copy(update={"status": "finished", "totals": totals, "imported": str(path)}))
-    shape = "3x3 stem of stride 1 without pooling" if model.stem == "cifar" else "7x7 stem"
-    shape = str(model.options) if model.timm else f"{shape}, width {model.width}"
+    shape = str(model.options) if model.timm else f"{_STEMS[model.stem]}, width {model.width}"
     talk.message(f"imported {path} as {run.id}: {model.backbone}, {shape}")
     for text in foreign.notes:
         talk.message(text)
@@ -179,7 +185,7 @@ def _crop_size(model: Model) -> int:
     if model.timm is not None and model.input_size is None:
         size = model.options.get("img_size", 224)
         return size if isinstance(size, int) else 224
-    return 32 if model.stem == "cifar" or model.input_size else 224
+    return 32 if model.stem != "imagenet" or model.input_size else 224
 
 
 def _suspect(foreign: Foreign, recipe: Recipe, working: Session) -> None:
@@ -193,7 +199,7 @@ def _suspect(foreign: Foreign, recipe: Recipe, working: Session) -> None:
         talk.warning(f"an ImageNet stem reads images of {pixels} pixels: was it trained on larger ones? say --size 224")
     if model.normalize is not None:
         return
-    known = dataset if dataset in NORMALIZATIONS and model.stem == "cifar" else "imagenet"
+    known = dataset if dataset in NORMALIZATIONS and model.stem != "imagenet" else "imagenet"
     mean, std = NORMALIZATIONS[known]
     talk.message(
         "pixels reach the network in [0, 1] as they are; one that was trained on others needs --mean and --std"

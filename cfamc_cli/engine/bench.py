@@ -380,7 +380,7 @@ def _peak(recipe: Recipe, device: torch.device, precision: Precision) -> PeakRat
     large = device.type == "cuda"
     side, images = (8192, 1024) if large else (1024, 64)
     channels = 2 * recipe.model.width
-    pixels = max(4, recipe.crops[0].size // (2 if recipe.model.stem == "cifar" else 8))
+    pixels = max(4, recipe.crops[0].size // (8 if recipe.model.stem == "imagenet" else 2))
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     last = torch.channels_last
     x = torch.randn(images, channels, pixels, pixels, device=device, dtype=dtype).to(memory_format=last)

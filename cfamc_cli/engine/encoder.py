@@ -90,6 +90,7 @@ class ResNet(nn.Module):
     """A ResNet without its classifier: (N, 3, S, S) in [0, 1] to (N, F) features.
 
     The "cifar" stem is a 3x3 convolution of stride 1 without pooling; "imagenet" is 7x7, stride 2, then max-pooling.
+    Two that others train: "cifar-padded" pads by 2 instead of 1, "cifar-linear" has no ReLU behind its batch norm.
 
     Attributes:
         memory: "recompute" keeps of each block only what goes into it while training, and makes the rest again in the
@@ -101,13 +102,14 @@ class ResNet(nn.Module):
     def __init__(self, backbone: str, *, stem: str, width: int) -> None:
         super().__init__()
         block = Bottleneck if backbone == "resnet50" else BasicBlock
-        if stem == "cifar":
-            self.conv1 = nn.Conv2d(3, width, 3, 1, 1, bias=False)
-            self.maxpool: nn.Module = nn.Identity()
-        else:
+        if stem == "imagenet":
             self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
-            self.maxpool = nn.MaxPool2d(3, 2, 1)
+            self.maxpool: nn.Module = nn.MaxPool2d(3, 2, 1)
+        else:
+            self.conv1 = nn.Conv2d(3, width, 3, 1, 2 if stem == "cifar-padded" else 1, bias=False)
+            self.maxpool = nn.Identity()
         self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.Identity() if stem == "cifar-linear" else nn.ReLU(inplace=True)
         inputs = width
         for stage, depth in enumerate(DEPTHS[backbone]):
             blocks = []
@@ -134,7 +136,7 @@ class ResNet(nn.Module):
         return x.mean((2, 3))
 
     def _stem(self, x: Tensor) -> Tensor:
-        pooled: Tensor = self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True))
+        pooled: Tensor = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         return pooled
 
 

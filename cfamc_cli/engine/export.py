@@ -288,10 +288,13 @@ def torchvision_backbone(model: Model) -> nn.Module:
 
     net: Any = getattr(torchvision.models, model.backbone)(weights=None)
     width, block = model.width, type(net.layer1[0])
-    if model.stem == "cifar":
-        net.conv1, net.maxpool = nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.Identity()
-    else:
+    if model.stem == "imagenet":
         net.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
+    else:
+        padding = 2 if model.stem == "cifar-padded" else 1
+        net.conv1, net.maxpool = nn.Conv2d(3, width, 3, 1, padding, bias=False), nn.Identity()
+    if model.stem == "cifar-linear":
+        net.relu = nn.Identity()  # each block has its own
     net.inplanes, net.bn1 = width, nn.BatchNorm2d(width)  # the constructor knows no width but 64
     for stage, depth in enumerate(DEPTHS[model.backbone]):
         setattr(net, f"layer{stage + 1}", net._make_layer(block, width * 2**stage, depth, stride=2 if stage else 1))

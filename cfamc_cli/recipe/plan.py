@@ -228,12 +228,12 @@ class _Block(NamedTuple):
 def _blocks(model: Model, *, size: int) -> Iterator[_Block]:
     """The stem and the blocks for crops of `size` pixels, in order."""
     size = model.input_size or size
-    if model.stem == "cifar":
-        side = size
-        yield _Block((_Conv(3, model.width, 3, side),), shortcut=False)
-    else:
+    if model.stem == "imagenet":
         side = _halved(_halved(size))  # max-pooling, kernel 3, stride 2
         yield _Block((_Conv(3, model.width, 7, _halved(size)),), shortcut=False, pooled=model.width * side**2)
+    else:
+        side = size + 2 if model.stem == "cifar-padded" else size
+        yield _Block((_Conv(3, model.width, 3, side),), shortcut=False)
     inputs = model.width
     for stage, depth in enumerate(DEPTHS[model.backbone]):
         width = model.width * 2**stage

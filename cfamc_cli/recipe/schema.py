@@ -174,6 +174,7 @@ def _no_number(value: object) -> object:
 Norm = Literal["linf", "l2"]  # how the length of a perturbation is measured
 SearchPrecision = Literal["float32", "tf32"]
 Features = Literal["pre_feature", "backbone"]  # what a head reads
+Stem = Literal["cifar", "imagenet", "cifar-padded", "cifar-linear"]  # the first layers of a ResNet
 Judged = Literal["holdout", "test"]  # the images that results are measured on
 Split = Literal["train"] | Judged
 # in units of the range of pixels, which is [0, 1]: text such as "8/255", or 0.03
@@ -329,8 +330,9 @@ class Model(Table):
     """
 
     backbone: Annotated[str, AfterValidator(_backbone)] = "resnet18"  # resnet18, resnet34, resnet50 or timm:NAME
-    # 3x3 of stride 1 without pooling, or 7x7 of stride 2 and max-pooling.
-    stem: Literal["cifar", "imagenet"] = "cifar"
+    # 3x3 of stride 1 without pooling, and the same padded by 2 (solo-learn's) or without ReLU (lightly's), or imagenet:
+    # 7x7 of stride 2 and max-pooling.
+    stem: Stem = "cifar"
     width: Annotated[int, Field(ge=1, le=512)] = 64  # channels of the first stage
     # What timm is told beside the name, such as img_size and patch_size of a vision transformer.
     options: Annotated[dict[str, Any], AfterValidator(_options), Later()] = {}

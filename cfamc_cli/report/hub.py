@@ -84,7 +84,7 @@ def timm_name(made: ExportRecord, model: Model) -> str | None:
         return model.timm
     if model.stem == "cifar":
         return f"{model.backbone}_cifar" if model.width % 2 == 0 else None
-    return model.backbone if model.width == _WIDTH else None
+    return model.backbone if model.stem == "imagenet" and model.width == _WIDTH else None
 
 
 def config(made: ExportRecord, model: Model, known: Mapping[str, object]) -> dict[str, object]:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import torch
 from pydantic import ValidationError
@@ -28,7 +29,7 @@ from cfamc_cli.engine.heads.frozen import extract_features, predict, weighted_kn
 from cfamc_cli.engine.randomness import addressed_generator, balanced_order
 from cfamc_cli.errors import bad_data, invalid
 from cfamc_cli.recipe.plan import parameter_counts
-from cfamc_cli.recipe.schema import DEPTHS, Features, Model, Normalize
+from cfamc_cli.recipe.schema import DEPTHS, Features, Model, Normalize, Stem
 
 _RENAMED = (  # in this order, wherever in a name they stand
     (r"\.bn_list\.(\d+\.)?", "."),  # ACL, DynACL and AdvCL: batch norms by branch; one of the branches is left by then
@@ -45,6 +46,7 @@ _NORMALIZED = (  # buffers of mean and std: ACL and DynACL, MadryLab's robustnes
     *(("mu", "sigma"), ("mean", "std"), ("input.mean", "input.std")),
 )
 _SECOND = re.compile(r"momentum|ema\b|ema_|_k\.|target|teacher|attacker")  # a network that follows another one
+_SMALL_STEMS = tuple(stem for stem in get_args(Stem) if stem != "imagenet")  # whose weights have one shape
 _STAGE = re.compile(r"layer([1-4])\.(\d+)\.conv1\.weight")
 _KNOWN = f"known are {', '.join(DEPTHS)} in the names of torchvision, kuangliu, ACL, lightly and CF-AMC-SSL"
 _LISTED = 8  # names that one line has
@@ -62,6 +64,7 @@ class Reading:
     input_size: int | None = None  # pixels of a side that it expects; None for images as they are
     batch_norm: str | None = None  # which branch of several batch norms: its place, or its name in `BRANCHES`
     network: str | None = None  # which of several networks: a part of its names
+    stem: str | None = None  # which of those that shapes do not tell
 
 
 @dataclass(frozen=True)
@@ -114,10 +117,11 @@ def read_foreign(path: Path, reading: Reading | None = None) -> Foreign:
     hidden = rows("pre_feature.0.weight")
     embedding = rows("projector.3.weight") if hidden else 0
     normalize, said = _normalization(tensors, (root, above), reading)
+    stem, stem_notes = _stem(path, found, above, reading.stem)
     model = _model(
         path,
         _architecture(path, {key.removeprefix(root): value for key, value in tensors.items()})
-        | {"hidden_dim": hidden or _NONE, "embedding_dim": embedding or _NONE, "normalize": normalize}
+        | {"stem": stem, "hidden_dim": hidden or _NONE, "embedding_dim": embedding or _NONE, "normalize": normalize}
         | {"input_size": reading.input_size or _exported_size(tensors.get(f"{above}input.size"))},
         numbers=sum(tensor.numel() for tensor in tensors.values()),
     )
@@ -129,7 +133,7 @@ def read_foreign(path: Path, reading: Reading | None = None) -> Foreign:
     if last is not None:
         used |= {f"{last.name}.weight", f"{last.name}.bias"}
 
-    notes = [*found.notes]
+    notes = [*found.notes, *stem_notes]
     if said:
         origin = "as the file has it" if reading.normalize is None else f"in place of the file's own {said[0]}"
         assert model.normalize is not None, "the file has one"
@@ -304,18 +308,37 @@ def _last_layer(
     return None
 
 
-def _architecture(path: Path, backbone: Mapping[str, Tensor]) -> dict[str, object]:
-    """What [model] says of the backbone."""
-    first = backbone["conv1.weight"]
+def _stem(path: Path, found: _Named, above: str, asked: str | None) -> tuple[str, list[str]]:
+    """What the first layers are, and what to say of it: shapes tell neither padding nor ReLU."""
+    first = found.tensors[f"{found.root}conv1.weight"]
     if first.dim() != 4 or first.shape[1] != 3 or first.shape[2] not in (3, 7):
         cause = f"its first convolution is {tuple(first.shape)}; known are 3x3 and 7x7 on 3 channels"
         raise bad_data(f"{path}: {cause}", _KNOWN)
+    if first.shape[2] == 7:
+        if asked is not None:
+            raise invalid(f"--stem has no effect: the first convolution of {path} is 7x7", "leave it out")
+        return "imagenet", []
+    numbered = re.search(r"\b(\d)\.0\.conv1\.weight$", found.theirs[f"{found.root}layer1.0.conv1.weight"])
+    if asked is not None:
+        if asked not in _SMALL_STEMS:
+            raise invalid(f"--stem {asked!r:.40} is none of {', '.join(_SMALL_STEMS)}", "such as: --stem cifar-padded")
+        return asked, []
+    if numbered and numbered[1] == "2":
+        return "cifar-linear", ["there is no ReLU among its numbered layers before the first block, as in lightly's"]
+    if not numbered and found.root != above and f"{above}classifier.weight" in found.tensors:
+        cause = "its layers have solo-learn's names, and nothing says whether its first one pads as solo-learn's"
+        raise invalid(f"{path}: {cause}", "--stem cifar-padded for a network of solo-learn, --stem cifar for others")
+    return "cifar", []
+
+
+def _architecture(path: Path, backbone: Mapping[str, Tensor]) -> dict[str, object]:
+    """What [model] says of the backbone."""
     stages = [found[1] for key in backbone if (found := _STAGE.fullmatch(key))]
     depths = tuple(stages.count(stage) for stage in "1234")
     bottlenecks = "layer1.0.conv3.weight" in backbone
     for name, known in DEPTHS.items():
         if depths == known and bottlenecks == (name == "resnet50"):
-            return {"backbone": name, "stem": "cifar" if first.shape[2] == 3 else "imagenet", "width": len(first)}
+            return {"backbone": name, "width": len(backbone["conv1.weight"])}
     block = "bottleneck" if bottlenecks else "basic"
     shape = "-".join(map(str, depths))
     raise bad_data(f"{path}: {block} blocks {shape} are no network that is known: {', '.join(DEPTHS)}", _KNOWN)

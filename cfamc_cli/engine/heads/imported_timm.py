@@ -33,9 +33,9 @@ def read_timm(path: Path, architecture: Model, reading: Reading) -> Foreign:
         CfamcError: Exit 4; it cannot be read, or is another network. Exit 2; timm cannot make it, or `reading` asks
             for a choice that there is not.
     """
-    if reading.batch_norm is not None or reading.network is not None:
-        flag = "--batch-norm" if reading.batch_norm is not None else "--network"
-        raise invalid(f"{flag} has no effect beside --architecture", "leave it out")
+    asked = {"--batch-norm": reading.batch_norm, "--network": reading.network, "--stem": reading.stem}
+    if idle := [flag for flag, value in asked.items() if value is not None]:
+        raise invalid(f"{', '.join(idle)} would have no effect beside --architecture", "leave it out")
     tensors = read_foreign_file(path)
     above = {key.removeprefix(_ABOVE): value for key, value in tensors.items() if key.startswith(_ABOVE)}
     sizes = {"hidden_dim": len(above["0.weight"])} if "0.weight" in above else {}
