@@ -68,7 +68,7 @@ DIGESTS = {
     "cifar10-fast": "36894c7adf6b82db72c5c5793c900f798ed4e627c86313f69346c400679976d6",
     "cifar10-laptop": "b5e221a04b77438e2d6f37886f8b1835e66e9b9cb22e15713d1a14c13e7f0e6d",
     "cifar10-laptop-fast": "58d5d6fe62de94a07d9b1a6de6b068c769c78fe4f1c42d12d6aa74a8bf8c5d95",
-    "cifar10-laptop-strong": "de827b7a09a912951965b284db2accb43fbee9f013d0484d28067aa982bbe161",
+    "cifar10-laptop-strong": "2ca2d485180bde20d936cd9a852e6129f2fba0083ef7a098a3e4aee7dff9515f",
     "cifar10-simclr-clean": "6e23640a8749cb52868a7bc9e48cf25f96756564064bb9d25d5ef3cf0132fc9e",
     "cifar10-simclr-crop-free": "b3f3b4f650e8b312fcdf08b56771d8729f98395593047b46b54bef1ebc0c8e35",
     "cifar10-simclr-crop-pgd": "b6dac6571f36d3299850e369d2bda6dd43d5055592a56bf5e1fbfb1ea84af04c",
