@@ -545,7 +545,7 @@ def test_the_audit_is_added_to_a_finished_evaluation(
 def test_examples_are_drawn_and_survive_a_cut(attack: Attack, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = (*PGD, "--save-examples", "7")
     code, _, err = attack(*wanted)
-    assert code == 0
+    assert code == 0, err
     assert "examples" in err
     folder = the_run(store).attacks / "pgd-001"
     sheet = (folder / "examples.png").read_bytes()
@@ -555,13 +555,17 @@ def test_examples_are_drawn_and_survive_a_cut(attack: Attack, store: Path, monke
     shutil.rmtree(the_run(store).attacks)
     with monkeypatch.context() as patch:
         cut_after(patch, 4, how=lambda: os.kill(os.getpid(), signal.SIGINT))
-        assert attack(*wanted)[0] == ExitCode.INTERRUPTED
-    attack(*wanted)
+        code, _, err = attack(*wanted)
+        assert code == ExitCode.INTERRUPTED, err
+    code, _, err = attack(*wanted)
+    assert code == 0, err
     assert (folder / "examples.png").read_bytes() == sheet
     shutil.rmtree(the_run(store).attacks)
-    attack(*PGD)
+    code, _, err = attack(*PGD)
+    assert code == 0, err
     outcomes = (folder / "outcomes.json").read_bytes()
-    attack(*wanted)  # they were not kept, and are made again
+    code, _, err = attack(*wanted)  # they were not kept, and are made again
+    assert code == 0, err
     assert (folder / "examples.png").read_bytes() == sheet
     assert (folder / "outcomes.json").read_bytes() == outcomes
 

@@ -178,12 +178,17 @@ def test_a_file_size_limit_is_named(tmp_path: Path) -> None:
     assert names(tmp_path) == ["a"]
 
 
-def test_a_full_disk_is_named(tmp_path: Path) -> None:
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = files.JsonLines(tmp_path / "a")
     descriptor = os.open("/dev/full", os.O_WRONLY)
     os.dup2(descriptor, lines._descriptor)
     os.close(descriptor)
     with pytest.raises(CfamcError, match=r"no space left on device \(8 bytes needed, [\d,]+ bytes free\)"):
+        lines.append({"a": 1})
+    found = list(os.statvfs(tmp_path))
+    found[1], found[4], found[7] = 4096, 2, 0  # frsize, bavail, favail
+    monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result(found))
+    with pytest.raises(CfamcError, match=r"device \(8 bytes needed, 8,192 bytes free, but no inode\)"):
         lines.append({"a": 1})
     lines.close()
 

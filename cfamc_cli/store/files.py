@@ -364,7 +364,9 @@ def _remove(path: Path) -> None:
 
 def _space(path: Path | str, needed: int | None) -> str:
     try:
-        free = f"{shutil.disk_usage(Path(path).parent).free:,} bytes free"
+        found = os.statvfs(Path(path).parent)
+        no_inode = ", but no inode" if found.f_files and not found.f_favail else ""  # of which some systems count none
+        free = f"{found.f_bavail * found.f_frsize:,} bytes free{no_inode}"
     except OSError:
         free = "free space unknown"
     return free if needed is None else f"{needed:,} bytes needed, {free}"
