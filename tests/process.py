@@ -481,3 +481,4 @@ def _serve() -> None:
 
 if __name__ == "__main__":
     _serve()
+    os._exit(0)  # under load it takes more than half a minute to unload all that was imported
