@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
 import signal
@@ -119,6 +120,26 @@ def test_runs_are_spread_over_the_cards(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert sweep._cards("cuda") == ["0", "1"]
+
+
+def test_runs_at_the_same_time_never_share_a_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training = tmp_path / "training"  # in its place: it says which card it was given, and when
+    training.write_text(
+        "#!/bin/sh\nbegan=$(date +%s%N); sleep 0.3\n"
+        'echo "{\\"id\\": \\"$CUDA_VISIBLE_DEVICES\\", \\"began\\": $began, \\"ended\\": $(date +%s%N)}"\n'
+    )
+    training.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(training))
+    monkeypatch.setattr(sweep, "_SECONDS", 0.01)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-a")
+    store = ("--runs", str(tmp_path / "runs"))
+    code, out, _ = run(capsys, "quickstart", "--seeds", "0,1,2,3", "--device", "cuda", "--jobs", "2", "--json", *store)
+    found = sorted(json.loads(out)["runs"], key=lambda record: record["began"])
+    assert (code, {record["id"] for record in found}) == (0, {"3", "GPU-a"})
+    for before, after in itertools.combinations(found, 2):
+        assert before["id"] != after["id"] or before["ended"] <= after["began"]
 
 
 @pytest.mark.slow
