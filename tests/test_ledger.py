@@ -270,7 +270,7 @@ def test_a_run_says_what_it_is_before_it_begins(tmp_path: Path, capsys: pytest.C
     assert "-s3-" in run.id
     assert said[3].startswith("cpu, ")
     assert said[3].endswith(" in float32")
-    assert re.fullmatch(r"24 weight updates, 0\.\d+ GiB, about \d+ s and evaluations", said[4])
+    assert re.fullmatch(r"24 weight updates, 0\.\d+ GiB, at best \d+ s and evaluations", said[4])
 
 
 def test_what_is_beyond_the_memory_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

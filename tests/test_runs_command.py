@@ -175,6 +175,7 @@ def test_checkpoints_but_the_newest_whole_one_are_cleared(store: Path, capsys: p
         assert code == 0
         assert sorted(path.name[-1] for path in (store / OLD / "checkpoints").iterdir()) == left
         assert out.splitlines()[0] in ("1.0 MiB would be freed", "1.0 MiB freed", "0.0 MiB freed")
+        assert ("checkpoints" in out) == (out[0] == "1")  # no table of nothing
         assert ("would" in out) == bool(words)
     (store / NEW / "checkpoints/step-00000002/model.safetensors").write_bytes(b"y" * 2**20)
     code, out, _ = run(capsys, store, "gc", "--json")

@@ -369,7 +369,7 @@ def _introduce(kept: RunLedger, trainer: Trainer, costs: Plan, session: Session)
     say(f"data    {record.data.n:,} images of {record.data.dataset} {record.data.split}, {crops}")
     say(f"device  {record.environment.device}, in {trainer.computation.precision}")
     seconds, left = forecast(trainer, costs), trainer.total - record.progress.step
-    time = "time is told after some batches" if seconds is None else f"about {duration(seconds)} and evaluations"
+    time = "time is told after some batches" if seconds is None else f"at best {duration(seconds)} and evaluations"
     memory = costs.memory + (PROCESS if trainer.device.type == "cpu" else 0)
     say(f"plan    {left:,} weight updates, {memory / 2**30:.2g} GiB, {time}")
 

@@ -15,7 +15,9 @@ _ENOUGH = 2.0  # seconds, after which there is no further one
 
 
 def forecast(trainer: Trainer, costs: Plan) -> float | None:
-    """Seconds that the updates left will take, at the rate of a forward and backward pass of the first crops.
+    """Seconds that the updates left take at least, at the rate of a forward and backward pass of the first crops.
+
+    Crops, the optimizer, grips and checkpoints come beside them, a tenth or so on a CPU, and what else computes there.
 
     Args:
         trainer: Standing at the start of a phase; weights, statistics and gradients are left as they are.

@@ -184,12 +184,14 @@ def table(
 def print_rows(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Collection[int] = ()
 ) -> None:
-    """Write rows to stdout as a table, or on a terminal too narrow for it each row as a list of its cells.
+    """Write rows to stdout, if any, as a table, or on a terminal too narrow for it each row as a list of its cells.
 
     Raises:
         CfamcError: As for `write_out`.
     """
     write_lines([title, ""])
+    if not rows:
+        return
     if not fits(columns, rows, wrapped=False):
         rows = [[_DATE.sub("", cell) for cell in row] for row in rows]
     if fits(columns, rows, wrapped=_is_wide()):
