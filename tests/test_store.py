@@ -415,6 +415,8 @@ def test_the_standard_probe_is_the_newest_linear_one_of_this_encoder_on_all_of_t
     add("linear-006", 10)
     assert store.find_probe(run, "linear") == run.probes / "linear-006"
     assert store.find_probe(run, "linear-002") == run.probes / "linear-002"
+    with pytest.raises(CfamcError, match=r"torn-001/record\.json: Invalid JSON"):
+        store.find_probe(run, "torn-001")
     with pytest.raises(CfamcError, match="has no probe 'crops'") as refusal:
         store.find_probe(run, "crops")
     assert refusal.value.exit_code == ExitCode.INVALID

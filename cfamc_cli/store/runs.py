@@ -281,12 +281,16 @@ def find_probe(run: RunFolder, reference: str) -> Path:
     """Find a finished probe by its id, or the newest of a kind of head.
 
     Raises:
-        CfamcError: There is none; exit code 2, and the hint lists what there is.
+        CfamcError: There is none; exit code 2, and the hint lists what there is. Or its record cannot be read: as for
+            `load_record`.
     """
     probes = finished_probes(run)
     for folder, record in reversed(probes):
         if reference in (folder.name, record.head):
             return folder
+    for path in run.probes.glob(f"*/{RECORD}"):
+        if path.parent.name == reference:
+            load_record(path, ProbeRecord)  # says what is wrong with it
     names = ", ".join(folder.name for folder, _ in probes)
     hint = f"it has {names}" if names else f"fit one with: cfamc probe {run.id}"
     raise invalid(f"run {run.id} has no probe {reference!r:.100}", hint)
