@@ -28,7 +28,17 @@ from cfamc_cli.engine.pretrain import Trainer
 from cfamc_cli.engine.sink import NullLedger, NullTalk
 from cfamc_cli.errors import CfamcError
 from cfamc_cli.report.closer import close_up
-from cfamc_cli.report.plots import Panel, _name, draw, draw_training, learning_curves, looks_of, results, trainings
+from cfamc_cli.report.plots import (
+    Panel,
+    _in_words,
+    _name,
+    draw,
+    draw_training,
+    learning_curves,
+    looks_of,
+    results,
+    trainings,
+)
 from cfamc_cli.report.sheets import figure_text
 from cfamc_cli.store.records import (
     Accuracy,
@@ -272,6 +282,13 @@ def test_pictures_of_the_page_are_told_in_figures(store: Path, tmp_path: Path) -
     )
     examples = [text for title, text in words.items() if title.startswith("Adversarial examples")]
     assert [text.startswith(f"{A}, pgd-001: images as they are") for text in examples] == [True]
+
+
+def test_of_several_seeds_the_first_is_told() -> None:
+    lines = {"x": [[(0.5, 1.0), (1.0, 2.0)], [(0.5, 3.0), (1.0, 4.0)]], "not drawn": [[(0.0, 9.0)]]}
+    assert _in_words(lines, {"x": (" x (2 seeds)", "black")}, ("epoch", "loss")) == (
+        "loss, by epoch. x (2 seeds), the first: 1 at 0.5, 2 at 1"
+    )
 
 
 def test_a_confusion_is_told_with_what_each_class_is_taken_for(store: Path, tmp_path: Path) -> None:

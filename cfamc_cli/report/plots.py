@@ -206,7 +206,7 @@ def _in_words(lines: Lines, looks: Mapping[str, Look], labels: tuple[str, str]) 
     for label, (points, *others) in lines.items():
         if label in looks:
             few = points if len(points) <= _FEW else (points[0], points[-1])
-            of = f" (first of {1 + len(others)} seeds)" if others else ""
+            of = ", the first" if others else ""
             told.append(f"{looks[label][0].strip()}{of}: " + ", ".join(f"{y:.4g} at {x:.3g}" for x, y in few))
     return f"{labels[1]}, by {labels[0]}. " + "; ".join(told)
 
