@@ -73,7 +73,7 @@ DIGESTS = {
     "cifar10-simclr-crop-free": "b3f3b4f650e8b312fcdf08b56771d8729f98395593047b46b54bef1ebc0c8e35",
     "cifar10-simclr-crop-pgd": "b6dac6571f36d3299850e369d2bda6dd43d5055592a56bf5e1fbfb1ea84af04c",
     "cifar10-simclr-patch-pgd": "e92fded08cce83927e36819410f7037345aae62d6ff0bbf964db3e90306acdd9",
-    "cifar10-vit-laptop": "374095bfdb6a45638b35c9a05cda39bd5556e56775cbbf090fe8b386f3485031",
+    "cifar10-vit-laptop": "328f7040d8d6dfa5c9cf18a992effa12001352758a494a2777f5c030e11a6fba",
     "cifar100": "9a8fe8998ca3e73c183e0fefd4a82b90869502cd862ea8c6e4e1b266d2ea331d",
     "folder": "12c9d05f140beeeb1a36360c963eb81c563a99cbc43632885b7270b9de9023d7",
     "imagenet100": "8c0b0420f73036dd9f9a3a795277929dbe68bad967ddeb40a67ee900352d367f",
