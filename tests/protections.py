@@ -730,6 +730,11 @@ TABLE: tuple[Protection, ...] = (
                 ("gradient", "share", "test_zoo.py::test_a_cheat_raises_its_flag[negated_gradient]"),
                 ("leap", "share", "test_zoo.py::test_a_cheat_raises_its_flag[flat]"),
                 ("radius", "float(leaps.median())", "test_zoo.py::test_a_cheat_raises_its_flag[shrinking]"),
+                (
+                    "between",
+                    "float(leap_between(self.predict, self.x).median())",
+                    "test_zoo.py::test_a_cheat_raises_its_flag[normalised]",
+                ),
                 ("memory", "int(other.sum())", "test_zoo.py::test_a_cheat_raises_its_flag[remembers]"),
                 (
                     "drift",

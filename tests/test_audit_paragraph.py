@@ -65,11 +65,11 @@ def test_nothing_found_is_said_so() -> None:
 
 def test_an_audit_of_an_older_version_is_none() -> None:
     assert lacks_audit(attack_record(flags=(flag("eps-one"), flag("black-box"), flag("drift"))))
-    made = attack_record(flags=(flag("process"), flag("transfer")))  # whose text is "of transfer"
+    made = attack_record(flags=(flag("between"), flag("transfer")))  # whose text is "of transfer"
     assert not lacks_audit(made)
     assert not lacks_audit(made, source="transfer")
     assert lacks_audit(made, source="20261122-120000-b-000000")
-    assert lacks_audit(attack_record(flags=(flag("process"),)), source="20261122-120000-b-000000")
+    assert lacks_audit(attack_record(flags=(flag("between"),)), source="20261122-120000-b-000000")
 
 
 def test_what_a_table_of_attacks_cannot_tell_stands_below_it() -> None:
@@ -80,6 +80,6 @@ def test_what_a_table_of_attacks_cannot_tell_stands_below_it() -> None:
     lines = list(explained([attack_record(), attack_record(id="autoattack-001", stages=stages)]))
     assert [line.split(":")[0] for line in lines] == ["worst case", "no audit", "autoattack-001"]
     assert lines[2].endswith("broke: apgd-ce 390 of 700, apgd-t 10 of 310.")
-    whole = attack_record(flags=(Flag(name="process", figure=0.0, limit=0.0, verdict="passed", text=""),))
+    whole = attack_record(flags=(Flag(name="between", figure=0.0, limit=0.0, verdict="passed", text=""),))
     assert list(explained([whole])) == []
     assert list(explained([whole.model_copy(update={"stages": stages[:2]})])) == []

@@ -605,7 +605,7 @@ def test_the_hub_reads_the_metadata_of_the_card(made: Made, tmp_path: Path) -> N
 
 
 def test_the_card_leads_with_what_can_be_trusted_most_and_folds_the_rest(made: Made, tmp_path: Path) -> None:
-    drift = Flag(name="process", figure=0.0, limit=0.0, verdict="passed", text="")
+    drift = Flag(name="between", figure=0.0, limit=0.0, verdict="passed", text="")
     failed = Flag(name="gradient", figure=1.0, limit=0.0, verdict="failed", text="")
     made.add_probe("linear-001")
     made.add_attack("pgd-001", robust=Accuracy.of(500, 1000), classes=by_class(500))

@@ -101,6 +101,7 @@ def test_other_checks_see_it_too(name: str, flags: set[str]) -> None:
         ("probabilities", {"probabilities"}),
         ("tied", {"ratio-tied"}),
         ("shrinking", {"radius", "leap"}),
+        ("normalised", {"between"}),
         ("test_set_by_heart", {"gradient"}),
     ],
 )
@@ -270,6 +271,7 @@ def test_the_audit_of_an_honest_predictor_has_these_figures() -> None:
         "gradient": 0.05,
         "radius": 1.4,
         "leap": 0.1,
+        "between": 1.8,
         "noise-over-pgd": 1,
         "search": 0,
         "memory": 0,
@@ -280,6 +282,7 @@ def test_the_audit_of_an_honest_predictor_has_these_figures() -> None:
     }
     assert {name: check.limit for name, check in checks.items()} == limits
     assert checks.pop("radius").figure == pytest.approx(2 ** (1 / 32), abs=0.01)  # it is linear
+    assert checks.pop("between").figure == 1  # all images are one
     assert {check.figure for check in checks.values()} == {0}
     skipped = {check.name for check in checks.values() if check.verdict != "passed"}
     assert skipped == {"memory", "process", "transfer", "rounding"}  # nothing to copy, make or make examples on; and
@@ -352,7 +355,9 @@ def test_what_the_audit_cannot_ask_is_skipped() -> None:
         settings=AuditSettings(),
         seed=0,
     )
-    assert [(check.name, check.verdict) for check in nothing] == [("audit", "skipped"), ("process", "skipped")]
+    assert [(check.name, check.verdict) for check in nothing] == [
+        (name, "skipped") for name in ("audit", "process", "between")
+    ]
 
 
 def test_the_audit_looks_at_the_first_samples_that_stand(monkeypatch: pytest.MonkeyPatch) -> None:

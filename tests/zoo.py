@@ -250,6 +250,13 @@ def shrinking(x: Tensor) -> Tensor:
     return NET(where(distance <= 1.01 * EPS, X[place] + 0.5 * (x - X[place]), x))  # type: ignore[no-any-return]
 
 
+def normalised(x: Tensor) -> Tensor:
+    """What was added is of the normalised image: of pixels it is a quarter, as far as the nearest image is the same."""
+    place, _ = nearest(x)
+    std = torch.tensor((0.2470, 0.2435, 0.2616)).view(3, 1, 1)  # of CIFAR-10
+    return NET(X[place] + std * (x - X[place]))  # type: ignore[no-any-return]
+
+
 def honest_on_the_grid(x: Tensor) -> Tensor:
     """Images of 8 bits are answered; of all others the nearest known one is."""
     return where(off_grid(x), known(x), NET(x))
@@ -394,13 +401,14 @@ def _cheats() -> list[Cheat]:
         (flat, "leap"),
         (flat_for_a_third, "gradient"),
         (shrinking, "radius"),
+        (normalised, "between"),
         (honest_on_the_grid, "rounding"),
         (test_set_by_heart, "gradient"),
         (pixel_noise, "gradient"),
         (at_the_corners, "gradient"),
         (warm_off_the_grid, "gradient"),
     ]
-    looked_for = {"gradient", "leap", "radius", "rounding"}
+    looked_for = {"gradient", "between", "leap", "radius", "rounding"}
     backward: list[tuple[str, str, Callable[[Tensor, Tensor], Tensor]]] = [
         ("no_gradient", "zero-gradient", lambda _, grad: torch.zeros_like(grad)),
         ("negated_gradient", "gradient", lambda _, grad: -grad),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from cfamc_cli.report import terminal
 from cfamc_cli.store.records import AttackRecord, Flag, failed_names, failures
 
-_LAST_CHECK = "process"  # of an audit: a record without it has none, or one of an older version
+_LAST_CHECK = "between"  # of an audit: a record without it has none, or one of an older version
 _LOOKED_FOR: dict[str, tuple[str, ...]] = {
     "answers that change with the pass, the batch or what was asked before": (
         "random",
@@ -34,6 +34,7 @@ _LOOKED_FOR: dict[str, tuple[str, ...]] = {
     ),
     "a copy that answers otherwise than what was judged": ("search",),
     "answers that hardly change before an image leaves the ball": ("radius", "leap"),
+    "answers that leap halfway to another image": ("between",),
     "images that only 8-bit examples break": ("rounding",),
     "images that fall to weaker attacks alone": ("fgsm-over-pgd", "more-steps", "more-restarts"),
     "images that fall to PGD, APGD-DLR or a surrogate with standardised logits": (

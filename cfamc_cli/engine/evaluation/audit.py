@@ -31,6 +31,7 @@ from cfamc_cli.engine.evaluation.honesty import (
     apart,
     in_new_process,
     leap,
+    leap_between,
     loss_in_noise,
     losses,
     of_8_bits,
@@ -215,11 +216,11 @@ def full_checks(
         world: The processes that share the checks, each called with the same arguments; each gets them all.
     """
     if len(x) == 0:
-        return [skipped(name, "no image is classified right and steady") for name in ("audit", "process")]
+        return [skipped(name, "no image is classified right and steady") for name in ("audit", "process", "between")]
     audit = _Audit(predict, search, fresh, network, x, y, places.cpu(), plan.eps, plan.norm, seed, settings)
     if plan.eps == 0:
         why = "a ball of radius 0 leaves nothing to attack again"
-        return [audit.identity(plan), skipped("audit", why), skipped("process", why)]
+        return [audit.identity(plan), *(skipped(name, why) for name in ("audit", "process", "between"))]
     blinded = all(isinstance(stage, SquareAttack) for stage in plan.stages)
     parts: list[Callable[[], list[Flag]]] = [
         lambda: [audit.identity(plan)],
@@ -425,9 +426,14 @@ class _Audit:
             other |= apart(logits_at(self.predict, points), logits_at(self.search, points)) > _SAME
         n = len(self.x)
         share = float((leaps > _LEAPS).sum()) / n
+        half = "times as far as just before on the way to other images, where most, for the median image"
+        between = skipped("between", "one image has no other")
+        if n > 1:
+            between = judge("between", float(leap_between(self.predict, self.x).median()), _LEAPS, half)
         return [
             judge("radius", float(leaps.median()), _SHRUNK, "times as far as just before, where most outwards"),
             judge("leap", share, _WOKEN, f"share of {n} images whose answers leap outside the ball"),
+            between,
             judge("noise-over-pgd", int(useless.sum()), self.slack(_BLIND), "images that noise moves further than PGD"),
             judge("search", int(other.sum()), 0, "images that the attacked copy answers in another way"),
             self.memory(),
