@@ -80,12 +80,12 @@ def train_line(step: int) -> TrainLine:
 @pytest.mark.parametrize(
     ("step", "rank", "spread", "heads", "collapsed"),
     [
-        (100, 2.0, 0.1, 0.1, False),
+        (100, 2.0, 0.1, 0.15, False),
         (100, 2.0, 0.1, None, False),  # a line from before heads were looked at
         (100, 1.9, 0.5, 0.5, True),
         (100, 9.0, 0.09, 0.5, True),
         (100, 9.0, 0.09, None, True),
-        (100, 9.0, 0.5, 0.09, True),
+        (100, 9.0, 0.5, 0.14, True),
         (99, 1.0, 0.0, 0.0, False),
     ],
 )

@@ -846,8 +846,8 @@ class TrainLine(Line):
 
         Trained encoders measured a `representation_std` of 0.3 to 0.8, collapsed ones 0.09 at most.
         """
-        stds = [std for std in (self.feature_std, self.representation_std) if std is not None]
-        return self.step >= _SPREAD and (self.effective_rank < 2 or min(stds) < 0.1)
+        blind = self.representation_std is not None and self.representation_std < 0.15
+        return self.step >= _SPREAD and (self.effective_rank < 2 or self.feature_std < 0.1 or blind)
 
 
 class GripLine(Line):
