@@ -33,7 +33,7 @@ from cfamc_cli.engine.optim import AdamWOptimizer, LarsOptimizer, learning_rate
 from cfamc_cli.engine.pretrain import Trainer
 from cfamc_cli.engine.sink import NullLedger, NullTalk
 from cfamc_cli.errors import CfamcError, ExitCode
-from cfamc_cli.recipe.plan import plan
+from cfamc_cli.recipe.plan import flops_per_view, plan
 from cfamc_cli.recipe.schema import (
     Augment,
     Cosine,
@@ -1194,3 +1194,22 @@ def test_a_forecast_is_the_plan_at_the_rate_of_one_pass_and_leaves_no_trace(
     readings = iter([0.0, 2.5])  # so long a pass is not made twice
     monkeypatch.setattr("cfamc_cli.engine.forecast.time.perf_counter", lambda: next(readings))
     assert forecast(trainer, plan(trainer.recipe, len(trainer.images))) == pytest.approx(2.5 * batches * passes / 2)
+
+
+def test_a_forecast_knows_that_later_phases_have_other_crops(
+    tiny_images: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    larger = [{"count": 4, "size": 16, "scale": [0.5, 1.0], "ratio": [1.0, 1.0]}]
+    recipe = Recipe.model_validate(
+        tiny_recipe("emp-ssl", "none").resolved() | {"phase": [{"epochs": 1.0, "crops": larger}]}
+    )
+    trainer = trainer_of(recipe, tiny_images)
+    readings = iter([0.0, 2.5])
+    monkeypatch.setattr("cfamc_cli.engine.forecast.time.perf_counter", lambda: next(readings))
+    passes = [
+        part.updates(64) * sum(group.count * flops_per_view(part.model, size=group.size) for group in part.crops)
+        for part in recipe.parts()
+    ]
+    assert passes[1] > passes[0] / trainer.updates * recipe.parts()[1].updates(64)
+    expected = 2.5 * sum(passes) / (passes[0] / trainer.updates)
+    assert forecast(trainer, plan(recipe, len(trainer.images))) == pytest.approx(expected)

@@ -6,6 +6,7 @@ import time
 
 import torch
 
+from cfamc_cli.engine.costs import plan_of
 from cfamc_cli.engine.device import autocast
 from cfamc_cli.engine.pretrain import Trainer
 from cfamc_cli.recipe.plan import Plan
@@ -39,6 +40,7 @@ def forecast(trainer: Trainer, costs: Plan) -> float | None:
         gradients = torch.autograd.grad(loss, weights, allow_unused=True)
         float(next(part for part in gradients if part is not None).sum())  # waits for the device
         seconds.append(time.perf_counter() - began)
-    of_batch = costs.flops_per_view * recipe.views * recipe.train.batch_size
+    phase = plan_of(recipe, len(trainer.images))  # other phases may have larger crops
+    of_batch = phase.flops_per_view * recipe.views * recipe.train.batch_size
     left = 1 - trainer.where()["step"] / trainer.total
     return min(seconds) * costs.flops / of_batch * left
