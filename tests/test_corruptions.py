@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -144,6 +145,12 @@ def test_the_mean_is_that_of_all_kinds_and_severities() -> None:
         "mean of blur": pytest.approx(12 / 20),
         "mean of noise": pytest.approx(7 / 20),
     }
+    assert summary.notes == []
+    alone = corruptions_summary(columns, apart=("noise", "fog"))
+    assert alone.figures["mean"] == pytest.approx(12 / 20)
+    assert alone.figures["mean of noise"] == pytest.approx(7 / 20)
+    assert alone.notes == ["the mean leaves out noise, which were published for validation"]
+    assert corruptions_summary(columns, apart=("noise", "blur")).figures["mean"] == pytest.approx(19 / 40)
 
 
 # Published sets
@@ -197,6 +204,23 @@ def test_what_is_not_of_the_test_set_is_refused(published: Path) -> None:
         with pytest.raises(CfamcError, match=message) as refused:
             find_published(folder, images)
         assert refused.value.exit_code == ExitCode.BAD_DATA
+
+
+def test_what_lacks_a_part_is_refused_with_a_way_on(published: Path) -> None:
+    if (published / "labels.npy").is_file():
+        np.save(published / "snow.npy", np.zeros((20, 8, 8, 3), dtype=np.float32))
+        cause = r"snow\.npy is \(20, 8, 8, 3\) of float32, not \(20, 8, 8, 3\) of uint8"
+    else:
+        (published / "snow/3/bee/2.png").unlink()
+        found = find_published(published, images_of_the_test())
+        with pytest.raises(CfamcError, match=r"bee/2\.png cannot be read") as refused:
+            found.images(torch.tensor([2]), kind="snow", severity=3)
+        assert (refused.value.exit_code, bool(refused.value.hint)) == (ExitCode.BAD_DATA, True)
+        shutil.rmtree(published / "snow/3")
+        cause = "holds no snow/3"
+    with pytest.raises(CfamcError, match=cause) as refused:
+        find_published(published, images_of_the_test())
+    assert (refused.value.exit_code, bool(refused.value.hint)) == (ExitCode.BAD_DATA, True)
 
 
 def test_an_array_of_objects_is_never_unpickled(tmp_path: Path) -> None:

@@ -61,6 +61,7 @@ _SHOWN: dict[Norm, tuple[str, ...]] = {  # radii at which a curve is told; every
     "l2": ("0.1", "0.25", "128/255", "0.75", "1", "1.5", "2"),
 }
 _RADII = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)  # likewise, of certificates
+_FOR_VALIDATION = ("gaussian_blur", "saturate", "spatter", "speckle_noise")  # published beside the 15 of every mean
 _ROUNDING = 1e-6  # by which an example of a fixed eps may lie beyond it
 
 
@@ -170,11 +171,14 @@ def smoothing_summary(right: Column, radius: Column, *, table: Smoothing) -> Sum
     return Summary(points, figures, [], [note])
 
 
-def corruptions_summary(columns: Mapping[str, Column]) -> Summary:
+def corruptions_summary(columns: Mapping[str, Column], *, apart: Sequence[str] = ()) -> Summary:
     """Accuracy of each kind at each severity, of each kind, and their mean beside the clean one.
 
     Args:
         columns: Of each sample whether it is right: "clean", and "kind/severity".
+        apart: Kinds that the mean leaves out where there are others.
+
+    Source: Hendrycks & Dietterich, arXiv:1903.12261, whose mean is over 15 kinds; four more are for validation.
     """
     n, cells = len(columns["clean"]), [name.partition("/") for name in columns if name != "clean"]
     correct = {name: round(sum(value or 0 for value in column)) for name, column in columns.items()}
@@ -185,13 +189,16 @@ def corruptions_summary(columns: Mapping[str, Column]) -> Summary:
     kinds: dict[str, list[float]] = {}
     for point in points:
         kinds.setdefault(point.name, []).append(point.accuracy.value)
-    mean, clean = sum(point.accuracy.value for point in points) / len(points), correct["clean"] / n
+    left = [kind for kind in kinds if kind in apart] if set(kinds) - set(apart) else []
+    counted = [value for kind, values in kinds.items() if kind not in left for value in values]
+    mean, clean = sum(counted) / len(counted), correct["clean"] / n
     figures = {
         "mean": mean,
         "relative to clean": mean / clean if clean else None,
         **{f"mean of {kind}": sum(values) / len(values) for kind, values in kinds.items()},
     }
-    return Summary(points, figures)
+    notes = [f"the mean leaves out {', '.join(left)}, which were published for validation"] if left else []
+    return Summary(points, figures, notes=notes)
 
 
 def _judged(name: str, figure: float, limit: float, text: str) -> Flag:
@@ -351,7 +358,7 @@ def _summary(work: Subject, table: Measure, columns: dict[str, list[float | None
         case Smoothing():
             return smoothing_summary(columns["right"], columns["radius"], table=table)
         case Corruptions():
-            return corruptions_summary(columns)
+            return corruptions_summary(columns, apart=() if work.corruptions is None else _FOR_VALIDATION)
         case _:
             assert_never(table)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from cfamc_cli.engine.corruptions import SEVERITIES
 from cfamc_cli.engine.data.folder import SUFFIXES, decode
 from cfamc_cli.engine.data.sets import ImageSet
-from cfamc_cli.errors import CfamcError, bad_data
+from cfamc_cli.errors import bad_data
 
 _LAYOUT = "it must hold labels.npy and a file for each kind, or kind/severity/class/image"
 
@@ -61,16 +61,22 @@ def find_published(folder: Path, test: ImageSet) -> Published:
         found = _array(folder / "labels.npy")
         if found.shape != (5 * len(expected),) or not bool((found.reshape(5, -1) == expected).all()):
             raise bad_data(
-                f"{folder / 'labels.npy'} are not the labels of {test.dataset} {test.split}, five times over"
+                f"{folder / 'labels.npy'} are not the labels of {test.dataset} {test.split}, five times over",
+                "name the folder that was made of the same test images, in their order",
             )
         for kind in kinds:
-            shape, wanted = _array(folder / f"{kind}.npy").shape, (5 * len(labels), height, width, 3)
-            if shape != wanted or _array(folder / f"{kind}.npy").dtype != np.uint8:
-                raise bad_data(f"{folder / kind}.npy is {shape}, not {wanted} of uint8")
+            pixels, wanted = _array(folder / f"{kind}.npy"), (5 * len(labels), height, width, 3)
+            if pixels.shape != wanted or pixels.dtype != np.uint8:
+                raise bad_data(
+                    f"{folder / kind}.npy is {pixels.shape} of {pixels.dtype}, not {wanted} of uint8",
+                    "take the file as it was published: all images at severity 1, then at 2, and so on to 5",
+                )
         sizes = [f"{kind} {(folder / f'{kind}.npy').stat().st_size}" for kind in kinds]
         names: tuple[str, ...] = ()
     else:
         kinds = sorted(path.name for path in folder.glob("[!.]*") if (path / "1").is_dir())
+        if cut := [f"{kind}/{s}" for kind in kinds for s in SEVERITIES if not (folder / kind / str(s)).is_dir()]:
+            raise bad_data(f"{folder} holds no {cut[0]}", _LAYOUT)
         listed = [
             (f"{name}/{path.name}", label)
             for label, name in enumerate(test.classes)
@@ -79,7 +85,8 @@ def find_published(folder: Path, test: ImageSet) -> Published:
         ]
         if kinds and [label for _, label in listed] != labels.tolist():
             raise bad_data(
-                f"{folder / kinds[0] / '1'} does not hold the images of {test.dataset} {test.split}, by class"
+                f"{folder / kinds[0] / '1'} does not hold the images of {test.dataset} {test.split}, by class",
+                _LAYOUT,
             )
         names = tuple(name for name, _ in listed)
         sizes = list(names)
@@ -95,7 +102,7 @@ def _array(path: Path) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
     try:
         found: np.ndarray[tuple[int, ...], np.dtype[np.uint8]] = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise bad_data(f"{path} is no array that can be read: {error}"[:300]) from error
+        raise bad_data(f"{path} is no array that can be read: {error}"[:300], "get the file again") from error
     return found
 
 
@@ -103,4 +110,4 @@ def _decoded(path: Path, size: int) -> np.ndarray[tuple[int, ...], np.dtype[np.u
     try:
         return decode(path, size=size)
     except ValueError as error:
-        raise CfamcError(f"{path} {error}", hint=_LAYOUT, exit_code=bad_data("").exit_code) from error
+        raise bad_data(f"{path} {error}", _LAYOUT) from error
