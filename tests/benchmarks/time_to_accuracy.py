@@ -230,6 +230,7 @@ def draw(path: Path, answered: Mapping[str, Any], *, head: str) -> None:
         canvas = Figure(figsize=(7, 2.8), layout="constrained")
         for place, figure in enumerate(FIGURES):
             axes = canvas.add_subplot(1, 3, place + 1)
+            axes.margins(y=0.12)
             for name, colour in zip(names, COLOURS, strict=False):
                 own = sorted((row for row in drawn if row["recipe"] == name), key=lambda row: float(row["minutes"]))
                 minutes, line = [row["minutes"] for row in own], [means(row, head)[place] for row in own]
@@ -237,10 +238,10 @@ def draw(path: Path, answered: Mapping[str, Any], *, head: str) -> None:
                 for row in own:
                     seeds = row["heads"][head][figure]
                     axes.plot([row["minutes"]] * len(seeds), seeds, "o", color=colour, alpha=0.3, markersize=2.5)
-                if place == 0:  # lines rise: a name stands free to the left above its line, or to the right below it
+                if place == 1:  # these lines rise: a name stands free above its end, or below it to the right
                     below = name == names[0]
-                    at = (len(own) - 1) // 2 if below else max(0, len(own) - 2)
-                    offset, side = ((4, -10), "left") if below else ((-4, 6), "right")
+                    at = max(0, len(own) - 2) if below else len(own) - 1
+                    offset, side = ((6, -8), "left") if below else ((0, 6), "right")
                     look: dict[str, Any] = {"textcoords": "offset points", "color": colour, "ha": side}
                     axes.annotate(Path(name).stem, (minutes[at], line[at]), offset, **look)
             target = answered["target"][figure]
