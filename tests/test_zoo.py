@@ -341,6 +341,7 @@ def test_what_the_audit_cannot_ask_is_skipped() -> None:
     assert {name: check.verdict for name, check in audited(crosses_at(0.35), eps=0.0).items()} == {
         "eps-zero": "passed",
         "audit": "skipped",
+        "between": "skipped",
         "process": "skipped",
     }
     nothing = audit.full_checks(
