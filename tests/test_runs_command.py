@@ -89,6 +89,17 @@ def test_runs_are_listed_the_newest_first(store: Path, capsys: pytest.CaptureFix
     assert told["left_out"][0]["what"] == "notes"
 
 
+def test_a_seed_that_every_id_tells_has_no_column(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path, "20261124-120000-tiny-s2-00000c", seed=2)
+    make(tmp_path, "20261124-110000-tiny-s1-00000b", seed=1)
+    (title, _, head, _, *rows, _) = run(capsys, tmp_path, "list")[1].splitlines()
+    assert title.startswith("2 runs in ")
+    assert head.split() == ["run", "status", "age", "done", "clean", "/", "robust", "%", "MiB"]
+    assert [row[head.index("MiB") :].strip() for row in rows[:2]] == [row.split()[-1] for row in rows[:2]]
+    make(tmp_path, "20261124-130000-tiny-00000d", seed=3)
+    assert " seed " in run(capsys, tmp_path, "list")[1]
+
+
 def test_a_missing_store_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words in (("list",), ("gc",)):
         assert run(capsys, tmp_path / "none", *words)[0] == 2

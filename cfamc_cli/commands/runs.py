@@ -65,11 +65,14 @@ def show_list(store: Path, *, as_json: bool) -> None:
         terminal.print_json({"runs": told, "left_out": left_out})
         return
     _tell_left_out(left_out)
-    columns = ["run", "status", "age", "done", "seed", "clean / robust %", "MiB", "tags"]
-    if not any(row[-1] for row in rows):
-        columns, rows = columns[:-1], [row[:-1] for row in rows]
+    columns = ("run", "status", "age", "done", "seed", "clean / robust %", "MiB", "tags")
+    spare = {"tags"} if not any(row[7] for row in rows) else set()
+    spare |= {"seed"} if all(f"-s{row[4]}-" in row[0] for row in rows) else set()  # ids tell it
+    kept = [place for place, name in enumerate(columns) if name not in spare]
     title = f"{len(rows)} run{'' if len(rows) == 1 else 's'} in {store}"
-    terminal.print_rows(title, columns, rows, right=(2, 3, 4, 6))
+    cells = [[row[place] for place in kept] for row in rows]
+    right = [at for at, place in enumerate(kept) if place in (2, 3, 4, 6)]
+    terminal.print_rows(title, [columns[place] for place in kept], cells, right=right)
 
 
 def show(store: Path, reference: str | None) -> None:
