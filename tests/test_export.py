@@ -642,7 +642,7 @@ def test_the_sidecar_stays_small_and_the_card_has_all(made: Made, tmp_path: Path
         made.add_probe(f"linear-{head:03}")
         made.add_attack(f"pgd-{head:03}")
     assert made.export(tmp_path / "out", "--part", "encoder") == 0
-    assert (tmp_path / "out/export.json").stat().st_size < 20 * 1024
+    assert (tmp_path / "out/export.json").stat().st_size < 20_000
     card = (tmp_path / "out/README.md").read_text()
     assert [f"| linear-{head:03} |" in card for head in range(15)] == [True] * 15
 

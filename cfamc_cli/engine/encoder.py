@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cfamc_cli.engine.costs import require_library, require_size
 from cfamc_cli.engine.crops import interpolation
-from cfamc_cli.recipe.schema import DEPTHS, Features, Model, Normalize
+from cfamc_cli.recipe.schema import DEPTHS, PADDING, Features, Model, Normalize, Stem
 
 
 class BasicBlock(nn.Module):
@@ -99,14 +99,14 @@ class ResNet(nn.Module):
 
     memory: Literal["full", "recompute"] = "full"
 
-    def __init__(self, backbone: str, *, stem: str, width: int) -> None:
+    def __init__(self, backbone: str, *, stem: Stem, width: int) -> None:
         super().__init__()
         block = Bottleneck if backbone == "resnet50" else BasicBlock
         if stem == "imagenet":
-            self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
+            self.conv1 = nn.Conv2d(3, width, 7, 2, PADDING[stem], bias=False)
             self.maxpool: nn.Module = nn.MaxPool2d(3, 2, 1)
         else:
-            self.conv1 = nn.Conv2d(3, width, 3, 1, 2 if stem == "cifar-padded" else 1, bias=False)
+            self.conv1 = nn.Conv2d(3, width, 3, 1, PADDING[stem], bias=False)
             self.maxpool = nn.Identity()
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.Identity() if stem == "cifar-linear" else nn.ReLU(inplace=True)

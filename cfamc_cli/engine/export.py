@@ -23,7 +23,7 @@ from cfamc_cli.engine.device import full_precision
 from cfamc_cli.engine.encoder import Encoder
 from cfamc_cli.engine.heads.classifier import Classifier, LinearHead, feature_dim
 from cfamc_cli.errors import CfamcError, invalid, require_libraries
-from cfamc_cli.recipe.schema import DEPTHS, Model
+from cfamc_cli.recipe.schema import DEPTHS, PADDING, Model
 from cfamc_cli.store.records import CheckRecord, DataUsed, Format, OutputSpec
 
 Forward = Callable[[Tensor], Tensor]
@@ -287,11 +287,10 @@ def torchvision_backbone(model: Model) -> nn.Module:
     import torchvision
 
     net: Any = getattr(torchvision.models, model.backbone)(weights=None)
-    width, block = model.width, type(net.layer1[0])
+    width, padding, block = model.width, PADDING[model.stem], type(net.layer1[0])
     if model.stem == "imagenet":
-        net.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
+        net.conv1 = nn.Conv2d(3, width, 7, 2, padding, bias=False)
     else:
-        padding = 2 if model.stem == "cifar-padded" else 1
         net.conv1, net.maxpool = nn.Conv2d(3, width, 3, 1, padding, bias=False), nn.Identity()
     if model.stem == "cifar-linear":
         net.relu = nn.Identity()  # each block has its own

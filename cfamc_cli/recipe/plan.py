@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, TypeAlias
 
 from cfamc_cli.datasets import KNOWN_SETS
-from cfamc_cli.recipe.schema import DEPTHS, AdamW, Model, NoAdversary, Recipe
+from cfamc_cli.recipe.schema import DEPTHS, PADDING, AdamW, Model, NoAdversary, Recipe
 
 Precision: TypeAlias = Literal["float32", "bfloat16"]
 PER_IMAGES = 1_000  # what counts refer to where the number of images is unknown
@@ -232,7 +232,7 @@ def _blocks(model: Model, *, size: int) -> Iterator[_Block]:
         side = _halved(_halved(size))  # max-pooling, kernel 3, stride 2
         yield _Block((_Conv(3, model.width, 7, _halved(size)),), shortcut=False, pooled=model.width * side**2)
     else:
-        side = size + 2 if model.stem == "cifar-padded" else size
+        side = size + 2 * PADDING[model.stem] - 2
         yield _Block((_Conv(3, model.width, 3, side),), shortcut=False)
     inputs = model.width
     for stage, depth in enumerate(DEPTHS[model.backbone]):

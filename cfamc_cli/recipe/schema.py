@@ -175,6 +175,7 @@ Norm = Literal["linf", "l2"]  # how the length of a perturbation is measured
 SearchPrecision = Literal["float32", "tf32"]
 Features = Literal["pre_feature", "backbone"]  # what a head reads
 Stem = Literal["cifar", "imagenet", "cifar-padded", "cifar-linear"]  # the first layers of a ResNet
+PADDING: dict[Stem, int] = {"cifar": 1, "imagenet": 3, "cifar-padded": 2, "cifar-linear": 1}  # of its convolution
 Judged = Literal["holdout", "test"]  # the images that results are measured on
 Split = Literal["train"] | Judged
 # in units of the range of pixels, which is [0, 1]: text such as "8/255", or 0.03

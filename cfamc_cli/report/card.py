@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from cfamc_cli.comparison.measured import headline, norm_of
 from cfamc_cli.recipe import file as recipe_file
 from cfamc_cli.recipe.plan import duration
-from cfamc_cli.recipe.schema import DEPTHS, Recipe, number
+from cfamc_cli.recipe.schema import DEPTHS, PADDING, Recipe, number
 from cfamc_cli.report import terminal
 from cfamc_cli.report.audit import audit_paragraph, lacks_audit
 from cfamc_cli.report.beside import unlabelled as without_labels
@@ -72,6 +72,7 @@ def card(
         timm=timm,
         registered_by=REGISTERED_BY if timm is not None and timm.endswith("_cifar") else "",
         library_width=_LIBRARY_WIDTH,
+        padding=PADDING[recipe.model.stem],
         depths=DEPTHS.get(recipe.model.backbone, ()),
         backbone_dim="features" if recipe.model.timm else recipe.model.feature_dim,  # the net itself tells it
         pre_feature=made.part == "encoder" or "pre_feature" in read,

@@ -29,7 +29,7 @@ from cfamc_cli.store.records import (
 CONFIG = "config.json"
 REGISTERED_BY = "cfamc_cli.engine.timm_cifar"  # tells timm the names that end in _cifar
 _WIDTH = 64  # of timm's own ResNets
-_LISTED = 12  # heads, and attacks, that export.json has at most: it is read over a network, the card by people
+_LISTED = 11  # heads, and attacks, that export.json has at most: it is read over a network, the card by people
 
 
 def leading(attacks: Iterable[AttackRecord]) -> list[AttackRecord]:

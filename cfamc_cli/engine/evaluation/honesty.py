@@ -7,7 +7,7 @@ arXiv:1902.06705, and Tramer et al., arXiv:2002.08347 (adaptive attacks).
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -92,26 +92,23 @@ def leap(predict: Predict, x: Tensor, *, eps: float, norm: Norm, generator: torc
     1.5 where they hardly change in the ball. Answers that were remembered, are flat, or move by a part of what was
     added while an image lies in the ball, leap at its border.
     """
-    clean, state = logits_at(predict, x), generator.get_state()
+    state = generator.get_state()
     whole = 0.5 if norm == "linf" else 0.5 * x[0].numel() ** 0.5
     radii = [radius for k in range(_OCTAVES + 1) if (radius := _INSIDE * eps * 2**k) <= whole]
     if len(radii) < 2:
         return torch.ones(len(x), device=x.device)
 
-    def change(radius: Tensor) -> Tensor:
-        """How far answers at a radius (N,) lie from the clean ones, summed over the same directions each time, (N,)."""
-        total = _ROUNDING * clean.abs().amax(1) + 1e-30
+    def around(radius: Tensor) -> Iterator[Tensor]:
+        """Points at a radius (N,), in the same directions each time."""
         generator.set_state(state)
         for _ in range(_WAYS):
             way = torch.randn(x.shape, generator=generator)
             way = move(way.sign() if norm == "linf" else way / per_sample(norms(way, norm="l2"), way), x.device)
             largest = x + radii[-1] * way  # inwards where that leaves the box: what is cut off moves all pixels one way
             way = torch.where(largest < 0, way.abs(), torch.where(largest > 1, -way.abs(), way))
-            moved = logits_at(predict, (x + per_sample(radius, x) * way).clamp(0, 1)) - clean
-            total = total + (moved - moved.mean(1, keepdim=True)).norm(dim=1)
-        return total
+            yield x + per_sample(radius, x) * way
 
-    return _steepest(change, [torch.full((len(x),), radius, device=x.device) for radius in radii])
+    return _steepest(predict, x, around, radii)
 
 
 def leap_between(predict: Predict, x: Tensor) -> Tensor:
@@ -120,23 +117,32 @@ def leap_between(predict: Predict, x: Tensor) -> Tensor:
     Answers of a network are continuous there too: 1.02 to 1.3. Those that know images and pass on a part of what was
     added to the nearest leap halfway, however evenly they do so.
     """
+
+    def along(share: Tensor) -> Iterator[Tensor]:
+        for other in range(1, 1 + min(_WAYS, len(x) - 1)):
+            yield x + per_sample(share, x) * (x.roll(other, 0) - x)
+
+    return _steepest(predict, x, along, _SHARES)
+
+
+def _steepest(
+    predict: Predict, x: Tensor, points: Callable[[Tensor], Iterator[Tensor]], lengths: Sequence[float]
+) -> Tensor:
+    """How many times as large a change of answers is across the steepest 32nd of an octave of lengths, (N,).
+
+    A change is summed over the points that lie at a length (N,), each (N, 3, S, S) and cut to [0, 1].
+    """
     clean = logits_at(predict, x)
 
-    def change(share: Tensor) -> Tensor:
+    def change(length: Tensor) -> Tensor:
         total = _ROUNDING * clean.abs().amax(1) + 1e-30
-        for other in range(1, 1 + min(_WAYS, len(x) - 1)):
-            points = x + per_sample(share, x) * (x.roll(other, 0) - x)
-            moved = logits_at(predict, points.clamp(0, 1)) - clean
+        for at in points(length):
+            moved = logits_at(predict, at.clamp(0, 1)) - clean
             total = total + (moved - moved.mean(1, keepdim=True)).norm(dim=1)
         return total
 
-    return _steepest(change, [torch.full((len(x),), share, device=x.device) for share in _SHARES])
-
-
-def _steepest(change: Callable[[Tensor], Tensor], lengths: Sequence[Tensor]) -> Tensor:
-    """How many times as large a change (N,) is across the steepest 32nd of an octave of lengths (N,), (N,)."""
-    seen = [(length, change(length)) for length in lengths]
-    steepest = torch.zeros_like(seen[0][1])
+    seen = [(at, change(at)) for at in (torch.full((len(x),), length, device=x.device) for length in lengths)]
+    steepest = torch.zeros(len(x), device=x.device)
     for (low, near), (high, far) in pairwise(seen):
         for _ in range(_HALVINGS):
             middle = (low * high).sqrt()
